@@ -1,0 +1,59 @@
+# Each target sets up what it needs, inside this checkout. `make help` lists them.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip -q --disable-pip-version-check --no-input --no-cache-dir
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check fmt clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## train, kill, resume, on this machine (ARGS="...")
+	@$(BIN)/dcpsvc demo $(ARGS)
+
+# pytest exits with 5 when no test was selected.
+test: $(READY) ## every test, or only some (PYTEST_ARGS="tests/unit -k policy")
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(BIN)/python -m pytest -m "not s3" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m s3 || test $$? -eq 5
+else
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
+
+check: $(READY) ## format, lint, types, architecture
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+fmt: $(READY) ## format, and repair what ruff can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## back to a fresh clone: drop .venv, caches and build output
+	rm -rf .venv build dist .hypothesis .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(READY) ## the environment the other targets use: .venv
+
+# Costs nothing while pyproject.toml and constraints.txt stay the same.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  [ "$$(id -u) $(PYTHON)" = "0 python3" ] && command -v apt-get >/dev/null || \
+	    { echo "$(PYTHON) cannot create environments. Install python3 and python3-venv, or: make PYTHON=<another>" >&2; exit 1; }; \
+	  echo "==> installing python3-venv"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv >/dev/null; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "dcpsvc needs Python 3.11 or newer: make PYTHON=<another>" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	  { echo "==> creating .venv ($$($(PYTHON) --version))"; $(PYTHON) -m venv --clear .venv; }
+	@echo "==> installing dcpsvc and its tools into .venv (the first time this takes minutes: torch is large)"
+	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@touch $@

@@ -1,0 +1,108 @@
+"""Asynchronous distributed checkpoints for PyTorch: committed by all ranks, or not at all.
+
+The map of the house, in the order data flows through it:
+
+==================  =====================================================================
+checkpointer        the facade a training loop talks to; owns the threads
+config, policies    options; when to save and what to keep: values
+opening, resuming   all ranks reach the run; all ranks load one checkpoint
+life                one save from its snapshot to its commit: the order of the stages
+stages/             stage shard ack upload commit retain, discover restore; none knows another
+state/              modules, optimizers and values as named tensors and JSON, and back
+ranks/              meetings on the c10d store, our own gloo group, agreed extra saves
+storage/            where bytes endure: posix, memory, any fsspec URL
+format/             the files of a run root: manifest, layout, shard
+reading, tools/     a run root from outside: list, verify, load, DCP reader
+cli, demo/          the command ``dcpsvc``
+==================  =====================================================================
+
+Nothing here imports torch until a name that needs it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcpsvc.checkpointer import Checkpointer, Statistics, StepOutcome
+    from dcpsvc.config import Options
+    from dcpsvc.errors import (
+        ClosedError,
+        ConfigError,
+        DcpsvcError,
+        FormatError,
+        RestoreError,
+        RootError,
+        SaveError,
+        StateError,
+        StoreError,
+    )
+    from dcpsvc.events import Event, Point
+    from dcpsvc.pending import PendingSave, Timings
+    from dcpsvc.policies import Every, Everything, Latest
+    from dcpsvc.reading import latest, list_checkpoints, load, storage_reader
+    from dcpsvc.stages.discover import Checkpoint
+    from dcpsvc.state.rng import Rng
+    from dcpsvc.state.values import PerRank
+
+_HOMES = {
+    "checkpointer": ("Checkpointer", "Statistics", "StepOutcome"),
+    "config": ("Options",),
+    "errors": (
+        "ClosedError", "ConfigError", "DcpsvcError", "FormatError", "RestoreError",
+        "RootError", "SaveError", "StateError", "StoreError",
+    ),
+    "events": ("Event", "Point"),
+    "pending": ("PendingSave", "Timings"),
+    "policies": ("Every", "Everything", "Latest"),
+    "reading": ("latest", "list_checkpoints", "load", "storage_reader"),
+    "stages.discover": ("Checkpoint",),
+    "state.rng": ("Rng",),
+    "state.values": ("PerRank",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Checkpoint",
+    "Checkpointer",
+    "ClosedError",
+    "ConfigError",
+    "DcpsvcError",
+    "Event",
+    "Every",
+    "Everything",
+    "FormatError",
+    "Latest",
+    "Options",
+    "PendingSave",
+    "PerRank",
+    "Point",
+    "RestoreError",
+    "Rng",
+    "RootError",
+    "SaveError",
+    "StateError",
+    "Statistics",
+    "StepOutcome",
+    "StoreError",
+    "Timings",
+    "latest",
+    "list_checkpoints",
+    "load",
+    "storage_reader",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, imported or not."""
+    return sorted(__all__)

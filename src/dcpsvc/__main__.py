@@ -1,0 +1,5 @@
+"""``python -m dcpsvc`` is ``dcpsvc``."""
+
+from dcpsvc.cli import main
+
+main()

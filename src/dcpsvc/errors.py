@@ -1,0 +1,309 @@
+"""Every error dcpsvc raises, as one tree. Callers decide by type, never by text.
+
+::
+
+    DcpsvcError
+    |-- ConfigError                 an option that makes no sense
+    |-- ClosedError                 the Checkpointer is closed, or not open yet
+    |-- RootError                   the run root or the local tier cannot be used
+    |   |-- UnsupportedFormatError  the root was written by another format version
+    |   `-- RunBusyError            another live process on this host writes this run
+    |-- StateError                  something in the state cannot be saved or loaded as declared
+    |   |-- UnsupportedStateError   an object that is neither tensor nor JSON-like, named by key
+    |   `-- StateMismatchError      the checkpoint and the state in memory do not fit
+    |-- SaveError                   one attempt to save one step did not become a checkpoint
+    |   |-- SaveFailedError         ranks failed, or disagreed about what to save
+    |   |-- RanksMissingError       ranks did not arrive before the deadline
+    |   |-- CommitUnknownError      the commit may or may not have happened; only the store can tell
+    |   `-- StepExistsError         the step is already committed
+    |-- RestoreError                a checkpoint cannot be read back
+    |   |-- NoSuchStepError         an explicitly named step that is not there
+    |   |-- NoValidCheckpointError  commits exist, and every one of them is damaged
+    |   `-- RestoreFailedError      a rank could not read, or did not arrive
+    |-- FormatError                 a file of ours that does not say what it should
+    |   |-- ManifestError
+    |   |-- LayoutError
+    |   `-- CorruptShardError       bytes that do not match their checksum, or are missing
+    |-- StoreError                  the run root's store said no
+    |   |-- StoreNotFoundError
+    |   |-- StoreAccessError        credentials or permissions
+    |   |-- StoreFullError          no space left
+    |   `-- StoreUnavailableError   transient: worth another try
+    `-- WaitTimeoutError            wait() or close() ran out of time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """What one rank says about its own failure; travels between ranks as JSON, never as an exception."""
+
+    rank: int
+    phase: str
+    error: str
+    """Name of the exception's type."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} failed in {self.phase}: {self.error}: {self.text}"
+
+
+class DcpsvcError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(DcpsvcError):
+    """An option that makes no sense, alone or beside another."""
+
+
+class ClosedError(DcpsvcError):
+    """The Checkpointer is closed, or was never opened."""
+
+
+class WaitTimeoutError(DcpsvcError):
+    """``wait()`` or ``close()`` ran out of time; what is pending goes on."""
+
+    def __init__(self, waited_s: float, pending: tuple[str, ...]) -> None:
+        super().__init__(waited_s, pending)
+        self.waited_s, self.pending = waited_s, pending
+
+    def __str__(self) -> str:
+        return f"after {self.waited_s:.1f} s still waiting for: {', '.join(self.pending)}"
+
+
+# --- the run root ---------------------------------------------------------------------------------
+
+
+class RootError(DcpsvcError):
+    """The run root, or the local tier, cannot be used; found before the first step."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class UnsupportedFormatError(RootError):
+    """The root was written by a format version this package does not read."""
+
+
+class RunBusyError(RootError):
+    """Another live process on this host is writing the same run."""
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+class StateError(DcpsvcError):
+    """Something in the state cannot be saved or loaded as declared."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+class UnsupportedStateError(StateError):
+    """An object that is neither a tensor nor JSON-like; nothing is pickled, so it is refused."""
+
+
+class StateMismatchError(StateError):
+    """The checkpoint and the state in memory do not fit; nothing in memory was changed."""
+
+
+# --- save -----------------------------------------------------------------------------------------
+
+
+class SaveError(DcpsvcError):
+    """One attempt to save one step did not become a checkpoint."""
+
+    def __init__(self, step: int, attempt: str, newest: int | None) -> None:
+        super().__init__(step, attempt, newest)
+        self.step, self.attempt, self.newest = step, attempt, newest
+
+    @property
+    def intact(self) -> str:
+        """What a restart would resume from."""
+        if self.newest is None:
+            return "no checkpoint is committed yet"
+        return f"step {self.newest} remains the newest commit"
+
+    def __str__(self) -> str:
+        return f"step {self.step} (attempt {self.attempt}) was not committed; {self.intact}"
+
+
+class SaveFailedError(SaveError):
+    """Ranks failed, or disagreed about what to save. The same error is raised on every rank."""
+
+    def __init__(self, step: int, attempt: str, newest: int | None, failures: tuple[RankFailure, ...]) -> None:
+        super().__init__(step, attempt, newest)
+        self.failures = failures
+        self.args = (step, attempt, newest, failures)
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {'; '.join(map(str, self.failures))}; {self.intact}"
+
+
+class RanksMissingError(SaveError):
+    """Some ranks did not arrive before the deadline."""
+
+    def __init__(
+        self,
+        step: int,
+        attempt: str,
+        newest: int | None,
+        phase: str,
+        missing: tuple[int, ...],
+        present: tuple[int, ...],
+        waited_s: float,
+        note: str = "",
+    ) -> None:
+        super().__init__(step, attempt, newest)
+        self.phase, self.missing, self.present = phase, missing, present
+        self.waited_s, self.note = waited_s, note
+        self.args = (step, attempt, newest, phase, missing, present, waited_s, note)
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"step {self.step} (attempt {self.attempt}): ranks {self.missing} did not arrive in {self.phase} "
+            f"within {self.waited_s:.1f} s, ranks {self.present} did{note}; {self.intact}"
+        )
+
+
+class CommitUnknownError(SaveError):
+    """Nobody knows whether the manifest was written; only a listing of the run root can tell."""
+
+    def __init__(self, step: int, attempt: str, newest: int | None, reason: str) -> None:
+        super().__init__(step, attempt, newest)
+        self.reason = reason
+        self.args = (step, attempt, newest, reason)
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step} (attempt {self.attempt}): not known to be committed ({self.reason}); "
+            f"list the run root to know; {self.intact} as far as this rank knows"
+        )
+
+
+class StepExistsError(SaveError):
+    """The step is already committed; a checkpoint is never overwritten."""
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step} is already committed (attempt {self.attempt}) and is never overwritten; "
+            f"resume from the newest commit (step {self.newest}), or use another run root"
+        )
+
+
+# --- restore --------------------------------------------------------------------------------------
+
+
+class RestoreError(DcpsvcError):
+    """A checkpoint cannot be read back; the state in memory is untouched unless the text says otherwise."""
+
+
+class NoSuchStepError(RestoreError):
+    """An explicitly named step that is not committed. Never a fresh start."""
+
+    def __init__(self, root: str, step: int, available: tuple[int, ...], reason: str = "") -> None:
+        super().__init__(root, step, available, reason)
+        self.root, self.step, self.available, self.reason = root, step, available, reason
+
+    def __str__(self) -> str:
+        have = f"committed steps: {', '.join(map(str, self.available))}" if self.available else "nothing is committed"
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{self.root}: step {self.step} cannot be loaded{why}; {have}"
+
+
+class NoValidCheckpointError(RestoreError):
+    """Commits exist and every one of them is damaged. A fresh start must be asked for by name."""
+
+    def __init__(self, root: str, rejected: tuple[str, ...]) -> None:
+        super().__init__(root, rejected)
+        self.root, self.rejected = root, rejected
+
+    def __str__(self) -> str:
+        return f"{self.root}: no commit can be loaded: {'; '.join(self.rejected)}"
+
+
+class RestoreFailedError(RestoreError):
+    """Some rank could not take part in the restore. The same error is raised on every rank."""
+
+    def __init__(self, where: str, failures: tuple[RankFailure, ...], missing: tuple[int, ...] = ()) -> None:
+        super().__init__(where, failures, missing)
+        self.where, self.failures, self.missing = where, failures, missing
+
+    def __str__(self) -> str:
+        parts = [str(f) for f in self.failures]
+        if self.missing:
+            parts.append(f"ranks {self.missing} did not arrive")
+        return f"{self.where}: {'; '.join(parts)}"
+
+
+# --- format ---------------------------------------------------------------------------------------
+
+
+class FormatError(DcpsvcError):
+    """A file of ours that does not say what it should."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class ManifestError(FormatError):
+    """Not a valid manifest, so not a checkpoint."""
+
+
+class LayoutError(FormatError):
+    """Not a valid layout."""
+
+
+class CorruptShardError(FormatError):
+    """Bytes of a shard that are missing or do not match their checksum."""
+
+
+# --- store ----------------------------------------------------------------------------------------
+
+
+class StoreError(DcpsvcError):
+    """The store said no. ``where`` is a key or URL without credentials."""
+
+    transient = False
+    """Whether the same call may succeed later."""
+
+    def __init__(self, operation: str, where: str, reason: str) -> None:
+        super().__init__(operation, where, reason)
+        self.operation, self.where, self.reason = operation, where, reason
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.where}: {self.reason}"
+
+
+class StoreNotFoundError(StoreError):
+    """No object under that key."""
+
+
+class StoreAccessError(StoreError):
+    """Credentials or permissions do not allow it."""
+
+
+class StoreFullError(StoreError):
+    """No space left."""
+
+
+class StoreUnavailableError(StoreError):
+    """A passing condition: throttled, reset, timed out."""
+
+    transient = True

@@ -1,0 +1,91 @@
+"""Names of every object in a run root, and the only place that parses them.
+
+::
+
+    run.json
+    manifests/step-000000000500.<attempt>.json
+    layouts/<digest>.json
+    data/step-000000000500.<attempt>/rank-00003.safetensors
+    tombstones/step-000000000500.<attempt>.json
+    probes/<token>
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+RUN = "run.json"
+MANIFESTS = "manifests/"
+LAYOUTS = "layouts/"
+DATA = "data/"
+TOMBSTONES = "tombstones/"
+PROBES = "probes/"
+
+MAX_STEP = 10**12 - 1
+
+_ATTEMPT = r"[0-9a-z](?:[0-9a-z-]{0,62}[0-9a-z])?"
+_NAME = rf"step-(?P<step>[0-9]{{12}})\.(?P<attempt>{_ATTEMPT})"
+_MANIFEST = re.compile(rf"{MANIFESTS}{_NAME}\.json")
+_TOMBSTONE = re.compile(rf"{TOMBSTONES}{_NAME}\.json")
+_SHARD = re.compile(rf"{DATA}{_NAME}/rank-(?P<rank>[0-9]{{5,}})\.safetensors")
+_FOLDER = re.compile(rf"{DATA}{_NAME}/")
+_LAYOUT = re.compile(rf"{LAYOUTS}(?P<digest>[0-9a-f]{{32}})\.json")
+
+
+class Attempt(NamedTuple):
+    """One try to save one step. Sorts by step."""
+
+    step: int
+    attempt: str
+
+    def __str__(self) -> str:
+        return f"step-{self.step:012d}.{self.attempt}"
+
+    @property
+    def manifest(self) -> str:
+        """Key of the commit record."""
+        return f"{MANIFESTS}{self}.json"
+
+    @property
+    def tombstone(self) -> str:
+        """Key of the note that this checkpoint is being deleted."""
+        return f"{TOMBSTONES}{self}.json"
+
+    @property
+    def data(self) -> str:
+        """Prefix of every shard."""
+        return f"{DATA}{self}/"
+
+    def shard(self, rank: int) -> str:
+        """Key of one rank's shard."""
+        return f"{self.data}rank-{rank:05d}.safetensors"
+
+
+def layout(digest: str) -> str:
+    """Key of a layout."""
+    return f"{LAYOUTS}{digest}.json"
+
+
+def attempt_of(key: str) -> Attempt | None:
+    """The attempt a manifest, tombstone or shard key belongs to; None for a name that is not ours."""
+    for pattern in (_MANIFEST, _SHARD, _TOMBSTONE):
+        if match := pattern.fullmatch(key):
+            return Attempt(int(match["step"]), match["attempt"])
+    return None
+
+
+def attempt_below(key: str) -> Attempt | None:
+    """The attempt in whose data folder a key lies, whatever the file is called; None elsewhere."""
+    match = _FOLDER.match(key)
+    return Attempt(int(match["step"]), match["attempt"]) if match else None
+
+
+def is_shard(key: str) -> bool:
+    """Whether a key names a shard of ours; nothing else may be read on a manifest's word."""
+    return _SHARD.fullmatch(key) is not None
+
+
+def is_layout(key: str) -> bool:
+    """Whether a key names a layout of ours."""
+    return _LAYOUT.fullmatch(key) is not None

@@ -1,0 +1,313 @@
+"""The life of one checkpoint, in order, on the uploader thread.
+
+stage (done by the training thread) -> plan -> shard -> ack -> upload -> ack -> commit -> retain. Only this module and the
+facade know the order. A failure on this rank becomes a value that is brought to the next meeting, so every
+rank hears of it; what the meeting says is the same error on every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dcpsvc.errors import (
+    CommitUnknownError,
+    DcpsvcError,
+    FormatError,
+    RankFailure,
+    RanksMissingError,
+    SaveError,
+    SaveFailedError,
+    StoreError,
+)
+from dcpsvc.events import Point
+from dcpsvc.format.digest import digest
+from dcpsvc.format.keys import Attempt
+from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
+from dcpsvc.policies import Everything
+from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.stages import ack, commit, discover, retain, upload
+from dcpsvc.state import dcp_quirks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from dcpsvc.config import Options
+    from dcpsvc.events import Events
+    from dcpsvc.opening import OpenRun
+    from dcpsvc.pending import PendingSave
+    from dcpsvc.ranks.job import Job
+    from dcpsvc.stages.shard import ShardWriter
+    from dcpsvc.stages.stage import ArenaStager
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, kw_only=True)
+class Save:
+    """One accepted save on its way.
+
+    Attributes:
+        key: Step and attempt.
+        pending: What the training loop holds.
+        began: When it was accepted, on the performance counter.
+        proposal: What this rank brings to the ranks; a failure if it could not stage.
+        stager: Holds the gate; None if staging failed.
+        writer: Holds the record once written.
+        written: DCP's future.
+    """
+
+    key: Attempt
+    pending: PendingSave
+    began: float
+    proposal: ack.Proposal | RankFailure
+    stager: ArenaStager | None = None
+    writer: ShardWriter | None = None
+    written: Future[Any] | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the ranks meet about it."""
+        return f"save/{self.key}"
+
+    def elapsed_s(self) -> float:
+        """Since it was accepted."""
+        return time.perf_counter() - self.began
+
+
+@dataclass(slots=True)
+class Catalog:
+    """What this rank knows to be committed. Decided by the ranks together, so the same everywhere.
+
+    Attributes:
+        attempts: The attempt that committed each step.
+        in_use: Checkpoints that retention must not touch, and why.
+        manifests: Coordinator: valid commits, ascending; read at the first retention.
+    """
+
+    attempts: dict[int, Attempt] = field(default_factory=dict[int, Attempt])
+    in_use: dict[Attempt, str] = field(default_factory=dict[Attempt, str])
+    manifests: list[Manifest] | None = None
+
+    @property
+    def newest(self) -> int | None:
+        """The newest committed step."""
+        return max(self.attempts, default=None)
+
+    def add(self, found: Manifest) -> None:
+        """A commit of this job."""
+        self.attempts[found.step] = found.key
+        if self.manifests is not None:
+            self.manifests = sorted([*self.manifests, found], key=lambda manifest: manifest.key)
+
+    def drop(self, attempt: Attempt) -> None:
+        """It was deleted."""
+        if self.attempts.get(attempt.step) == attempt:
+            del self.attempts[attempt.step]
+        if self.manifests is not None:
+            self.manifests = [manifest for manifest in self.manifests if manifest.key != attempt]
+
+
+class Life:
+    """Runs saves one after the other; owned by the uploader thread."""
+
+    def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
+        self._job, self._run, self._options, self._events = job, run, options, events
+        self.catalog = catalog
+        self._layouts: dict[str, bytes] = {}
+        self._previous: Save | None = None
+        self._sync = Meeting(options.sync_timeout_s)
+        self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
+
+    def known_layout(self, part: bytes) -> str:
+        """Digest of the layout that the ranks made when this rank brought this very part; empty if never."""
+        known = self._layouts.get(digest(part))
+        return digest(known) if known else ""
+
+    def live(self, save: Save) -> SaveError | None:
+        """Take one save to its commit, or to the error that every rank gets. Never raises."""
+        error: SaveError
+        try:
+            manifest = self._to_commit(save)
+        except DisagreementError as err:
+            error = self._as_save_error(save, err)
+        except CommitUnknownError as err:
+            error = err
+        except Exception as err:  # the store of the ranks is gone: nobody is left to agree with
+            failure = RankFailure(self._job.rank, "control", type(err).__name__, str(err))
+            error = SaveFailedError(*save.key, self.catalog.newest, (failure,))
+        else:
+            self._finish(save, manifest)
+            return None
+        self._fail(save, error)
+        return error
+
+    def _to_commit(self, save: Save) -> Manifest:
+        agreement = ack.agree(self._job, save.place, save.proposal, self._sync)
+        self._forget_previous(save)
+        layout = self._guarded("plan", lambda: self._layout(save, agreement))
+        record = self._then("write", layout, lambda _: self._write(save))
+        records = self._acknowledged(save, "local", record)
+        manifest = self._then("ack", records, lambda found: self._commit_locally(save, agreement, found, layout))
+        record = self._then("upload", manifest, lambda found: self._upload(save, found, layout))
+        records = self._acknowledged(save, "remote", record)
+        manifest = self._then("ack", records, lambda _: manifest)
+        created = functools.partial(self._created, save, manifest)
+        if unknown := commit.publish(self._job, save.place, manifest, self._run.remote, self._work, created):
+            raise CommitUnknownError(*save.key, self.catalog.newest, unknown)
+        assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
+        return manifest
+
+    def _guarded(self, phase: str, work: Callable[[], T]) -> T | RankFailure:
+        """Do this rank's part; what goes wrong becomes a value for the next meeting."""
+        try:
+            return work()
+        except DisagreementError:
+            raise
+        except BaseException as err:
+            if isinstance(err, (KeyboardInterrupt, GeneratorExit)):
+                raise
+            cause = dcp_quirks.cause(err)
+            return RankFailure(self._job.rank, phase, type(cause).__name__, str(cause) or "no message")
+
+    def _then(self, phase: str, before: Any, work: Callable[[Any], T]) -> T | RankFailure:
+        return before if isinstance(before, RankFailure) else self._guarded(phase, lambda: work(before))
+
+    def _acknowledged(self, save: Save, phase: str, record: ShardRecord | RankFailure) -> list[ShardRecord] | RankFailure:
+        return self._guarded("ack", lambda: ack.acknowledge(self._job, save.place, phase, record, self._work))
+
+    def _layout(self, save: Save, agreement: ack.Agreement) -> bytes:
+        """The layout's bytes; then the gate opens and DCP writes."""
+        proposal, stager = save.proposal, save.stager
+        assert isinstance(proposal, ack.Proposal)  # noqa: S101 - a failure would have ended the meeting
+        assert stager is not None  # noqa: S101
+        if agreement.gather:
+            self._layouts = {digest(proposal.part): ack.gather_layout(self._job, proposal.part).dumps()}
+        self._emit(Point.PLAN_AGREED, save)
+        stager.open()
+        return self._layouts[digest(proposal.part)]
+
+    def _write(self, save: Save) -> ShardRecord:
+        writer, written = save.writer, save.written
+        assert writer is not None  # noqa: S101 - staging succeeded, or the meeting would have ended
+        assert written is not None  # noqa: S101
+        try:
+            written.result(timeout=self._options.upload_timeout_s)
+        except FutureTimeoutError as err:
+            raise TimeoutError(f"the local disk did not take the shard within {self._options.upload_timeout_s} s") from err
+        assert writer.record is not None  # noqa: S101 - the future resolved
+        save.pending.timings.write_s = writer.seconds
+        save.pending.timings.shard_nbytes = writer.record.nbytes
+        self._emit(Point.SHARD_WRITTEN, save, nbytes=writer.record.nbytes, seconds=writer.seconds)
+        return writer.record
+
+    def _commit_locally(self, save: Save, agreement: ack.Agreement, records: list[ShardRecord], layout: Any) -> Manifest:
+        """Every shard is durable on its node; each node notes it, with the bytes the run root will get."""
+        stamp = agreement.stamp
+        manifest = Manifest(
+            run_id=self._run.run_id,
+            step=save.key.step,
+            attempt=save.key.attempt,
+            created=stamp["created"],
+            shards=tuple(records),
+            layout=LayoutRef(digest=digest(layout), nbytes=len(layout)),
+            metrics={name: float(value) for name, value in stamp["metrics"].items()},
+            versions=stamp["versions"],
+        )
+        upload.put_layout(self._run.local, layout)
+        self._run.local.create(manifest.key.manifest, manifest.dumps())
+        save.pending.timings.local_s = save.elapsed_s()
+        save.pending.timings.nbytes = manifest.nbytes
+        self._emit(Point.ACKED_LOCAL, save, nbytes=manifest.nbytes, seconds=save.elapsed_s())
+        save.pending.resolve(save.pending.local)
+        return manifest
+
+    def _upload(self, save: Save, manifest: Manifest, layout: Any) -> ShardRecord:
+        began = time.perf_counter()
+        record = manifest.shards[self._job.rank]
+        upload.upload_shard(self._run.remote, record, self._run.local_path / record.path)
+        if self._job.coordinates:
+            upload.put_layout(self._run.remote, layout)
+        save.pending.timings.upload_s = time.perf_counter() - began
+        self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
+        return record
+
+    def _created(self, save: Save, manifest: Any) -> None:
+        self.catalog.add(manifest)
+        self._emit(Point.MANIFEST_CREATED, save, nbytes=manifest.nbytes)
+
+    def _finish(self, save: Save, manifest: Manifest) -> None:
+        if not self._job.coordinates:
+            self.catalog.add(manifest)
+        save.pending.timings.commit_lag_s = save.elapsed_s()
+        detail = f"world_size={manifest.world_size} root={self._run.remote.url}"
+        self._emit(Point.COMMITTED, save, nbytes=manifest.nbytes, seconds=save.elapsed_s(), detail=detail)
+        save.pending.resolve(save.pending.committed)
+        self._retain(save)
+
+    def _retain(self, save: Save) -> None:
+        """Delete what the policy lets go. The commit stands whatever happens here."""
+        if isinstance(self._options.keep, Everything):
+            return
+        try:
+            removed = self._job.meet(f"{save.place}/retain", None, lambda _: self._expire(), self._work)
+            for attempt in (Attempt(*pair) for pair in removed):
+                self.catalog.drop(attempt)
+                retain.remove_local(self._run.local, attempt, self._job.rank)
+        except (DcpsvcError, DisagreementError, RuntimeError) as err:
+            self._emit(Point.RETAINED, save, detail=f"incomplete: {err}", level=logging.WARNING)
+        else:
+            self._emit(Point.RETAINED, save, detail=f"removed={[pair[0] for pair in removed]}")
+
+    def _expire(self) -> list[list[Any]]:
+        """Coordinator: decide, and delete from the run root. Damaged commits neither count nor go."""
+        if self.catalog.manifests is None:
+            self.catalog.manifests = list(self._valid_commits())
+        attempts = retain.expired(self._options.keep, self.catalog.manifests, self.catalog.in_use)
+        for attempt in attempts:
+            retain.remove(self._run.remote, attempt)
+            self.catalog.drop(attempt)
+        return [list(attempt) for attempt in attempts]
+
+    def _valid_commits(self) -> list[Manifest]:
+        found: list[Manifest] = []
+        for attempt in discover.committed(self._run.remote):
+            with contextlib.suppress(FormatError, StoreError):  # a damaged commit is for `verify`, not for retention
+                found.append(discover.valid(self._run.remote, attempt))
+        return found
+
+    def _forget_previous(self, save: Save) -> None:
+        """Every rank has come to this meeting, so all have left those of the save before."""
+        if self._job.coordinates and self._previous is not None:
+            for phase in ("plan", "compare", "local", "remote", "commit", "retain"):
+                self._job.rendezvous.forget(f"{self._previous.place}/{phase}")
+        self._previous = save
+
+    def _as_save_error(self, save: Save, err: DisagreementError) -> SaveError:
+        newest = self.catalog.newest
+        if err.failures:
+            return SaveFailedError(*save.key, newest, err.failures)
+        if err.phase == "commit":
+            return CommitUnknownError(*save.key, newest, f"ranks {err.missing} fell silent")
+        return RanksMissingError(*save.key, newest, err.phase, err.missing, err.present, err.waited_s)
+
+    def _fail(self, save: Save, error: SaveError) -> None:
+        if save.stager is not None:
+            save.stager.refuse(error)
+        if not isinstance(error, CommitUnknownError):
+            shard = save.key.shard(self._job.rank)
+            upload.discard([self._run.local, self._run.remote], shard)
+            upload.discard([self._run.local], save.key.manifest)
+        mine = [f for f in getattr(error, "failures", ()) if f.rank == self._job.rank]
+        level = logging.ERROR if mine else logging.WARNING if self._job.coordinates else logging.DEBUG
+        self._emit(Point.SAVE_FAILED, save, detail=str(error), level=level)
+        save.pending.resolve(save.pending.committed, error)
+
+    def _emit(self, name: Point, save: Save, **details: Any) -> None:
+        self._events.emit(name, step=save.key.step, attempt=save.key.attempt, **details)

@@ -1,0 +1,87 @@
+"""What the training loop holds of a save: three promises and what they cost."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+from dcpsvc.errors import WaitTimeoutError
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds and bytes of one save on this rank.
+
+    Attributes:
+        blocked_s: What the training thread waited inside ``save()``.
+        waited_s: The part of it spent waiting for the save before.
+        stage_s: Copying into the arena, a part of ``blocked_s``.
+        write_s: Writing and syncing the local file.
+        local_s: From the call to "every rank's shard is durable on its local tier".
+        upload_s: Carrying the shard to the run root and proving it.
+        commit_lag_s: From the call to the commit.
+        nbytes: Of the whole checkpoint, all ranks.
+        shard_nbytes: Of this rank's shard.
+    """
+
+    blocked_s: float = 0.0
+    waited_s: float = 0.0
+    stage_s: float = 0.0
+    write_s: float = 0.0
+    local_s: float = 0.0
+    upload_s: float = 0.0
+    commit_lag_s: float = 0.0
+    nbytes: int = 0
+    shard_nbytes: int = 0
+
+
+class PendingSave:
+    """A save that was accepted.
+
+    Attributes:
+        step: Training step.
+        attempt: Which try.
+        staged: Resolves when the state may change; done already when ``save()`` returns.
+        local: Resolves when every rank's shard is durable on its local tier.
+        committed: Resolves when the checkpoint exists; holds the SaveError if it never will.
+        timings: Complete once ``committed`` is done.
+    """
+
+    def __init__(self, step: int, attempt: str) -> None:
+        self.step, self.attempt = step, attempt
+        self.staged: Future[None] = Future()
+        self.local: Future[None] = Future()
+        self.committed: Future[None] = Future()
+        self.timings = Timings()
+
+    @property
+    def state(self) -> str:
+        """``pending``, ``committed`` or ``failed``."""
+        if not self.committed.done():
+            return "pending"
+        return "failed" if self.committed.exception() else "committed"
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the checkpoint is committed. Any thread.
+
+        Raises:
+            SaveError: It was not, and never will be.
+            WaitTimeoutError: Not yet; the save goes on.
+        """
+        if not wait([self.committed], timeout_s).done:
+            raise WaitTimeoutError(timeout_s or 0.0, (f"step {self.step}",))
+        if error := self.committed.exception():
+            raise error
+
+    def resolve(self, promise: Future[None], error: BaseException | None = None) -> None:
+        """Keep a promise, or break it and those that follow; one that is done already stays as it is."""
+        for later in [promise] if error is None else [self.staged, self.local, self.committed]:
+            if later.done():
+                continue
+            if error is None:
+                later.set_result(None)
+            else:
+                later.set_exception(error)
+
+    def __repr__(self) -> str:
+        return f"PendingSave(step={self.step}, attempt={self.attempt!r}, state={self.state!r})"

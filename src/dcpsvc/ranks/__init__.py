@@ -1,0 +1,1 @@
+"""How ranks find each other: arrivals on the c10d store, an all_gather on a group of our own."""

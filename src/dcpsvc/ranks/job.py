@@ -1,0 +1,110 @@
+"""This process's place among the ranks of a job, and its connections to them."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from dcpsvc.ranks.c10d import C10dStore, Group, SoloStore
+from dcpsvc.ranks.rendezvous import Meeting, Rendezvous
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_ordinals = itertools.count()
+_BEATS_PER_TIMEOUT = 6
+
+
+@dataclass(slots=True)
+class Job:
+    """One rank's connections: meetings on the store, a gloo group, and a heartbeat.
+
+    Attributes:
+        rank: Global rank; the only authority there is. Rank 0 coordinates.
+        world_size: Ranks in the job.
+        incarnation: Names this run of the job; the same on every rank, new at every start.
+    """
+
+    rank: int
+    world_size: int
+    incarnation: str
+    rendezvous: Rendezvous
+    group: Group
+    _heart: _Heart
+
+    @classmethod
+    def join(cls, sync_timeout_s: float) -> Job:
+        """Meet the other ranks. Collective: every rank of the default group calls it, in the same order.
+
+        Raises:
+            DisagreementError: Ranks did not arrive within ``sync_timeout_s``.
+        """
+        distributed = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        store = C10dStore.of_default_group() if distributed else SoloStore()
+        rendezvous = Rendezvous(rank, world_size, store, namespace=f"join-{next(_ordinals)}")
+        incarnation = str(rendezvous.meet("open/join", None, lambda _: secrets.token_hex(4), Meeting(sync_timeout_s)))
+        rendezvous.namespace = incarnation
+        group = Group(rank=rank, world_size=world_size, namespace=incarnation, timeout_s=sync_timeout_s)
+        group.renew(0)
+        heart = _Heart(rendezvous, sync_timeout_s / _BEATS_PER_TIMEOUT)
+        return cls(rank, world_size, incarnation, rendezvous, group, heart)
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether this rank decides what is decided once."""
+        return self.rank == 0
+
+    def meet(self, where: str, message: Any, decide: Callable[[list[Any]], Any], meeting: Meeting) -> Any:
+        """See :meth:`Rendezvous.meet`."""
+        return self.rendezvous.meet(where, message, decide, meeting)
+
+    def linger(self, where: str, timeout_s: float) -> None:
+        """The coordinator, which may host the store, stays until the others have read their last verdict."""
+        clock, store = self.rendezvous.clock, self.rendezvous.store
+        place = f"{self.rendezvous.namespace}/{where}/left"
+        if not self.coordinates:
+            store.set(f"{place}/{self.rank}", "1")
+            return
+        deadline = clock.now() + timeout_s
+        for rank in range(1, self.world_size):
+            while store.get(f"{place}/{rank}") is None and clock.now() < deadline:
+                clock.sleep(0.005)
+
+    def leave(self) -> None:
+        """Stop the heartbeat and drop the group. Waits for nobody."""
+        self._heart.stop()
+        self.group.close()
+
+
+class _Heart:
+    """Tells the others, every few seconds, that this process is alive: also while a long upload runs."""
+
+    def __init__(self, rendezvous: Rendezvous, interval_s: float) -> None:
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._beat, args=(rendezvous, interval_s), name="dcpsvc-heartbeat", daemon=True
+        )
+        if rendezvous.world_size > 1:
+            self._thread.start()
+
+    def _beat(self, rendezvous: Rendezvous, interval_s: float) -> None:
+        for count in itertools.count():
+            try:
+                rendezvous.beat(count)
+            except RuntimeError:  # the store is gone, so the job is: nobody is left to tell
+                return
+            if self._stopped.wait(interval_s):
+                return
+
+    def stop(self) -> None:
+        """End the thread; bounded, because a store call may hang in a job that is dying."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2.0)

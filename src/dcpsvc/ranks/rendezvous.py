@@ -1,0 +1,264 @@
+"""Arrive first, decide once: a gather and a broadcast over a key-value store, with a deadline.
+
+Each rank posts one message under ``<where>/<rank>``. The coordinator (rank 0) waits for all, decides, and the
+decision is written by compare-and-set under ``<where>/verdict``: the first writer wins and every rank acts on
+what is written there, so there is one decision even when somebody gives up at the same moment. A rank
+whose deadline passes does not leave: it proposes "these are missing" by the same compare-and-set.
+
+A message can be a failure; it is a value, not an exception, and decides the meeting at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dcpsvc.errors import RankFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class KeyValue(Protocol):
+    """What we need of a c10d store. Every call is short and may be made from any thread."""
+
+    def set(self, key: str, value: str) -> None:
+        """Write a key."""
+        ...
+
+    def get(self, key: str) -> str | None:
+        """Read a key; None where nobody has written it. Never waits."""
+        ...
+
+    def compare_set(self, key: str, desired: str) -> str:
+        """Write a key nobody has written; say what stands there now."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Forget a key."""
+        ...
+
+
+class Clock(Protocol):
+    """Time that only moves forward."""
+
+    def now(self) -> float:
+        """Seconds."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        ...
+
+
+class SystemClock:
+    """The machine's monotonic clock."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+class DisagreementError(Exception):
+    """A meeting that did not agree: the same content on every rank. Stages turn it into what the user sees."""
+
+    def __init__(
+        self, phase: str, failures: Sequence[RankFailure], missing: Sequence[int], world_size: int, waited_s: float
+    ) -> None:
+        super().__init__(phase, failures, missing, world_size, waited_s)
+        self.phase, self.failures, self.missing = phase, tuple(failures), tuple(missing)
+        self.present = tuple(rank for rank in range(world_size) if rank not in set(missing))
+        self.waited_s = waited_s
+
+
+class RefusalError(Exception):
+    """Raised by a decide function: what the ranks said cannot stand."""
+
+    def __init__(self, failures: Sequence[RankFailure]) -> None:
+        super().__init__(failures)
+        self.failures = tuple(failures)
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """How long to wait, and how to notice the dead.
+
+    Attributes:
+        timeout_s: A rank that has not arrived by then is missing.
+        silence_s: A rank that has not arrived and gave no sign of life for this long is missing;
+            None: only the timeout counts.
+    """
+
+    timeout_s: float
+    silence_s: float | None = None
+
+
+@dataclass(slots=True)
+class Rendezvous:
+    """One rank's side of every meeting of a run. ``meet`` may be called from one thread at a time per place.
+
+    Attributes:
+        rank: Global rank; 0 coordinates.
+        world_size: How many must arrive.
+        store: Shared by all ranks.
+        clock: For deadlines.
+        namespace: Prefix of every key, new for every run of the job.
+    """
+
+    rank: int
+    world_size: int
+    store: KeyValue
+    clock: Clock = field(default_factory=SystemClock)
+    namespace: str = ""
+
+    def meet(
+        self,
+        where: str,
+        message: Any,
+        decide: Callable[[list[Any]], Any],
+        meeting: Meeting,
+    ) -> Any:
+        """Tell the others ``message``, get the decision; every rank gets the same one.
+
+        Args:
+            where: Name of the meeting, unique in the run: it bears the attempt and the phase.
+            message: JSON-like, or a :class:`RankFailure`: this rank cannot go on.
+            decide: Run by the coordinator on all messages in rank order. JSON-like result. May raise
+                :class:`RefusalError`.
+            meeting: Deadlines.
+
+        Raises:
+            DisagreementError: Ranks failed, are missing, or were refused.
+        """
+        began = self.clock.now()
+        place = f"{self.namespace}/{where}"
+        self.store.set(f"{place}/{self.rank}", _encode(message))
+        if self.rank == 0:
+            self.store.compare_set(f"{place}/verdict", self._coordinate(place, decide, meeting))
+        return self._read_verdict(place, where, meeting, began)
+
+    def forget(self, where: str) -> None:
+        """Free a meeting's keys on the store; the coordinator calls it when every rank has moved on."""
+        for name in (*range(self.world_size), "verdict"):
+            self.store.delete(f"{self.namespace}/{where}/{name}")
+
+    def beat(self, count: int) -> None:
+        """Give a sign of life."""
+        self.store.set(f"{self.namespace}/alive/{self.rank}", str(count))
+
+    def _coordinate(self, place: str, decide: Callable[[list[Any]], Any], meeting: Meeting) -> str:
+        messages, failures, missing = self._collect(place, meeting)
+        if not failures and not missing:
+            try:
+                return json.dumps({"agreed": decide(messages)})
+            except RefusalError as refusal:
+                failures = list(refusal.failures)
+            except Exception as err:  # whatever happened here, the others must hear of it
+                failures = [RankFailure(0, "decide", type(err).__name__, str(err))]
+        return _no(failures, missing)
+
+    def _collect(self, place: str, meeting: Meeting) -> tuple[list[Any], list[RankFailure], list[int]]:
+        messages: dict[int, Any] = {}
+        life = _SignsOfLife(self, meeting.silence_s)
+        deadline = self.clock.now() + meeting.timeout_s
+        pause = _Pause(self.clock)
+        while len(messages) < self.world_size:
+            arrived = self._arrivals(place, [rank for rank in range(self.world_size) if rank not in messages])
+            failures = [message for message in arrived.values() if isinstance(message, RankFailure)]
+            if failures:
+                return [], failures, []
+            messages |= arrived
+            absent = [rank for rank in range(self.world_size) if rank not in messages]
+            if absent and self.clock.now() >= deadline:
+                return [], [], absent
+            if dead := life.silent(absent):
+                return [], [], dead
+            if absent and not arrived:
+                if self.store.get(f"{place}/verdict") is not None:
+                    return [], [], absent  # somebody gave up first; what stands there counts
+                pause.take()
+        return [messages[rank] for rank in range(self.world_size)], [], []
+
+    def _arrivals(self, place: str, ranks: list[int]) -> dict[int, Any]:
+        texts = ((rank, self.store.get(f"{place}/{rank}")) for rank in ranks)
+        return {rank: _decode(text) for rank, text in texts if text is not None}
+
+    def _read_verdict(self, place: str, where: str, meeting: Meeting, began: float) -> Any:
+        life = _SignsOfLife(self, meeting.silence_s)
+        deadline = self.clock.now() + meeting.timeout_s
+        pause = _Pause(self.clock)
+        key = f"{place}/verdict"
+        while (text := self.store.get(key)) is None:
+            if self.clock.now() >= deadline or life.silent([0]):
+                text = self.store.compare_set(key, _no([], self._absent(place)))
+                break
+            pause.take()
+        verdict = json.loads(text)
+        if "agreed" in verdict:
+            return verdict["agreed"]
+        failures = [RankFailure(*failure) for failure in verdict["failures"]]
+        waited_s = self.clock.now() - began
+        raise DisagreementError(where.rsplit("/", 1)[-1], failures, verdict["missing"], self.world_size, waited_s)
+
+    def _absent(self, place: str) -> list[int]:
+        """Who has not arrived; a coordinator that arrived and fell silent is missing too."""
+        present = self._arrivals(place, list(range(self.world_size)))
+        return [rank for rank in range(self.world_size) if rank not in present] or [0]
+
+
+class _SignsOfLife:
+    """Notices ranks whose heartbeat has not changed for a while."""
+
+    def __init__(self, rendezvous: Rendezvous, silence_s: float | None) -> None:
+        self._rendezvous, self._silence_s = rendezvous, silence_s
+        self._last: dict[int, tuple[str | None, float]] = {}
+        self._next_look = 0.0
+
+    def silent(self, ranks: list[int]) -> list[int]:
+        """Which of ``ranks`` are silent for too long."""
+        now = self._rendezvous.clock.now()
+        if self._silence_s is None or now < self._next_look:
+            return []
+        self._next_look = now + self._silence_s / 20
+        return [rank for rank in ranks if self._is_silent(rank, now, self._silence_s)]
+
+    def _is_silent(self, rank: int, now: float, silence_s: float) -> bool:
+        beat = self._rendezvous.store.get(f"{self._rendezvous.namespace}/alive/{rank}")
+        last, since = self._last.get(rank, (None, now))
+        if rank not in self._last or beat != last:
+            self._last[rank] = (beat, now)
+            return False
+        return now - since >= silence_s
+
+
+class _Pause:
+    """Polls eagerly at first, gently later."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._seconds = clock, 0.0005
+
+    def take(self) -> None:
+        self._clock.sleep(self._seconds)
+        self._seconds = min(self._seconds * 1.5, 0.05)
+
+
+def _encode(message: Any) -> str:
+    if isinstance(message, RankFailure):
+        return json.dumps({"failed": [message.rank, message.phase, message.error, message.text]})
+    return json.dumps({"ok": message})
+
+
+def _decode(text: str) -> Any:
+    message = json.loads(text)
+    return RankFailure(*message["failed"]) if "failed" in message else message["ok"]
+
+
+def _no(failures: Sequence[RankFailure], missing: Sequence[int]) -> str:
+    plain = [[f.rank, f.phase, f.error, f.text] for f in failures]
+    return json.dumps({"failures": plain, "missing": list(missing)})

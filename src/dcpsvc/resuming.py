@@ -1,0 +1,162 @@
+"""Resuming: the ranks agree on one checkpoint, read and prove all of it, and only then touch the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dcpsvc.errors import (
+    DcpsvcError,
+    FormatError,
+    NoSuchStepError,
+    NoValidCheckpointError,
+    RankFailure,
+    RestoreFailedError,
+)
+from dcpsvc.format.keys import Attempt
+from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.stages import discover, restore
+from dcpsvc.state import app as states
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from dcpsvc.ranks.job import Job
+    from dcpsvc.state.app import AppState
+    from dcpsvc.state.saved import Component, Saved, Want
+    from dcpsvc.storage.base import Store
+
+_DAMAGE = {error.__name__ for error in (FormatError, *FormatError.__subclasses__())}
+"""Failures that another commit does not share, so an older one is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What was loaded, and why nothing newer."""
+
+    attempt: Attempt
+    summary: str
+    rejected: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Resuming:
+    """One resume. Collective; training thread.
+
+    Attributes:
+        job: The ranks.
+        place: Where they meet about it.
+        remote: The run root.
+        nearer: Where to look for the files before the run root: the local tier.
+        state: Where to load into.
+        timeout_s: Longest wait for a peer to arrive.
+        work_s: Longest time a rank may take to read.
+    """
+
+    job: Job
+    place: str
+    remote: Store
+    nearer: Sequence[Store]
+    state: AppState
+    timeout_s: float
+    work_s: float
+
+    def run(self, step: int | None, skip: Collection[str]) -> Resumed | None:
+        """Load the newest valid commit, or exactly ``step``.
+
+        Returns:
+            None if nothing was ever committed here.
+
+        Raises:
+            NoSuchStepError: ``step`` was named and cannot be loaded.
+            NoValidCheckpointError: There are commits and all are damaged.
+            RestoreFailedError: A rank cannot take part, or the state does not fit; the same on every rank.
+        """
+        rejected: list[str] = []
+        tried: list[Attempt] = []
+        while True:
+            verdict = self._meet(f"choose-{len(tried)}", None, lambda _: self._choose(step, tried), self.timeout_s)
+            rejected += verdict["rejected"]
+            if verdict["attempt"] is None:
+                return self._nothing(step, rejected, verdict["all"])
+            attempt = Attempt(*verdict["attempt"])
+            try:
+                summary = self._load(attempt, skip)
+            except RestoreFailedError as err:
+                if not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
+                    raise
+                rejected.append(f"step {attempt.step}: {err.failures[0].text}")
+                tried = [*tried, *(Attempt(*pair) for pair in verdict["passed"]), attempt]
+            else:
+                return Resumed(attempt, summary, tuple(rejected))
+
+    def _choose(self, step: int | None, tried: Sequence[Attempt]) -> dict[str, Any]:
+        """Coordinator: the newest commit that looks whole and was not tried; one LIST, then newest first."""
+        everything = discover.committed(self.remote)
+        candidates = [a for a in reversed(everything) if a not in tried and step in {None, a.step}]
+        rejected: list[str] = []
+        passed: list[Attempt] = []
+        for attempt in candidates:
+            try:
+                discover.valid(self.remote, attempt)
+            except FormatError as err:
+                rejected.append(f"step {attempt.step}: {err}")
+                passed.append(attempt)
+            else:
+                return _choice(attempt, rejected, passed, everything)
+        return _choice(None, rejected, passed, everything)
+
+    def _nothing(self, step: int | None, rejected: list[str], everything: list[int]) -> None:
+        if step is not None:
+            raise NoSuchStepError(self.remote.url, step, tuple(everything), "; ".join(rejected))
+        if rejected:
+            raise NoValidCheckpointError(self.remote.url, tuple(rejected))
+
+    def _load(self, attempt: Attempt, skip: Collection[str]) -> str:
+        """Read and prove on every rank, agree that all could, then change the state."""
+        where = f"load-{attempt}"
+        loaded: tuple[dict[str, Component], Saved, list[Want]] | None = None
+        try:
+            loaded = self._read(attempt, skip)
+            message = None
+        except (DcpsvcError, OSError, MemoryError) as err:
+            message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
+        self._meet(f"{where}/read", message, lambda _: None, self.work_s)
+        assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
+        components, saved, wants = loaded
+        message = self._apply(components, saved, wants)
+        self._meet(f"{where}/applied", message, lambda _: None, self.work_s)
+        return restore.summary(saved, list(components), sorted(skip), self.job.world_size)
+
+    def _read(self, attempt: Attempt, skip: Collection[str]) -> tuple[dict[str, Component], Saved, list[Want]]:
+        manifest = discover.read_manifest(self.remote, attempt)
+        reader = restore.CheckpointReader(manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote])
+        saved = reader.saved_for(self.job.rank)
+        components = self.state.chosen(saved, skip)
+        wants = states.wants(components, saved)
+        restore.read(reader, wants)
+        return components, saved, wants
+
+    def _apply(self, components: dict[str, Component], saved: Saved, wants: list[Want]) -> RankFailure | None:
+        try:
+            states.apply(components, saved, wants)
+        except Exception as err:  # load_state_dict() is the user's code; the other ranks must hear of it
+            text = f"{err} (the state in memory is partly changed: do not train on)"
+            return RankFailure(self.job.rank, "apply", type(err).__name__, text)
+        return None
+
+    def _meet(self, where: str, message: Any, decide: Any, timeout_s: float) -> Any:
+        meeting = Meeting(timeout_s, silence_s=self.timeout_s)
+        try:
+            return self.job.meet(f"{self.place}/{where}", message, decide, meeting)
+        except DisagreementError as err:
+            raise RestoreFailedError(self.remote.url, err.failures, err.missing) from None
+
+
+def _choice(attempt: Attempt | None, rejected: list[str], passed: list[Attempt], everything: list[Attempt]) -> dict[str, Any]:
+    return {
+        "attempt": attempt and list(attempt),
+        "rejected": rejected,
+        "passed": [list(p) for p in passed],
+        "all": sorted({a.step for a in everything}),
+    }

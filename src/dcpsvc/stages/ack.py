@@ -1,0 +1,160 @@
+"""Ack: the ranks agree on what to save, then tell each other what is durable.
+
+Every message is a value. A rank that failed says so and why; it never leaves the others waiting.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dcpsvc.errors import LayoutError, RankFailure
+from dcpsvc.format import layout
+from dcpsvc.format.layout import Chunk, Layout, Tensor
+from dcpsvc.format.manifest import ShardRecord
+from dcpsvc.format.parse import Fields, compact
+from dcpsvc.ranks.rendezvous import Meeting, RefusalError
+from dcpsvc.state import claims
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dcpsvc.format.shardfile import Placement
+    from dcpsvc.ranks.job import Job
+    from dcpsvc.state.claims import Claims
+
+_NAMED_DIFFERENCES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What one rank brings to the first meeting of an attempt.
+
+    Attributes:
+        step: Training step.
+        said: What it would save, for comparison.
+        part: Its part of the layout, as bytes; see :func:`part`.
+        known_layout: Digest of the layout it used last with this very part; empty if none.
+        stamp: What the coordinator gives to the manifest: time, metrics, versions.
+    """
+
+    step: int
+    said: Claims
+    part: bytes
+    known_layout: str
+    stamp: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What all ranks go on with.
+
+    Attributes:
+        gather: Whether the parts of the layout must be exchanged, because somebody's changed.
+        stamp: The coordinator's.
+    """
+
+    gather: bool
+    stamp: dict[str, Any]
+
+
+def agree(job: Job, place: str, proposal: Proposal | RankFailure, meeting: Meeting) -> Agreement:
+    """The first meeting: all ranks here, same step, same structure, same replicas. Uploader thread.
+
+    Raises:
+        DisagreementError: Ranks are missing, failed, or would save different things; the same on every rank.
+    """
+    verdict = job.meet(f"{place}/plan", _message(job, proposal), _compare, meeting)
+    if differ := verdict.get("differ"):
+        assert isinstance(proposal, Proposal)  # noqa: S101 - a failure would have ended the meeting
+        details = {name: proposal.said.get(name, {}) for name in differ}
+        job.meet(f"{place}/compare", details, _explain, meeting)
+    job.group.renew(verdict["generation"])
+    return Agreement(gather=verdict["gather"], stamp=verdict["stamp"])
+
+
+def part(placement: Placement, rank: int, aliases: Mapping[str, str]) -> bytes:
+    """One rank's part of the layout; equal structure gives equal bytes."""
+    pieces = [
+        [piece.key, piece.dtype, piece.shape, piece.offsets, piece.sizes, begin]
+        for piece, begin in zip(placement.pieces, placement.begins, strict=True)
+    ]
+    return compact({"rank": rank, "pieces": pieces, "aliases": dict(aliases)})
+
+
+def gather_layout(job: Job, mine: bytes) -> Layout:
+    """Exchange the parts. Collective on our group; uploader thread.
+
+    Raises:
+        LayoutError: Together they do not cover every tensor exactly.
+        RuntimeError: A peer died inside the collective.
+    """
+    return merge(job.group.all_gather(mine))
+
+
+def merge(parts: list[bytes]) -> Layout:
+    """The layout that all parts make together."""
+    described: dict[str, tuple[str, tuple[int, ...]]] = {}
+    chunks: dict[str, list[Chunk]] = {}
+    aliases: dict[str, str] = {}
+    for data in parts:
+        content = json.loads(data)
+        aliases |= content["aliases"]
+        for key, dtype, shape, offsets, sizes, begin in content["pieces"]:
+            described[key] = (dtype, tuple(shape))
+            chunks.setdefault(key, []).append(Chunk(content["rank"], tuple(offsets), tuple(sizes), begin))
+    tensors = {key: Tensor(*described[key], tuple(chunks[key])) for key in described}
+    for key, tensor in tensors.items():
+        if reason := layout.uncovered(tensor):
+            raise LayoutError(key, reason)
+    return Layout(tensors, aliases)
+
+
+def acknowledge(job: Job, place: str, phase: str, mine: ShardRecord | RankFailure, meeting: Meeting) -> list[ShardRecord]:
+    """Say "my shard is durable at this tier: here is my record", or why not; hear it from all. Uploader thread.
+
+    All ranks arrive healthy on the store before the ``all_gather`` is entered.
+
+    Raises:
+        DisagreementError: A rank failed or is missing.
+        RuntimeError: A peer died inside the collective.
+    """
+    arrival = mine if isinstance(mine, RankFailure) else None
+    job.meet(f"{place}/{phase}", arrival, lambda _: None, meeting)
+    assert isinstance(mine, ShardRecord)  # noqa: S101 - a failure would have ended the meeting
+    said = job.group.all_gather(compact(mine.to_json()))
+    return [ShardRecord.from_fields(Fields.parse(f"ack of rank {n}", data, LayoutError)) for n, data in enumerate(said)]
+
+
+def _message(job: Job, proposal: Proposal | RankFailure) -> Any:
+    if isinstance(proposal, RankFailure):
+        return proposal
+    return {
+        "step": proposal.step,
+        "claims": claims.digests(proposal.said),
+        "layout": proposal.known_layout,
+        "generation": job.group.generation + int(job.group.poisoned),
+        "stamp": dict(proposal.stamp) if job.coordinates else None,
+    }
+
+
+def _compare(messages: list[Any]) -> dict[str, Any]:
+    layouts = {message["layout"] for message in messages}
+    return {
+        "differ": claims.differing([message["claims"] for message in messages]),
+        "gather": layouts == {""} or len(layouts) > 1,
+        "generation": max(message["generation"] for message in messages),
+        "stamp": messages[0]["stamp"],
+    }
+
+
+def _explain(details: list[Any]) -> None:
+    found = claims.disagreements(details)
+    raise RefusalError([_difference(key, answers) for key, answers in found[:_NAMED_DIFFERENCES]])
+
+
+def _difference(key: str, answers: dict[str, list[int]]) -> RankFailure:
+    odd = min(answers.values(), key=len)
+    text = "; ".join(f"{said} on ranks {tuple(ranks)}" for said, ranks in answers.items())
+    return RankFailure(odd[0], "plan", "StateMismatchError", f"{key} is not the same on all ranks: {text}")

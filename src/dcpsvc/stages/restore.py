@@ -1,0 +1,259 @@
+"""Restore: verified bytes of a checkpoint into whatever boxes this rank needs, on any world size.
+
+Reading goes through DCP's ``load`` with the reader below, and DCP's own resharding says which part of which
+chunk goes where. Nothing in the model is touched until everything has been read and proven.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from dcpsvc.errors import StateMismatchError
+from dcpsvc.format.layout import ITEM_NBYTES
+from dcpsvc.state import dcp_quirks, documents
+from dcpsvc.state.dtypes import dtype_of
+from dcpsvc.state.saved import Saved, own_name
+from dcpsvc.storage.shards import VerifiedShard
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dcpsvc.format.layout import Chunk, Layout
+    from dcpsvc.format.layout import Tensor as Described
+    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.state.saved import Want
+    from dcpsvc.storage.base import Store
+
+_THREADS = 4
+_PIECE_NBYTES = 64 << 20
+
+
+class CheckpointReader(StorageReader):
+    """A DCP StorageReader over one committed checkpoint: ``dcp.load(state, storage_reader=...)`` reads it.
+
+    Every byte is verified against the manifest before it reaches a tensor. JSON values are handed to DCP in the
+    form it expects, made in memory; nothing stored is ever unpickled.
+
+    Args:
+        manifest: The commit record.
+        layout: Its layout.
+        stores: Where the files are, nearest first.
+    """
+
+    def __init__(self, manifest: Manifest, layout: Layout, stores: Sequence[Store]) -> None:
+        self.manifest, self.layout = manifest, layout
+        self._shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
+        self._documents: dict[str, Any] | None = None
+
+    def documents(self, *ranks: int) -> dict[str, Any]:
+        """The JSON documents held by the shards of ``ranks``."""
+        found: dict[str, Any] = {}
+        for rank in sorted(set(ranks)):
+            found |= self._shards[rank].documents()
+        return found
+
+    def saved_for(self, rank: int) -> Saved:
+        """The checkpoint as one rank's components see it."""
+        source = rank % self.manifest.world_size
+        found = self.documents(0, source)
+        return Saved(self.layout, found, rank, self.manifest.world_size, self.manifest.step)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Part of DCP's protocol: a reader is bound to its checkpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The layout in DCP's terms, and a bytes entry for each JSON value."""
+        found: dict[str, Any] = {}
+        for name in self.layout.names():
+            tensor = self.layout.find(name)
+            if tensor is not None:
+                found[name] = tensor_metadata(tensor)
+        for name, document in self._all_documents().items():
+            found |= {path: BytesStorageMetadata() for path in documents.leaves(document, name) if path not in found}
+        return Metadata(state_dict_metadata=found)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Nothing to change."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to change."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read every item, in file order, a few at a time."""
+        tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
+        tensors.sort(key=lambda item: self._place(item)[:2])
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="dcpsvc-read") as pool:
+            for _ in pool.map(lambda item: self._read_tensor(item, planner), tensors):
+                pass
+        for item in plan.items:
+            if item.type is LoadItemType.BYTE_IO:
+                planner.load_bytes(item, self._value(item.storage_index.fqn))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """DCP never has to choose this reader by itself."""
+        return False
+
+    def _all_documents(self) -> dict[str, Any]:
+        if self._documents is None:
+            self._documents = self.documents(*self._shards)
+        return self._documents
+
+    def _place(self, item: ReadItem) -> tuple[int, int, Chunk, str]:
+        tensor = self.layout.find(item.storage_index.fqn)
+        offsets = item.storage_index.offset
+        if tensor is None or offsets is None:
+            raise StateMismatchError(item.storage_index.fqn, "the checkpoint holds no such tensor")
+        chunk = next(c for c in tensor.chunks if c.offsets == tuple(offsets) and c.numel)
+        return chunk.rank, chunk.begin, chunk, tensor.dtype
+
+    def _read_tensor(self, item: ReadItem, planner: LoadPlanner) -> None:
+        rank, begin, chunk, dtype = self._place(item)
+        target = planner.resolve_tensor(item)
+        offsets, lengths = list(item.storage_offsets), list(item.lengths)
+        row_nbytes = math.prod(chunk.sizes[1:]) * ITEM_NBYTES[dtype]
+        first, rows = (offsets[0], lengths[0]) if offsets else (0, 1)
+        step = max(1, _PIECE_NBYTES // max(row_nbytes, 1))
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            at = begin + (first + row) * row_nbytes
+            data = self._shards[rank].read(at, at + count * row_nbytes)
+            part = _as_tensor(data, dtype, (count, *chunk.sizes[1:]) if offsets else ())
+            for dim in range(1, len(offsets)):
+                part = part.narrow(dim, offsets[dim], lengths[dim])
+            (target.narrow(0, row, count) if offsets else target).copy_(part)
+        planner.commit_tensor(item, target)
+
+    def _value(self, path: str) -> io.BytesIO:
+        for name, document in self._all_documents().items():
+            found = documents.leaves(document, name)
+            if path in found:
+                buffer = io.BytesIO()
+                torch.save(documents.decode(found[path], path, self._whole_tensor), buffer)
+                buffer.seek(0)
+                return buffer
+        raise StateMismatchError(path, "the checkpoint holds no such value")
+
+    def _whole_tensor(self, key: str) -> torch.Tensor:
+        saved = Saved(self.layout, {}, 0, self.manifest.world_size, self.manifest.step)
+        want = saved.want_whole(key)
+        read(self, [want])
+        return want.out
+
+
+class _WantPlanner(LoadPlanner):
+    """Plans exactly the boxes asked for, with DCP's resharding."""
+
+    def __init__(self, reader: CheckpointReader, wants: Sequence[Want]) -> None:
+        self._reader = reader
+        self._wants = {want.key: want for want in wants}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """The boxes are known already."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """Intersect each box with the saved chunks."""
+        return LoadPlan([item for want in self._wants.values() for item in self._items(want)])
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Each rank reads for itself."""
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """Nothing to change."""
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Never planned: documents are read by themselves."""
+        raise StateMismatchError(read_item.dest_index.fqn, "planned as a tensor, stored as a value")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """The part of the box that an item fills."""
+        target = self._wants[read_item.dest_index.fqn].out
+        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, offset, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing to do."""
+
+    def _items(self, want: Want) -> list[ReadItem]:
+        described = self._reader.layout.find(want.key)
+        if described is None or want.out.numel() == 0:
+            return []
+        box = ChunkStorageMetadata(torch.Size(want.offsets), want.out.shape)
+        return create_read_items_for_chunk_list(want.key, tensor_metadata(described), [box])
+
+
+def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
+    """Fill the box of every want with verified bytes. Any world size; no collective.
+
+    Raises:
+        CorruptShardError: A needed block is missing or not what was written; names the file.
+        StoreError: The store did not answer.
+    """
+    if not wants:
+        return
+    dcp_quirks.quiet()
+    try:
+        dcp.load({want.key: want.out for want in wants}, storage_reader=reader, planner=_WantPlanner(reader, wants), no_dist=True)
+    except BaseException as err:
+        cause = dcp_quirks.cause(err)
+        if cause is err:
+            raise
+        raise cause from None
+
+
+def tensor_metadata(tensor: Described) -> TensorStorageMetadata:
+    """A tensor of a layout in DCP's terms; empty chunks left out."""
+    chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks if c.numel]
+    return TensorStorageMetadata(TensorProperties(dtype=dtype_of(tensor.dtype)), torch.Size(tensor.shape), chunks)
+
+
+def summary(saved: Saved, loaded: Sequence[str], skipped: Sequence[str], world_size: int) -> str:
+    """One line on what was taken over, what was not, and what became of per-rank values."""
+    parts = [f"loaded: {', '.join(loaded)}"]
+    if skipped:
+        parts.append(f"skipped: {', '.join(skipped)}")
+    names = {name.split("@", 1)[0].split(".", 1)[0] for name in saved.documents}
+    if left := sorted(names - set(loaded) - set(skipped)):
+        parts.append(f"in the checkpoint but not in the state: {', '.join(left)}")
+    if saved.world_size != world_size and any(own_name(name, saved.source_rank) in saved.documents for name in loaded):
+        grown = "ranks beyond the saved ones start from rank % saved, their generators reseeded"
+        shrunk = "values of ranks that are gone are left out"
+        parts.append(f"{saved.world_size} -> {world_size} ranks: {grown if world_size > saved.world_size else shrunk}")
+    return "; ".join(parts)
+
+
+def _as_tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    raw = torch.empty(len(data), dtype=torch.uint8)
+    memoryview(raw.numpy())[:] = data
+    return raw.view(dtype_of(dtype)).view(shape)

@@ -1,0 +1,60 @@
+"""Retain: decide what to keep, delete the rest: manifest first, then data, on both tiers.
+
+A tombstone is written before anything is removed, so a deletion that was cut short is finished by the next run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dcpsvc import policies
+from dcpsvc.format.keys import TOMBSTONES, Attempt, attempt_of
+from dcpsvc.format.parse import compact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.policies import Keep
+    from dcpsvc.storage.base import Store
+
+
+def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Attempt, str]) -> list[Attempt]:
+    """The commits the rule lets go, oldest first. Pure.
+
+    Args:
+        rule: The user's policy.
+        commits: Every valid commit, ascending by step.
+        protected: Commits in use, and why.
+    """
+    decision = policies.decide(rule, commits, protected=dict(protected))
+    return [key for key in decision.remove if isinstance(key, Attempt)]
+
+
+def remove(store: Store, attempt: Attempt) -> None:
+    """Delete one checkpoint of a run root. From the second line on it does not exist; cut short, it is resumable."""
+    store.create(attempt.tombstone, compact({"step": attempt.step, "attempt": attempt.attempt}))
+    store.delete(attempt.manifest)
+    remove_data(store, attempt)
+    store.delete(attempt.tombstone)
+
+
+def remove_data(store: Store, attempt: Attempt) -> None:
+    """Delete every object below an attempt's own prefix."""
+    for entry in store.list(attempt.data):
+        store.delete(entry.key)
+
+
+def finish_removals(store: Store) -> list[Attempt]:
+    """Complete the deletions that a run which ended had begun; say which."""
+    begun = [attempt_of(entry.key) for entry in store.list(TOMBSTONES)]
+    attempts = [attempt for attempt in begun if attempt is not None]
+    for attempt in attempts:
+        remove(store, attempt)
+    return attempts
+
+
+def remove_local(store: Store, attempt: Attempt, rank: int) -> None:
+    """Delete this rank's part of a checkpoint from its node's local tier."""
+    store.delete(attempt.manifest)
+    store.delete(attempt.shard(rank))

@@ -1,0 +1,197 @@
+"""Shard: this rank's file on the local tier, planned and written through DCP's ``async_save``.
+
+DCP runs without collectives here (``no_dist``): the ranks have agreed before the gate opens and each knows its
+part, so there is nothing left to gather. Planner and writer are made anew for each save.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future as TorchFuture
+
+from dcpsvc.format import digest
+from dcpsvc.format.manifest import ShardRecord
+from dcpsvc.state import dcp_quirks
+from dcpsvc.state.dtypes import dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.metadata import StorageMeta
+    from torch.distributed.checkpoint.staging import AsyncStager
+
+    from dcpsvc.format.shardfile import Piece, Placement
+
+_WRITE_NBYTES = 16 << 20
+
+
+class ShardPlanner(SavePlanner):
+    """Plans what the placement says: the pieces of this rank, at their offsets."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._pieces = {piece.name: piece for piece in placement.pieces}
+        self._staged: Mapping[str, torch.Tensor] = {}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Receive the staged pieces."""
+        del storage_meta, is_coordinator
+        self._staged = state_dict
+
+    def create_local_plan(self) -> SavePlan:
+        """One item per piece."""
+        return SavePlan([_write_item(piece) for piece in self._pieces.values()])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """This rank's plan is all there is here; the global layout is ours."""
+        described = {name: _tensor_metadata(piece) for name, piece in self._pieces.items()}
+        return all_plans, Metadata(state_dict_metadata=dict(described))
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Nothing to change."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The staged piece."""
+        return self._staged[write_item.index.fqn]
+
+
+class ShardWriter(StorageWriter):
+    """Writes one shard: the arena as it is, then the block table computed in the same pass.
+
+    Args:
+        path: Where to; must not exist.
+        image: The file up to its block table.
+        rank: Global rank.
+        key: Run-relative key of the shard.
+    """
+
+    def __init__(self, path: Path, image: memoryview, *, rank: int, key: str) -> None:
+        self._path, self._image, self._rank, self._key = path, image, rank, key
+        self.record: ShardRecord | None = None
+        self.seconds = 0.0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Part of DCP's protocol: a writer is never used twice."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Make the attempt's directory."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to change."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Nothing to change."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Write, fsync, and make the record. The image holds every item at its place already."""
+        began = time.perf_counter()
+        table = _write(self._path, self._image)
+        self.record = ShardRecord(
+            rank=self._rank,
+            path=self._key,
+            nbytes=len(self._image) + len(table),
+            body_nbytes=len(self._image),
+            digest=digest.digest(table),
+        )
+        self.seconds = time.perf_counter() - began
+        results = [WriteResult(item.index, planner.resolve_data(item).nbytes, self._key) for item in plan.items]
+        done: TorchFuture[list[WriteResult]] = TorchFuture()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Nothing is committed here: the manifest is, after every rank's acknowledgement."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """DCP never has to choose this writer by itself."""
+        return False
+
+
+def begin(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    stager: AsyncStager,
+    placement: Placement,
+    writer: ShardWriter,
+    process_group: dist.ProcessGroup | None,
+) -> Future[Any]:
+    """Stage now, write when the stager's future resolves.
+
+    Returns:
+        Resolves when the shard is durable on the local tier (``writer.record`` is set then), or fails.
+    """
+    dcp_quirks.quiet()
+    response = dcp.async_save(
+        dict(tensors),
+        storage_writer=writer,
+        planner=ShardPlanner(placement),
+        process_group=process_group,
+        async_stager=stager,
+        no_dist=True,
+    )
+    return response if isinstance(response, Future) else response.upload_completion
+
+
+def _write(path: Path, image: memoryview) -> bytes:
+    """Write image and table to a new file, durably; return the table."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        tables: list[bytes] = []
+        for begin in range(0, len(image), _WRITE_NBYTES):
+            part = image[begin : begin + _WRITE_NBYTES]
+            tables.append(digest.table(part))
+            _write_all(descriptor, part)
+        table = b"".join(tables)
+        _write_all(descriptor, memoryview(table))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    _fsync_directory(path.parent)
+    return table
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while len(data):
+        data = data[os.write(descriptor, data) :]
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_item(piece: Piece) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size((0,) * len(piece.sizes)), torch.Size(piece.sizes))
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype_of(piece.dtype)), torch.Size(piece.sizes))
+    return WriteItem(MetadataIndex(piece.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _tensor_metadata(piece: Piece) -> TensorStorageMetadata:
+    chunk = ChunkStorageMetadata(torch.Size((0,) * len(piece.sizes)), torch.Size(piece.sizes))
+    return TensorStorageMetadata(TensorProperties(dtype=dtype_of(piece.dtype)), torch.Size(piece.sizes), [chunk])

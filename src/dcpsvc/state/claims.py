@@ -1,0 +1,106 @@
+"""What each rank says it would save, in a form that ranks can compare: before a byte is written.
+
+One digest per component travels with every save. Only when digests differ are the details exchanged, key by
+key, so the error can name what differs and on which ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from dcpsvc.format.digest import digest
+from dcpsvc.format.parse import compact
+from dcpsvc.state import documents
+from dcpsvc.state.collected import Sharing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dcpsvc.state.collected import Collected
+
+Claims = dict[str, dict[str, str]]
+"""Component -> key -> what this rank says about it."""
+
+_MAX_TEXT = 64
+
+
+def claims(collected: Collected, *, verify_replicas: bool) -> Claims:
+    """Everything the ranks must agree on.
+
+    Args:
+        collected: This rank's part.
+        verify_replicas: Whether the values of replicated tensors are compared; each is read once.
+    """
+    said: Claims = defaultdict(dict)
+    replicas = _hashes(collected) if verify_replicas else {}
+    for key, item in collected.items.items():
+        if item.sharing is not Sharing.PER_RANK:
+            said[component_of(key)][key] = f"{item.dtype}{list(item.shape)} {item.sharing}{replicas.get(key, '')}"
+    for key, of in collected.aliases.items():
+        said[component_of(key)][key] = f"is {of}"
+    for name, document in collected.documents.items():
+        said[component_of(name)].update({path: _text(leaf) for path, leaf in documents.leaves(document, name).items()})
+    for name in collected.own_documents:
+        said[component_of(name)][component_of(name)] = "per rank"
+    return said
+
+
+def component_of(key: str) -> str:
+    """The name in the user's mapping that a key belongs to."""
+    return key.split(".", 1)[0].split("@", 1)[0]
+
+
+def digests(said: Claims) -> dict[str, str]:
+    """One digest per component."""
+    return {component: digest(compact(sorted(keys.items()))) for component, keys in said.items()}
+
+
+def differing(by_rank: Sequence[Mapping[str, str]]) -> list[str]:
+    """Components whose digests are not the same everywhere, or that not every rank has."""
+    names = sorted({name for rank in by_rank for name in rank})
+    return [name for name in names if len({rank.get(name) for rank in by_rank}) > 1]
+
+
+def disagreements(by_rank: Sequence[Claims]) -> list[tuple[str, dict[str, list[int]]]]:
+    """Keys on which the ranks differ: for each, what is said and by whom. ``absent`` where a rank lacks it."""
+    keys = sorted({key for said in by_rank for component in said.values() for key in component})
+    flat: list[dict[str, str]] = [{k: v for part in said.values() for k, v in part.items()} for said in by_rank]
+    found: list[tuple[str, dict[str, list[int]]]] = []
+    for key in keys:
+        answers: dict[str, list[int]] = defaultdict(list)
+        for rank, said in enumerate(flat):
+            answers[said.get(key, "absent")].append(rank)
+        if len(answers) > 1:
+            found.append((key, dict(answers)))
+    return found
+
+
+def _text(leaf: Any) -> str:
+    data = compact(leaf)
+    return data.decode() if len(data) <= _MAX_TEXT else f"{data[:24].decode()}... ({digest(data)[:12]})"
+
+
+def _hashes(collected: Collected) -> dict[str, str]:
+    replicated = {k: item.tensor for k, item in collected.items.items() if item.sharing is Sharing.REPLICATED}
+    on_host = {k: f" {_hash_host(tensor):016x}" for k, tensor in replicated.items() if tensor.device.type == "cpu"}
+    elsewhere = {k: tensor for k, tensor in replicated.items() if tensor.device.type != "cpu" and tensor.numel()}
+    return on_host | _hash_on_device(elsewhere)
+
+
+def _hash_host(tensor: torch.Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return xxhash.xxh3_64_intdigest(memoryview(flat.numpy()))
+
+
+def _hash_on_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Hash where the data is and bring back 8 bytes per tensor, all in one transfer per device."""
+    if not tensors:
+        return {}
+    sums = torch.stack([torch.hash_tensor(tensor).cpu() for tensor in tensors.values()])
+    return {key: f" {value:016x}" for key, value in zip(tensors, sums.tolist(), strict=True)}

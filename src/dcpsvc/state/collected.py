@@ -1,0 +1,123 @@
+"""One rank's part of the state at one step: tensors by reference, documents by value, and what they claim."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dcpsvc.errors import StateError, UnsupportedStateError
+from dcpsvc.state.dtypes import name_of
+
+if TYPE_CHECKING:
+    from dcpsvc.format.layout import Shape
+
+
+class Sharing(StrEnum):
+    """Who holds a tensor, so who writes it."""
+
+    SHARDED = "sharded"
+    """Each rank holds a part (DTensor)."""
+    REPLICATED = "replicated"
+    """All ranks hold the same; verified equal, then each writes a share of the bytes."""
+    FIRST = "first"
+    """Rank 0's counts, whatever the others hold: module buffers, as DDP broadcasts them."""
+    PER_RANK = "per-rank"
+    """Each rank holds its own; the key carries the rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tensor of the state as this rank holds it.
+
+    Attributes:
+        tensor: The local part, not a copy.
+        dtype: Safetensors name.
+        shape: Of the whole tensor.
+        offsets: Where the local part begins in it.
+        sharing: Who holds it.
+        writes: Whether this rank writes its part (a sharded tensor may also be replicated).
+    """
+
+    tensor: torch.Tensor
+    dtype: str
+    shape: Shape
+    offsets: Shape
+    sharing: Sharing
+    writes: bool
+
+    @property
+    def claim(self) -> str:
+        """What every rank must agree on."""
+        return f"{self.dtype}{list(self.shape)} {self.sharing}"
+
+
+@dataclass(slots=True)
+class Collected:
+    """What one rank would save now.
+
+    Attributes:
+        rank: Global rank.
+        items: Tensors by key.
+        aliases: Further names of tensors stored once.
+        documents: JSON values by component that all ranks share.
+        own_documents: JSON values of this rank alone; the names carry the rank.
+    """
+
+    rank: int
+    items: dict[str, Item] = field(default_factory=dict[str, Item])
+    aliases: dict[str, str] = field(default_factory=dict[str, str])
+    documents: dict[str, Any] = field(default_factory=dict[str, Any])
+    own_documents: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def add(self, key: str, tensor: torch.Tensor, sharing: Sharing) -> None:
+        """Take a tensor in; a DTensor is sharded whatever ``sharing`` says."""
+        if key in self.items or key in self.aliases:
+            raise StateError(key, "two tensors of the state would have this name")
+        self.items[key] = _item(key, tensor.detach(), sharing)
+
+    def detach(self) -> None:
+        """Replace every reference by a copy."""
+        for key, item in self.items.items():
+            self.items[key] = replace(item, tensor=item.tensor.clone())
+
+
+def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
+    """Offsets and sizes of what this rank holds of a tensor."""
+    if isinstance(tensor, DTensor):
+        chunks = tensor.__create_chunk_list__()
+        if chunks:
+            return tuple(chunks[0].offsets), tuple(chunks[0].sizes)
+    return (0,) * tensor.dim(), tuple(tensor.shape)
+
+
+def _item(key: str, tensor: torch.Tensor, sharing: Sharing) -> Item:
+    if tensor.is_meta:
+        raise UnsupportedStateError(key, "the tensor is on the meta device: it has no values to save")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
+    writes = True
+    offsets, _ = local_chunk(tensor)
+    shape = tuple(tensor.shape)
+    if isinstance(tensor, DTensor):
+        if sharing is Sharing.PER_RANK:
+            raise UnsupportedStateError(key, "a DTensor is shared by all ranks and cannot be PerRank")
+        sharing, writes, tensor = Sharing.SHARDED, _writes(key, tensor), tensor.to_local()
+    return Item(tensor, name_of(tensor.dtype, key), shape, offsets, sharing, writes)
+
+
+def _writes(key: str, tensor: DTensor) -> bool:
+    """Of the ranks that hold the same part, one writes it: a different one for different keys."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
+        if placement.is_partial():
+            raise UnsupportedStateError(key, "a DTensor with a pending reduction (Partial) has no values to save")
+        if placement.is_replicate() and place != zlib.crc32(key.encode()) % size:
+            return False
+    return True

@@ -1,0 +1,163 @@
+"""torch optimizers: state by parameter FQN, complete where it exists and absent where it does not.
+
+Unlike ``get_optimizer_state_dict`` nothing is initialised on the way: a parameter that never had a gradient has
+no state, before the save and after the load. Reading state out never steps the optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dcpsvc.errors import StateError, StateMismatchError
+from dcpsvc.state import documents
+from dcpsvc.state.collected import Collected, Sharing, local_chunk
+from dcpsvc.state.module import parameter_names
+from dcpsvc.state.saved import Saved, Want, copy_into, like
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class OptimizerComponent:
+    """An optimizer's state and hyper-parameters."""
+
+    def __init__(self, name: str, optimizer: Optimizer, modules: Sequence[nn.Module]) -> None:
+        self._name, self._optimizer, self._modules = name, optimizer, modules
+
+    def collect(self, into: Collected) -> None:
+        """Every state tensor under ``<name>.state.<fqn>.<entry>``; the rest is one document."""
+        tensors: dict[str, torch.Tensor] = {}
+        names = self._names()
+        document = {
+            "state": {
+                names[id(parameter)]: self._encode(f"state.{names[id(parameter)]}", self._optimizer.state[parameter], tensors)
+                for group in self._optimizer.param_groups
+                for parameter in group["params"]
+                if parameter in self._optimizer.state
+            },
+            "param_groups": [
+                self._encode(f"param_groups.{index}", _without_params(group), tensors)
+                | {"params": [names[id(parameter)] for parameter in group["params"]]}
+                for index, group in enumerate(self._optimizer.param_groups)
+            ],
+        }
+        into.documents[self._name] = document
+        for key, tensor in tensors.items():
+            into.add(key, tensor, Sharing.REPLICATED)
+
+    def wants(self, saved: Saved) -> list[Want]:
+        """The saved state of each parameter, in the box this rank holds of that parameter."""
+        document = saved.document(self._name)
+        self._check_groups(document)
+        wants = [
+            _want(saved, key, parameter)
+            for parameter, entries in self._saved_state(document)
+            for key in documents.tensor_names(entries)
+        ]
+        groups = documents.tensor_names(document["param_groups"])
+        return wants + [saved.want_whole(key) for key in groups]
+
+    def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace state and hyper-parameters; a parameter without saved state has none afterwards."""
+        document = saved.document(self._name)
+        for group, values in zip(self._optimizer.param_groups, document["param_groups"], strict=True):
+            for name, value in values.items():
+                if name != "params":
+                    group[name] = _decode(value, f"{self._name}.{name}", group.get(name), tensors)
+        state = {parameter: dict(self._optimizer.state.get(parameter, {})) for parameter in self._parameters()}
+        self._optimizer.state.clear()
+        for parameter, entries in self._saved_state(document):
+            old = state[parameter]
+            self._optimizer.state[parameter] = {
+                name: _decode(value, f"{self._name}.{name}", old.get(name), tensors, parameter, self._on_host(parameter))
+                for name, value in entries.items()
+            }
+
+    def _encode(self, path: str, values: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        prefix = f"{self._name}.{path}"
+        return {name: documents.encode(value, f"{prefix}.{name}", tensors) for name, value in values.items()}
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _names(self) -> dict[int, str]:
+        """A name for each parameter: its FQN, or its place in the groups where no module of the state has it."""
+        known: dict[int, str] = {}
+        for module in self._modules:
+            known |= parameter_names(module)
+        names = {
+            id(parameter): known.get(id(parameter), f"group-{g}-{p}")
+            for g, group in enumerate(self._optimizer.param_groups)
+            for p, parameter in enumerate(group["params"])
+        }
+        if len(set(names.values())) != len(names):
+            raise StateError(self._name, "two modules of the state have parameters of one name; use an optimizer for each")
+        return names
+
+    def _saved_state(self, document: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        names = self._names()
+        by_name = {names[id(parameter)]: parameter for parameter in self._parameters()}
+        return [(by_name[name], entries) for name, entries in document["state"].items()]
+
+    def _check_groups(self, document: Any) -> None:
+        names = self._names()
+        mine = [sorted(names[id(p)] for p in group["params"]) for group in self._optimizer.param_groups]
+        theirs = [sorted(group["params"]) for group in document["param_groups"]]
+        if mine == theirs:
+            return
+        if len(mine) != len(theirs):
+            reason = f"saved with {len(theirs)} parameter groups, here there are {len(mine)}"
+            raise StateMismatchError(self._name, reason)
+        index, ours, saved = next((i, m, t) for i, (m, t) in enumerate(zip(mine, theirs, strict=True)) if m != t)
+        odd = sorted(set(ours) ^ set(saved))[:3]
+        raise StateMismatchError(f"{self._name}.param_groups.{index}", f"parameters differ: {', '.join(odd)}")
+
+    def _on_host(self, parameter: torch.Tensor) -> bool:
+        """Whether this parameter's step counter lives on the host, as torch decides it."""
+        group = next(g for g in self._optimizer.param_groups if any(p is parameter for p in g["params"]))
+        return not (group.get("capturable") or group.get("fused"))
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _want(saved: Saved, key: str, parameter: torch.Tensor) -> Want:
+    """Moments have the parameter's shape, so its box; counters and the like are taken whole."""
+    described = saved.tensor(key)
+    if isinstance(parameter, DTensor) and described.shape == tuple(parameter.shape):
+        return saved.want_box(key, *local_chunk(parameter))
+    return saved.want_whole(key)
+
+
+def _decode(
+    value: Any,
+    path: str,
+    old: Any,
+    tensors: Mapping[str, torch.Tensor],
+    parameter: torch.Tensor | None = None,
+    scalars_on_host: bool = True,
+) -> Any:
+    """A saved value; into the old tensor where that fits, else as a new one beside its parameter."""
+
+    def tensor(name: str) -> torch.Tensor:
+        loaded = tensors[name]
+        if isinstance(old, torch.Tensor) and old.dtype == loaded.dtype and _local_shape(old) == loaded.shape:
+            copy_into(old, loaded)
+            return old
+        if parameter is None or (loaded.dim() == 0 and scalars_on_host):
+            return loaded
+        same_box = _local_shape(parameter) == loaded.shape and loaded.dim() > 0
+        return like(parameter, loaded) if same_box else loaded.to(parameter.device)
+
+    return documents.decode(value, path, tensor)
+
+
+def _local_shape(tensor: torch.Tensor) -> torch.Size:
+    return tensor.to_local().shape if isinstance(tensor, DTensor) else tensor.shape

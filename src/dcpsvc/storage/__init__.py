@@ -1,0 +1,1 @@
+"""Durable places for a run root: a directory, this process's memory, or any fsspec URL."""

@@ -1,0 +1,80 @@
+"""The Store contract: what every durable place offers, and what both sides may rely on.
+
+A store holds immutable objects under run-relative keys (``data/step-.../rank-00003.safetensors``).
+Callers never write one key twice; stores never show half an object. Every method is blocking, may be
+called from any thread, and raises only :class:`~dcpsvc.errors.StoreError` and its children.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+class Entry(NamedTuple):
+    """One object as a listing shows it."""
+
+    key: str
+    nbytes: int
+
+
+class Store(Protocol):
+    """A durable place for one run root."""
+
+    @property
+    def url(self) -> str:
+        """Where this is, for people; never holds credentials."""
+        ...
+
+    @property
+    def atomic_create(self) -> bool:
+        """Whether :meth:`create` lets exactly one of several racing writers win."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write ``data`` if no object has that key; say whether this call did.
+
+        Durable when it returns True. Where :attr:`atomic_create` is False two racing callers may both
+        be told True; the protocol must be right without it and uses it as a fence where it works.
+        """
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object, durable when this returns. All or nothing."""
+        ...
+
+    def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
+        """Carry a finished local file to ``key``, durable when this returns. All or nothing.
+
+        Args:
+            key: Where to.
+            path: A file that nobody changes meanwhile.
+            progress: Called with the number of bytes just sent, from any thread.
+        """
+        ...
+
+    def get(self, key: str, *, max_nbytes: int) -> bytes:
+        """Read a whole small object. One larger than ``max_nbytes`` is refused before it is read."""
+        ...
+
+    def read(self, key: str, begin: int, end: int) -> bytes:
+        """Read bytes ``[begin, end)``; an object shorter than ``end`` is a StoreError, never a short answer."""
+        ...
+
+    def list(self, prefix: str) -> list[Entry]:
+        """All objects whose key starts with ``prefix`` (a folder: ``"manifests/"``), sorted by key.
+
+        A failure raises. It is never an empty list. A prefix nobody has written is an empty list.
+        """
+        ...
+
+    def size(self, key: str) -> int:
+        """Bytes of an object; StoreNotFoundError where there is none."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object, durably; no error where there is none."""
+        ...

@@ -1,0 +1,172 @@
+"""A run root behind any fsspec URL: S3 first, then whatever fsspec has an implementation for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from dcpsvc.errors import StoreNotFoundError
+from dcpsvc.storage.base import Entry
+from dcpsvc.storage.conflict import holds
+from dcpsvc.storage.names import check_key, check_prefix, is_temp, redact
+from dcpsvc.storage.oserror import local_file_error
+from dcpsvc.storage.ranges import check_end, check_length, check_limit, check_range
+from dcpsvc.storage.remoteerror import from_remote_error, secrets_in
+from dcpsvc.storage.wire import open_wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping
+    from pathlib import Path
+
+
+class ObjectStore:
+    """Objects behind an fsspec URL, such as ``s3://bucket/run``.
+
+    On S3 :meth:`create` says True as well where the stored bytes are exactly ``data``: the answer to our own write
+    may have been lost. Buckets are never created. On file systems behind fsspec (sftp, smb, ...) nothing is synced:
+    durable means what that server means by it.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        options = dict(storage_options or {})
+        self._url = redact(url).rstrip("/")
+        self._secrets = [*secrets_in(options), *_passwords_in(url)]
+        with self._translated("open", ""):
+            self._wire, self._root = open_wire(url, options)
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self._url!r})"
+
+    @property
+    def url(self) -> str:
+        """The URL without user name and password."""
+        return self._url
+
+    @property
+    def atomic_create(self) -> bool:
+        """Whether the protocol can do it; only a probe can tell whether the server does (Swift's S3 does not)."""
+        return self._wire.atomic_create
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`; at most 32 MiB."""
+        path = self._path("create", key)
+        with self._translated("create", key):
+            created = self._wire.create(path, data)
+        return created or (self.atomic_create and holds(self, key, data))
+
+    def put(self, key: str, data: bytes) -> None:
+        """See :meth:`Store.put <dcpsvc.storage.base.Store.put>`."""
+        path = self._path("put", key)
+        with self._translated("put", key):
+            self._wire.put(path, data)
+
+    def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
+        """See :meth:`Store.put_file <dcpsvc.storage.base.Store.put_file>`."""
+        target, where = self._path("put_file", key), self._where(key)
+        nbytes = _local_size(where, path)
+        sent = _Sent(progress)
+        with self._translated("put_file", key):
+            self._wire.put_file(target, path, nbytes, sent.upto)
+        check_length("put_file", where, self._size("put_file", key), nbytes)
+        # Some file systems copy without reporting anything.
+        sent.upto(nbytes)
+
+    def get(self, key: str, *, max_nbytes: int) -> bytes:
+        """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""
+        nbytes = self._size("get", key)
+        check_limit(self._where(key), nbytes, max_nbytes)
+        return self._range("get", key, 0, nbytes)
+
+    def read(self, key: str, begin: int, end: int) -> bytes:
+        """See :meth:`Store.read <dcpsvc.storage.base.Store.read>`."""
+        check_range(self._where(key), begin, end)
+        if begin == end:
+            check_end(self._where(key), self._size("read", key), end)
+        return self._range("read", key, begin, end)
+
+    def list(self, prefix: str) -> list[Entry]:
+        """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`; lists that prefix only, and never from a cache."""
+        check_prefix("list", prefix)
+        with self._translated("list", prefix):
+            found = list(self._wire.listing(self._root, prefix))
+        entries = (self._entry(name, nbytes) for name, nbytes in found)
+        return sorted(entry for entry in entries if entry and entry.key.startswith(prefix))
+
+    def size(self, key: str) -> int:
+        """See :meth:`Store.size <dcpsvc.storage.base.Store.size>`."""
+        return self._size("size", key)
+
+    def delete(self, key: str) -> None:
+        """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
+        path = self._path("delete", key)
+        with contextlib.suppress(StoreNotFoundError), self._translated("delete", key):
+            self._wire.delete(path)
+
+    def _size(self, operation: str, key: str) -> int:
+        path = self._path(operation, key)
+        with self._translated(operation, key):
+            return self._wire.size(path)
+
+    def _range(self, operation: str, key: str, begin: int, end: int) -> bytes:
+        path, where = self._path(operation, key), self._where(key)
+        if begin == end:
+            return b""
+        with self._translated(operation, key):
+            data = self._wire.read(path, begin, end)
+        if len(data) < end - begin:
+            # A short answer is either a short object or a broken connection; only the size can tell.
+            check_end(where, self._size(operation, key), end)
+        check_length(operation, where, len(data), end - begin)
+        return data
+
+    @contextlib.contextmanager
+    def _translated(self, operation: str, key: str) -> Generator[None]:
+        try:
+            yield
+        # Every client library below fsspec has an error tree of its own, and some raise bare Exceptions.
+        except Exception as err:
+            translated = from_remote_error(operation, self._where(key), err, self._secrets)
+            if translated is err:
+                raise
+            raise translated from err
+
+    def _entry(self, name: str, nbytes: int) -> Entry | None:
+        # fsspec's file systems disagree about a leading slash.
+        key = name.strip("/").removeprefix(self._root.strip("/")).lstrip("/")
+        # A name that ends in "/" is a console's idea of an empty folder.
+        if not key or name.endswith("/") or is_temp(key.rpartition("/")[2]):
+            return None
+        return Entry(key, nbytes)
+
+    def _path(self, operation: str, key: str) -> str:
+        check_key(operation, key)
+        return f"{self._root}/{key}"
+
+    def _where(self, key: str) -> str:
+        return f"{self._url}/{key}" if key else self._url
+
+
+class _Sent:
+    """Turns "so many bytes are gone" into "so many more"."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress, self._nbytes = progress, 0
+
+    def upto(self, nbytes: int) -> None:
+        more, self._nbytes = nbytes - self._nbytes, max(nbytes, self._nbytes)
+        if self._progress and more > 0:
+            self._progress(more)
+
+
+def _local_size(where: str, path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, 2)
+    except OSError as err:
+        raise local_file_error(where, path, err) from err
+
+
+def _passwords_in(url: str) -> list[str]:
+    password = urlsplit(url).password
+    return [password, unquote(password)] if password else []

@@ -1,0 +1,185 @@
+"""A run root in a directory: a local disk, NFS, Lustre, GPFS."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcpsvc.errors import StoreError, StoreNotFoundError
+from dcpsvc.storage import posixfile
+from dcpsvc.storage.base import Entry
+from dcpsvc.storage.names import check_key, check_prefix, is_temp
+from dcpsvc.storage.oserror import from_os_error, local_file_error
+from dcpsvc.storage.ranges import check_end, check_length, check_limit, check_range
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+_TOP_LEVEL = 2
+"""Components of a key directly below a top-level folder; such folders are never removed."""
+
+
+class PosixStore:
+    """Objects are files below ``root``; a missing root is made by the first write.
+
+    A file is written aside, synced, and linked (:meth:`create`) or renamed (:meth:`put`) to its name, so readers see
+    a whole object or none, and a crash of the machine loses nothing that was reported written. A killed writer
+    leaves a ``.tmp-*`` file that no listing shows.
+    """
+
+    def __init__(self, root: Path) -> None:
+        # A later chdir must not move the run root.
+        self._root = Path(root).absolute()
+
+    def __repr__(self) -> str:
+        return f"PosixStore({str(self._root)!r})"
+
+    @property
+    def url(self) -> str:
+        """The directory, as an absolute path."""
+        return str(self._root)
+
+    @property
+    def atomic_create(self) -> bool:
+        """Always: ``link(2)`` refuses an existing name, on NFS too."""
+        return True
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`."""
+        return self._place("create", key, lambda fd: posixfile.write_all(fd, data), posixfile.link)
+
+    def put(self, key: str, data: bytes) -> None:
+        """See :meth:`Store.put <dcpsvc.storage.base.Store.put>`."""
+        self._place("put", key, lambda fd: posixfile.write_all(fd, data), posixfile.rename)
+
+    def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
+        """See :meth:`Store.put_file <dcpsvc.storage.base.Store.put_file>`."""
+        where = self._where(key)
+        try:
+            source = path.open("rb", buffering=0)
+        except OSError as err:
+            raise local_file_error(where, path, err) from err
+        with source:
+
+            def fill(fd: int) -> None:
+                expected = os.fstat(source.fileno()).st_size
+                check_length("put_file", where, posixfile.copy(source, fd, progress), expected)
+
+            self._place("put_file", key, fill, posixfile.rename)
+
+    def get(self, key: str, *, max_nbytes: int) -> bytes:
+        """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""
+        with self._opened("get", key) as (fd, nbytes):
+            check_limit(self._where(key), nbytes, max_nbytes)
+            data = posixfile.read_range(fd, 0, nbytes)
+        check_length("get", self._where(key), len(data), nbytes)
+        return data
+
+    def read(self, key: str, begin: int, end: int) -> bytes:
+        """See :meth:`Store.read <dcpsvc.storage.base.Store.read>`."""
+        check_range(self._where(key), begin, end)
+        with self._opened("read", key) as (fd, nbytes):
+            check_end(self._where(key), nbytes, end)
+            data = posixfile.read_range(fd, begin, end)
+        check_length("read", self._where(key), len(data), end - begin)
+        return data
+
+    def list(self, prefix: str) -> list[Entry]:
+        """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""
+        parts = check_prefix("list", prefix)
+        # The folder is found as the parent of any object in it, so one check serves keys and prefixes.
+        folder = self._locate("list", prefix, (*parts, "any")).parent
+        with self._translated("list", prefix):
+            return sorted(_walk(folder, prefix))
+
+    def size(self, key: str) -> int:
+        """See :meth:`Store.size <dcpsvc.storage.base.Store.size>`."""
+        with self._opened("size", key) as (_, nbytes):
+            return nbytes
+
+    def delete(self, key: str) -> None:
+        """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`; an emptied ``data/<attempt>/`` goes with it."""
+        parts = check_key("delete", key)
+        target = self._locate("delete", key, parts)
+        with self._translated("delete", key), contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            target.unlink(missing_ok=True)
+            # Also where there was nothing: an earlier delete may have failed at exactly this point.
+            posixfile.sync_directory(target.parent)
+            if len(parts) > _TOP_LEVEL and posixfile.remove_if_empty(target.parent):
+                posixfile.sync_directory(target.parent.parent)
+
+    def _place(
+        self, operation: str, key: str, fill: Callable[[int], None], publish: Callable[[Path, Path], bool]
+    ) -> bool:
+        target = self._locate(operation, key, check_key(operation, key))
+        with self._translated(operation, key):
+            fd, temp = posixfile.open_temp(target.parent)
+            try:
+                try:
+                    fill(fd)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                placed = publish(temp, target)
+            finally:
+                # A temporary name that stays is never listed, and must not hide what went wrong before.
+                with contextlib.suppress(OSError):
+                    temp.unlink(missing_ok=True)
+            posixfile.sync_upwards(target.parent, self._real_root())
+            return placed
+
+    @contextlib.contextmanager
+    def _opened(self, operation: str, key: str) -> Generator[tuple[int, int]]:
+        target = self._locate(operation, key, check_key(operation, key))
+        with self._translated(operation, key):
+            # O_NONBLOCK: a FIFO among the objects must not hang the reader.
+            fd = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                if stat.S_ISDIR(status.st_mode):
+                    raise StoreNotFoundError(operation, self._where(key), "there is no such object")
+                if not stat.S_ISREG(status.st_mode):
+                    raise StoreError(operation, self._where(key), "it is not a regular file")
+                yield fd, status.st_size
+            finally:
+                os.close(fd)
+
+    @contextlib.contextmanager
+    def _translated(self, operation: str, key: str) -> Generator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise from_os_error(operation, self._where(key), err) from err
+
+    def _real_root(self) -> Path:
+        return Path(os.path.realpath(self._root))
+
+    def _locate(self, operation: str, key: str, parts: tuple[str, ...]) -> Path:
+        root = self._real_root()
+        parent = Path(os.path.realpath(root.joinpath(*parts[:-1])))
+        if not parent.is_relative_to(root):
+            raise StoreError(operation, self._where(key), f"a symbolic link leads out of the run root, to {parent}")
+        return parent / parts[-1]
+
+    def _where(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[Entry]:
+    try:
+        found = os.scandir(folder)
+    except FileNotFoundError:
+        # Never written, or removed by a delete since its parent was read.
+        return
+    with found:
+        for item in found:
+            if is_temp(item.name):
+                continue
+            if item.is_dir(follow_symlinks=False):
+                yield from _walk(folder / item.name, f"{prefix}{item.name}/")
+            elif item.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):
+                    yield Entry(f"{prefix}{item.name}", item.stat(follow_symlinks=False).st_size)

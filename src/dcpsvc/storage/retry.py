@@ -1,0 +1,186 @@
+"""Another try for what may pass: a store around a store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import tenacity
+
+from dcpsvc.errors import StoreError, StoreUnavailableError
+from dcpsvc.storage.conflict import holds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from dcpsvc.storage.base import Entry, Store
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_FIRST_WAIT_S = 0.5
+
+
+class RetryingStore:
+    """A store that tries again where an error is :attr:`transient <dcpsvc.errors.StoreError.transient>`.
+
+    Waits grow exponentially with full jitter, so that many ranks turned away together do not come back together.
+
+    Args:
+        store: Does the work.
+        tries: At most so many calls for one operation.
+        deadline_s: No new try begins later than this after the first one failed. The first try is not counted: the
+            upload of a large shard may rightly take longer.
+        wait_max_s: Longest pause between two tries.
+        stop: Once set, no further try begins, and a pause ends at once; the last error is raised.
+        clock: Seconds that only grow.
+        pause: Waits so many seconds and says whether to stop; by default waits for ``stop``.
+    """
+
+    def __init__(  # noqa: PLR0913  keyword-only, each with a default
+        self,
+        store: Store,
+        *,
+        tries: int = 5,
+        deadline_s: float = 60.0,
+        wait_max_s: float = 10.0,
+        stop: threading.Event | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], bool] | None = None,
+    ) -> None:
+        self._store, self._tries, self._deadline_s = store, tries, deadline_s
+        self._stop = stop or threading.Event()
+        self._clock, self._pause = clock, pause or self._stop.wait
+        self._wait = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=wait_max_s)
+
+    def __repr__(self) -> str:
+        return f"RetryingStore({self._store!r})"
+
+    @property
+    def url(self) -> str:
+        """The inner store's."""
+        return self._store.url
+
+    @property
+    def atomic_create(self) -> bool:
+        """The inner store's."""
+        return self._store.atomic_create
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`.
+
+        After a try whose answer was lost, an object that holds exactly ``data`` counts as created by this call.
+        """
+        unsure = False
+
+        def attempt() -> bool:
+            nonlocal unsure
+            try:
+                return self._store.create(key, data) or (unsure and holds(self._store, key, data))
+            except StoreUnavailableError:
+                unsure = True
+                raise
+
+        return self._run(attempt)
+
+    def put(self, key: str, data: bytes) -> None:
+        """See :meth:`Store.put <dcpsvc.storage.base.Store.put>`."""
+        self._run(lambda: self._store.put(key, data))
+
+    def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
+        """See :meth:`Store.put_file <dcpsvc.storage.base.Store.put_file>`; no byte is reported twice."""
+        reported = _Reported(progress)
+        self._run(lambda: self._store.put_file(key, path, progress=reported.attempt()))
+
+    def get(self, key: str, *, max_nbytes: int) -> bytes:
+        """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""
+        return self._run(lambda: self._store.get(key, max_nbytes=max_nbytes))
+
+    def read(self, key: str, begin: int, end: int) -> bytes:
+        """See :meth:`Store.read <dcpsvc.storage.base.Store.read>`."""
+        return self._run(lambda: self._store.read(key, begin, end))
+
+    def list(self, prefix: str) -> list[Entry]:
+        """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""
+        return self._run(lambda: self._store.list(prefix))
+
+    def size(self, key: str) -> int:
+        """See :meth:`Store.size <dcpsvc.storage.base.Store.size>`."""
+        return self._run(lambda: self._store.size(key))
+
+    def delete(self, key: str) -> None:
+        """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
+        self._run(lambda: self._store.delete(key))
+
+    def _run(self, call: Callable[[], T]) -> T:
+        patience = _Patience(self._clock, self._tries, self._deadline_s, self._stop)
+
+        def pause(seconds: float) -> None:
+            # Raising here is the only way to make no further try: tenacity tries once more after every pause.
+            if self._pause(seconds) and patience.last:
+                raise patience.last
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(patience.forgives),
+            stop=patience.is_over,
+            wait=self._wait,
+            sleep=pause,
+            before_sleep=_log_retry,
+            reraise=True,
+        )(call)
+
+
+class _Patience:
+    """How much of it one operation has left."""
+
+    def __init__(self, clock: Callable[[], float], tries: int, deadline_s: float, stop: threading.Event) -> None:
+        self._clock, self._tries, self._deadline_s, self._stop = clock, tries, deadline_s, stop
+        self._failing_since: float | None = None
+        self.last: StoreError | None = None
+
+    def forgives(self, err: BaseException) -> bool:
+        """Whether an error is worth another try at all."""
+        if not (isinstance(err, StoreError) and err.transient):
+            return False
+        self.last = err
+        if self._failing_since is None:
+            self._failing_since = self._clock()
+        return True
+
+    def is_over(self, state: tenacity.RetryCallState) -> bool:
+        """Whether the try that just failed was the last."""
+        failing_s = 0.0 if self._failing_since is None else self._clock() - self._failing_since
+        late = failing_s + state.upcoming_sleep > self._deadline_s
+        return late or state.attempt_number >= self._tries or self._stop.is_set()
+
+
+class _Reported:
+    """The progress of several tries as one: only what goes beyond the best try so far."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress, self._best, self._lock = progress, 0, threading.Lock()
+
+    def attempt(self) -> Callable[[int], None] | None:
+        """The progress callback for one try."""
+        progress = self._progress
+        if progress is None:
+            return None
+        sent = 0
+
+        def more(nbytes: int) -> None:
+            nonlocal sent
+            with self._lock:
+                sent += nbytes
+                news = sent - self._best
+                self._best = max(sent, self._best)
+            if news > 0:
+                progress(news)
+
+        return more
+
+
+def _log_retry(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    _log.warning("event=store_retry attempt=%d wait_s=%.2f error=%s", state.attempt_number, state.upcoming_sleep, error)
