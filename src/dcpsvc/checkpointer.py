@@ -349,7 +349,7 @@ class Checkpointer:
         save.writer = shard.ShardWriter(path, snapshot.image, rank=rank, key=save.key.shard(rank))
         save.written = shard.begin(
             snapshot.tensors, stager=save.stager, placement=snapshot.placement, writer=save.writer,
-            process_group=self._job.group.process_group,
+            process_group=self._job.dcp_group,
         )  # fmt: skip
         save.proposal = ack.Proposal(
             step=save.key.step, said=said, part=part, known_layout=self._life.known_layout(part), stamp=stamp

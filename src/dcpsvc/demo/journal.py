@@ -62,7 +62,7 @@ class Journal:
     def save(self, pending: PendingSave) -> None:
         """Report a save once it is over, well or badly."""
 
-        def report(committed: Future[Any]) -> None:
+        def report(_committed: Future[None]) -> None:
             timings = pending.timings
             self._tell(
                 "save",
@@ -72,7 +72,7 @@ class Journal:
                 blocked_ms=timings.blocked_s * 1e3,
                 local_s=timings.local_s,
                 commit_lag_s=timings.commit_lag_s,
-                state="failed" if committed.cancelled() or committed.exception() else "committed",
+                state=pending.state,
             )
 
         pending.committed.add_done_callback(report)

@@ -18,7 +18,7 @@ from dcpsvc.demo.journal import Kill
 from dcpsvc.demo.launch import Finished, Job, JobTimeoutError, run_job
 from dcpsvc.demo.screen import Live, Plain, Row, Screen, Silent
 from dcpsvc.demo.verdict import Difference, Listed, compare, rows
-from dcpsvc.errors import DcpsvcError
+from dcpsvc.errors import DcpsvcError, RootError, UnsupportedFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -85,7 +85,7 @@ def run_demo(
     and that one started again. Needs no network beyond the loopback interface, unless ``root`` is a URL.
 
     Args:
-        root: The run roots are ``<root>/reference`` and ``<root>/run``, and neither may hold checkpoints yet; by
+        root: The run roots are ``<root>/reference`` and ``<root>/run``, and neither may hold a run yet; by
             default below the demo's directory.
         parallel: ``"fsdp"``, ``"ddp"``, or ``"none"`` for one process without torchrun.
         ranks: Number of processes.
@@ -156,8 +156,8 @@ class _Demo:
             msg = f"{self.outcome.directory} is not empty; the demo needs a directory of its own"
             raise DemoError(msg)
         for name in ("reference", "run"):
-            if self._listed(name):
-                msg = f"{self.outcome.root}/{name} already holds checkpoints; the demo needs a fresh root"
+            if self._is_taken(name):
+                msg = f"{self.outcome.root}/{name} already holds a run; the demo needs a fresh root"
                 raise DemoError(msg)
 
     def _reference_run(self) -> Story:
@@ -226,6 +226,15 @@ class _Demo:
         if finished.exit_code or not finished.story.done:
             msg = f"the {name} run failed with exit code {finished.exit_code}\n{finished.output}"
             raise DemoError(msg)
+
+    def _is_taken(self, store: str) -> bool:
+        try:
+            self._listed(store)
+        except UnsupportedFormatError:
+            return True
+        except RootError:
+            return False
+        return True
 
     def _listed(self, store: str) -> Sequence[Listed]:
         return dcpsvc.list_checkpoints(f"{self.outcome.root}/{store}", storage_options=self.storage_options)

@@ -64,16 +64,17 @@ def _number(loss_hex: str | None) -> str:
 
 def rows(stories: Iterable[Story], listed: Sequence[Listed]) -> list[Row]:
     """One row an attempt, in the order of the saves: timings from the runs, the state from the run root."""
-    found: dict[str, Row] = {}
+    found: dict[tuple[int, str], Row] = {}
     for story in stories:
         for save in story.saves:
-            found[save["attempt"]] = Row(**{key: value for key, value in save.items() if key != "kind"})
+            row = Row(**{key: value for key, value in save.items() if key != "kind"})
+            gone = row.state == "committed"  # unless the root still has it
+            found[row.step, row.attempt] = replace(row, state="deleted") if gone else row
         if story.killed:
-            found[story.killed_attempt] = Row(step=story.killed.step, attempt=story.killed_attempt, state="killed")
-    for attempt, row in found.items():
-        if row.state == "committed":  # unless the root still has it
-            found[attempt] = replace(row, state="deleted")
-    for entry in sorted(listed, key=lambda entry: entry.step):
-        before = found.get(entry.attempt, Row(step=entry.step, attempt=entry.attempt, state=entry.state))
-        found[entry.attempt] = replace(before, state=entry.state, nbytes=entry.nbytes)
+            key = story.killed.step, story.killed_attempt
+            found[key] = Row(step=story.killed.step, attempt=story.killed_attempt, state="killed")
+    for entry in listed:
+        key = entry.step, entry.attempt
+        before = found.get(key, Row(step=entry.step, attempt=entry.attempt, state=entry.state))
+        found[key] = replace(before, state=entry.state, nbytes=entry.nbytes)
     return sorted(found.values(), key=lambda row: row.step)

@@ -82,6 +82,16 @@ class SoloStore:
             self._values.pop(key, None)
 
 
+def group_for_dcp(timeout_s: float) -> dist.ProcessGroup | None:
+    """The group to name to ``async_save``, which only asks that it has a CPU backend and communicates on none.
+
+    None stands for the default group, where that has one. Collective otherwise; call it where all ranks arrived.
+    """
+    if not dist.is_initialized() or "cpu" in dist.get_backend_config():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
 class Group:
     """A gloo group of all ranks, for one thread of ours. Made without a collective on any other group.
 
@@ -107,11 +117,6 @@ class Group:
         backend._set_sequence_number_for_group()  # noqa: SLF001
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)  # noqa: SLF001
         self._group, self.generation, self.poisoned = group, generation, False
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """For DCP, which asks for a group with a CPU backend; None where torch.distributed is not initialised."""
-        return self._group
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, in rank order. Bytes, never pickled objects.

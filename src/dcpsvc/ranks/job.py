@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dcpsvc.ranks.c10d import C10dStore, Group, SoloStore
+from dcpsvc.ranks.c10d import C10dStore, Group, SoloStore, group_for_dcp
 from dcpsvc.ranks.rendezvous import Meeting, Rendezvous
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class Job:
     Attributes:
         rank: Global rank; the only authority there is. Rank 0 coordinates.
         world_size: Ranks in the job.
+        group: For our own collectives, on the uploader thread only.
+        dcp_group: To be named to DCP; see :func:`~dcpsvc.ranks.c10d.group_for_dcp`.
         incarnation: Names this run of the job; the same on every rank, new at every start.
     """
 
@@ -36,6 +38,7 @@ class Job:
     incarnation: str
     rendezvous: Rendezvous
     group: Group
+    dcp_group: dist.ProcessGroup | None
     _heart: _Heart
 
     @classmethod
@@ -53,8 +56,9 @@ class Job:
         rendezvous.namespace = incarnation
         group = Group(rank=rank, world_size=world_size, namespace=incarnation, timeout_s=sync_timeout_s)
         group.renew(0)
+        dcp_group = group_for_dcp(sync_timeout_s)
         heart = _Heart(rendezvous, sync_timeout_s / _BEATS_PER_TIMEOUT)
-        return cls(rank, world_size, incarnation, rendezvous, group, heart)
+        return cls(rank, world_size, incarnation, rendezvous, group, dcp_group, heart)
 
     @property
     def coordinates(self) -> bool:
