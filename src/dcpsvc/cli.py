@@ -1,2 +1,181 @@
-def main():
-    raise SystemExit(0)
+"""The command ``dcpsvc``: thin over :mod:`dcpsvc.tools`. Imports torch only where a command needs it.
+
+Exit codes: 0 all is well; 1 a checkpoint is damaged, missing, or the demo failed; 2 wrong usage;
+3 the run root cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from dcpsvc.errors import DcpsvcError, RootError, StoreAccessError, StoreError
+from dcpsvc.reading import open_root
+from dcpsvc.stages import discover
+from dcpsvc.tools import showing, tables, verifying
+
+if TYPE_CHECKING:
+    from dcpsvc.storage.base import Store
+
+EXIT_DAMAGED, EXIT_UNUSABLE = 1, 3
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+_options = click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Passed to fsspec, e.g. -o endpoint_url=http://127.0.0.1:9000 (repeatable).",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog="Exit codes: 0 well, 1 damaged or missing, 2 usage, 3 root unusable.")
+@click.version_option(package_name="dcpsvc")
+def cli() -> None:
+    """List, show and verify the checkpoints of a training run; see it survive a kill -9 (demo)."""
+
+
+@cli.command("ls")
+@click.argument("root")
+@click.option("--committed", is_flag=True, help="Leave out attempts that are no checkpoint.")
+@_options
+@_json
+def ls_command(root: str, committed: bool, options: tuple[str, ...], as_json: bool) -> None:
+    """List the checkpoints of the run at ROOT, a directory or URL.
+
+    Example: dcpsvc ls s3://bucket/runs/exp42
+    """
+    found = discover.listing(_open(root, options))
+    if committed:
+        found = [checkpoint for checkpoint in found if checkpoint.state == "committed"]
+    if as_json:
+        _print_json([showing.listed(checkpoint) for checkpoint in found])
+    else:
+        tables.print_listing(found)
+
+
+@cli.command("show")
+@click.argument("root")
+@click.argument("step", type=click.IntRange(min=0))
+@click.option("--attempt", help="Which attempt, where a step has several commits.")
+@click.option("--filter", "pattern", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
+@_options
+@_json
+def show_command(root: str, step: int, attempt: str | None, pattern: str, options: tuple[str, ...], as_json: bool) -> None:
+    """Show the shards and tensors of the checkpoint of STEP.
+
+    Example: dcpsvc show ./runs/exp42 500 --filter attn
+    """
+    shown = showing.show(_open(root, options), step, attempt)
+    if as_json:
+        _print_json(shown.document())
+    else:
+        tables.print_checkpoint(shown, pattern)
+
+
+@cli.command("verify")
+@click.argument("root")
+@click.argument("step", type=click.IntRange(min=0), required=False)
+@_options
+@_json
+def verify_command(root: str, step: int | None, options: tuple[str, ...], as_json: bool) -> None:
+    """Read every byte of the checkpoint of STEP, or of all, and compare it with the manifest.
+
+    Exits with 1 if anything is damaged. Example: dcpsvc verify s3://bucket/runs/exp42
+    """
+    store = _open(root, options)
+    attempts = verifying.commits(store, step)
+    total = verifying.planned_nbytes(store, attempts)
+    with tables.progress(total, quiet=as_json) as advance:
+        findings = [verifying.verify(store, attempt, advance) for attempt in attempts]
+    if as_json:
+        _print_json([_finding(finding) for finding in findings])
+    else:
+        tables.print_findings(findings)
+    sys.exit(0 if all(finding.intact for finding in findings) else EXIT_DAMAGED)
+
+
+@cli.command("demo")
+@click.option("--root", help="Where the checkpoints go: a directory or URL. Default: inside --dir.")
+@click.option("--parallel", type=click.Choice(["fsdp", "ddp", "none"]), default="fsdp", show_default=True)
+@click.option("--ranks", type=click.IntRange(1, 64), default=2, show_default=True)
+@click.option("--steps", type=click.IntRange(min=3), default=60, show_default=True)
+@click.option("--every", type=click.IntRange(min=1), default=20, show_default=True, help="Steps between two saves.")
+@click.option("--dir", "directory", type=click.Path(file_okay=False), help="Where logs and the default root go.")
+@click.option("--tamper", is_flag=True, hidden=True, help="Resume with another model: the comparison must notice.")
+@_options
+@_json
+def demo_command(directory: str | None, tamper: bool, options: tuple[str, ...], **choices: Any) -> None:
+    """Train a small GPT, SIGKILL a rank in the middle of a save, resume, and compare every loss bit by bit.
+
+    Exits with 1 if a single step differs from the run that was never interrupted.
+    """
+    from pathlib import Path
+
+    from dcpsvc.demo.run import run_demo
+
+    keep_dir = Path(directory) if directory else None
+    sys.exit(run_demo(keep_dir=keep_dir, storage_options=_parse(options), break_resume=tamper, **choices))
+
+
+def main() -> NoReturn:
+    """Run the command line; errors of ours become one line and an exit code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as err:
+        err.show()
+        sys.exit(err.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except DcpsvcError as err:
+        click.echo(f"dcpsvc: {err}", err=True)
+        if remedy := _remedy(err):
+            click.echo(f"        {remedy}", err=True)
+        sys.exit(EXIT_UNUSABLE if isinstance(err, RootError | StoreError) else EXIT_DAMAGED)
+    sys.exit(0)
+
+
+def _open(root: str, options: tuple[str, ...]) -> Store:
+    return open_root(root, _parse(options))
+
+
+def _parse(options: tuple[str, ...]) -> dict[str, Any]:
+    """``KEY=VALUE``, values in JSON where they are JSON: true, 3, {"a": 1}."""
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-o")
+        try:
+            parsed[key] = json.loads(value)
+        except ValueError:
+            parsed[key] = value
+    return parsed
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=1))
+
+
+def _finding(finding: verifying.Finding) -> dict[str, Any]:
+    return {
+        "step": finding.step,
+        "attempt": finding.attempt,
+        "nbytes": finding.nbytes,
+        "intact": finding.intact,
+        "problems": list(finding.problems),
+    }
+
+
+_REMEDIES: dict[type[DcpsvcError], str] = {
+    RootError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
+    StoreAccessError: "Check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=... -o secret=...) and permissions.",
+}
+
+
+def _remedy(err: DcpsvcError) -> str:
+    return next((text for kind, text in _REMEDIES.items() if isinstance(err, kind)), "")
