@@ -3,17 +3,18 @@
 The map of the house, in the order data flows through it:
 
 ==================  =====================================================================
-checkpointer        the facade a training loop talks to; owns the threads
+checkpointer        the facade a training loop talks to
 config, policies    options; when to save and what to keep: values
 opening, resuming   all ranks reach the run; all ranks load one checkpoint
-life                one save from its snapshot to its commit: the order of the stages
+saving, laststep    a save begins on the training thread; the last step is not lost
+uploader, life      the background thread; one save up to its commit: the order of the stages
 stages/             stage shard ack upload commit retain, discover restore; none knows another
 state/              modules, optimizers and values as named tensors and JSON, and back
 ranks/              meetings on the c10d store, our own gloo group, agreed extra saves
 storage/            where bytes endure: posix, memory, any fsspec URL
 format/             the files of a run root: manifest, layout, shard
-reading, tools/     a run root from outside: list, verify, load, DCP reader
-cli, demo/          the command ``dcpsvc``
+reading, loading    a run root from outside: list it, load from it, read it with DCP
+cli, tools/, demo/  the command ``dcpsvc``
 ==================  =====================================================================
 
 Nothing here imports torch until a name that needs it is used.
@@ -25,7 +26,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcpsvc.checkpointer import Checkpointer, Statistics, StepOutcome
+    from dcpsvc.checkpointer import Checkpointer
     from dcpsvc.config import Options
     from dcpsvc.errors import (
         ClosedError,
@@ -39,24 +40,26 @@ if TYPE_CHECKING:
         StoreError,
     )
     from dcpsvc.events import Event, Point
-    from dcpsvc.pending import PendingSave, Timings
+    from dcpsvc.loading import load, storage_reader
+    from dcpsvc.pending import PendingSave, Statistics, StepOutcome, Timings
     from dcpsvc.policies import Every, Everything, Latest
-    from dcpsvc.reading import latest, list_checkpoints, load, storage_reader
+    from dcpsvc.reading import latest, list_checkpoints
     from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.state.rng import Rng
     from dcpsvc.state.values import PerRank
 
 _HOMES = {
-    "checkpointer": ("Checkpointer", "Statistics", "StepOutcome"),
+    "checkpointer": ("Checkpointer",),
     "config": ("Options",),
     "errors": (
         "ClosedError", "ConfigError", "DcpsvcError", "FormatError", "RestoreError",
         "RootError", "SaveError", "StateError", "StoreError",
     ),
     "events": ("Event", "Point"),
-    "pending": ("PendingSave", "Timings"),
+    "pending": ("PendingSave", "Statistics", "StepOutcome", "Timings"),
     "policies": ("Every", "Everything", "Latest"),
-    "reading": ("latest", "list_checkpoints", "load", "storage_reader"),
+    "loading": ("load", "storage_reader"),
+    "reading": ("latest", "list_checkpoints"),
     "stages.discover": ("Checkpoint",),
     "state.rng": ("Rng",),
     "state.values": ("PerRank",),

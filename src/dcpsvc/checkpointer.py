@@ -9,96 +9,35 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import platform
-import queue
 import threading
 import time
 import weakref
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-
 from dcpsvc.config import Options
-from dcpsvc.errors import (
-    ClosedError,
-    ConfigError,
-    DcpsvcError,
-    RankFailure,
-    RootError,
-    SaveError,
-    StateError,
-    StepExistsError,
-    WaitTimeoutError,
-)
+from dcpsvc.errors import ClosedError, ConfigError, DcpsvcError, RootError, StepExistsError
 from dcpsvc.events import Events, Point
-from dcpsvc.format.keys import MAX_STEP, Attempt
-from dcpsvc.life import Catalog, Life, Save
+from dcpsvc.format.keys import MAX_STEP
+from dcpsvc.laststep import LastStep
+from dcpsvc.life import Catalog, Life
 from dcpsvc.opening import open_run
-from dcpsvc.pending import PendingSave
+from dcpsvc.pending import Statistics, StepOutcome
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.proposals import STOP, Proposals
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.resuming import Resuming
-from dcpsvc.stages import ack, shard
-from dcpsvc.stages.stage import Arena, ArenaStager, Snapshot
-from dcpsvc.state import claims, division
+from dcpsvc.saving import Saver
 from dcpsvc.state.app import AppState
 from dcpsvc.storage.open import open_store
+from dcpsvc.uploader import Uploader
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Mapping, MutableMapping
     from types import TracebackType
 
+    from dcpsvc.pending import PendingSave
     from dcpsvc.state.collected import Collected
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutcome:
-    """What ``step()`` did.
-
-    Attributes:
-        step: The step.
-        pending: The save it began; None if none was due.
-        should_stop: All ranks agreed to stop after this step.
-    """
-
-    step: int
-    pending: PendingSave | None
-    should_stop: bool
-
-    @property
-    def saved(self) -> bool:
-        """Whether a save was begun."""
-        return self.pending is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """Counters of one Checkpointer on this rank.
-
-    Attributes:
-        accepted: Saves begun.
-        committed: Saves that became checkpoints.
-        failed: Saves that did not.
-        consecutive_failures: Since the last commit.
-        blocked_s: Training time lost in ``save()``, all saves together.
-        nbytes: Committed, all ranks.
-        newest: Newest committed step; None if there is none.
-        resumed_from: Step that was loaded; None on a fresh run.
-    """
-
-    accepted: int
-    committed: int
-    failed: int
-    consecutive_failures: int
-    blocked_s: float
-    nbytes: int
-    newest: int | None
-    resumed_from: int | None
 
 
 class Checkpointer:
@@ -106,7 +45,9 @@ class Checkpointer:
 
     ::
 
-        ckpt = dcpsvc.Checkpointer("s3://bucket/runs/exp42", {"model": model, "optim": optimizer}, every=dcpsvc.Every(steps=500))
+        ckpt = dcpsvc.Checkpointer(
+            "s3://bucket/runs/exp42", {"model": model, "optim": optimizer}, every=dcpsvc.Every(steps=500)
+        )
         with ckpt:
             start = ckpt.resume()
             for step in range(start + 1, total + 1):
@@ -141,18 +82,14 @@ class Checkpointer:
             raise
         catalog = Catalog({attempt.step: attempt for attempt in self._run.committed})
         self._life = Life(self._job, self._run, self._options, self._events, catalog)
-        self._uploader = _Uploader(self._life)
-        self._arena = Arena()
+        self._uploader = Uploader(self._life)
+        self._saver = Saver(self._job, self._run, self._state, self._life, self._events)
+        self._last = LastStep(self._state, self._job.rank)
         self._last_step: int | None = None
         self._saved_step: int | None = None
-        self._values: Collected | None = None
-        self._versions: tuple[int, ...] = ()
-        self._optimizer_moved = False
-        self._hooks = [o.register_step_pre_hook(self._note_optimizer) for o in self._state.optimizers()]
-        self._tries: dict[int, int] = {}
-        self._blocked_s = 0.0
         self._resumed_from: int | None = None
         self._resumes = 0
+        self._blocked_s = 0.0
         self._stopping = False
         self._closed = False
         self._save_began = time.monotonic()
@@ -207,10 +144,14 @@ class Checkpointer:
         )  # fmt: skip
         found = resuming.run(step, skip)
         if found is None:
-            self._events.emit(Point.RESUMED, step=0, detail=f"fresh start: nothing is committed at {self._run.remote.url}")
+            self._events.emit(
+                Point.RESUMED, step=0, detail=f"fresh start: nothing is committed at {self._run.remote.url}"
+            )
             return 0
         rejected = f"; not used: {'; '.join(found.rejected)}" if found.rejected else ""
-        self._events.emit(Point.RESUMED, step=found.attempt.step, attempt=found.attempt.attempt, detail=found.summary + rejected)
+        self._events.emit(
+            Point.RESUMED, step=found.attempt.step, attempt=found.attempt.attempt, detail=found.summary + rejected
+        )
         self._forget_damaged(found.attempt.step, explicit=step is not None)
         self._life.catalog.in_use[found.attempt] = "resumed from"
         self._resumed_from = self._last_step = self._saved_step = found.attempt.step
@@ -236,7 +177,7 @@ class Checkpointer:
         due = agreed is not None or (every is not None and every.due(step))
         pending = self.save(step, metrics=metrics) if due and step != self._saved_step else None
         if pending is None and self._options.save_last:
-            self._note_last(metrics)
+            self._last.note(metrics)
         return StepOutcome(step=step, pending=pending, should_stop=self._stopping)
 
     def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> PendingSave:
@@ -304,92 +245,35 @@ class Checkpointer:
             resumed_from=self._resumed_from,
         )
 
-    # --- saving ---------------------------------------------------------------------------------------
-
     def _save(self, step: int, metrics: Mapping[str, float], values: Collected | None) -> PendingSave:
         began = time.perf_counter()
-        self._refuse_committed(step)
-        self._uploader.wait(None)
-        self._refuse_committed(step)
+        self._uploader.wait(None)  # one at a time in DCP; bounded by the timeouts of its stages
         waited_s = time.perf_counter() - began
-        key = Attempt(step, f"{self._job.incarnation}-{self._tries.setdefault(step, 0)}")
-        self._tries[step] += 1
-        save = Save(key=key, pending=PendingSave(*key), began=began, proposal=RankFailure(self._job.rank, "stage", "", ""))
-        self._events.emit(Point.SAVE_ACCEPTED, step=step, attempt=key.attempt)
+        if (committed := self._life.catalog.attempts.get(step)) is not None:
+            raise StepExistsError(step, committed.attempt, self._life.catalog.newest)
+        save = self._saver.accept(step, began)
         self._save_began = time.monotonic()
         try:
-            self._stage(save, metrics, values)
-        except StateError as err:
-            save.proposal = RankFailure(self._job.rank, "stage", type(err).__name__, str(err))
-            raise
-        except Exception as err:  # a failed save never breaks the training step; it is reported by the save itself
-            save.proposal = RankFailure(self._job.rank, "stage", type(err).__name__, str(err))
+            self._saver.stage(save, metrics, values)
         finally:
             timings = save.pending.timings
             timings.blocked_s, timings.waited_s = save.elapsed_s(), waited_s
             self._blocked_s += timings.blocked_s
             self._saved_step = step
-            self._values = None
+            self._last.forget()
             self._uploader.accept(save)
         return save.pending
-
-    def _stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
-        """Collect, compare-ready, copy; DCP's thread then waits at the gate."""
-        began = time.perf_counter()
-        rank, world_size = self._job.rank, self._job.world_size
-        collected = self._state.collect(rank, values=values)
-        documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
-        stamp = _stamp(metrics)
-        said = claims.claims(collected, verify_replicas=world_size > 1)
-        about = {"step": str(save.key.step), "attempt": save.key.attempt, "rank": str(rank)}
-        snapshot = Snapshot(self._arena, division.shares(collected, rank, world_size), documents, about)
-        part = ack.part(snapshot.placement, rank, collected.aliases)
-        save.stager = ArenaStager(snapshot)
-        path = self._run.local_path / save.key.shard(rank)
-        save.writer = shard.ShardWriter(path, snapshot.image, rank=rank, key=save.key.shard(rank))
-        save.written = shard.begin(
-            snapshot.tensors, stager=save.stager, placement=snapshot.placement, writer=save.writer,
-            process_group=self._job.dcp_group,
-        )  # fmt: skip
-        save.proposal = ack.Proposal(
-            step=save.key.step, said=said, part=part, known_layout=self._life.known_layout(part), stamp=stamp
-        )
-        save.pending.timings.stage_s = time.perf_counter() - began
-        save.pending.resolve(save.pending.staged)
-        self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=len(snapshot.image))
-
-    def _refuse_committed(self, step: int) -> None:
-        attempt = self._life.catalog.attempts.get(step)
-        if attempt is not None:
-            raise StepExistsError(step, attempt.attempt, self._life.catalog.newest)
-
-    # --- the last step --------------------------------------------------------------------------------
-
-    def _note_last(self, metrics: Mapping[str, float] | None) -> None:
-        """Keep what would be gone when the loop ends in the middle of the next step: generators, loader, counters."""
-        began = time.perf_counter()
-        self._last_metrics = dict(metrics or {})
-        self._optimizer_moved = False
-        self._versions = self._state.versions()
-        with contextlib.suppress(StateError):  # what cannot be saved is reported by the save, with its key
-            self._values = self._state.collect_values(self._job.rank)
-        self._blocked_s += time.perf_counter() - began
-
-    def _note_optimizer(self, *_: object) -> None:
-        self._optimizer_moved = True
 
     def _save_last(self) -> None:
         """Save the last complete step, if the model still is what it was then."""
         step = self._last_step
         if not self._options.save_last or step is None or step == self._saved_step:
             return
-        if self._optimizer_moved or self._versions != self._state.versions():
+        if self._last.is_intact:
+            self._save(step, self._last.metrics, values=self._last.values)
+        else:
             detail = "the last step is not saved: the model was changed after step() was told of it"
             self._events.emit(Point.SAVE_FAILED, step=step, detail=detail, level=logging.WARNING)
-            return
-        self._save(step, self._last_metrics, values=self._values)
-
-    # --- the rest -------------------------------------------------------------------------------------
 
     def _seconds_due(self) -> bool:
         every = self._options.every
@@ -422,17 +306,20 @@ class Checkpointer:
     def _leave(self) -> None:
         """Say goodbye so that nobody's store disappears under a peer; then stop every thread."""
         self._closed = True
-        for hook in self._hooks:
-            hook.remove()
+        self._last.close()
         with contextlib.suppress(DisagreementError, RuntimeError):  # a peer that is gone cannot be waited for
-            self._job.meet("close", None, lambda _: None, Meeting(self._options.sync_timeout_s, self._options.sync_timeout_s))
+            self._job.meet(
+                "close", None, lambda _: None, Meeting(self._options.sync_timeout_s, self._options.sync_timeout_s)
+            )
             self._job.linger("close", self._options.sync_timeout_s)
         self._proposals.stop()
         self._uploader.stop()
         self._job.leave()
         self._run.release()
         statistics = self.statistics()
-        self._events.emit(Point.CLOSED, step=statistics.newest, detail=f"{statistics.committed} committed, {statistics.failed} failed")
+        self._events.emit(
+            Point.CLOSED, step=statistics.newest, detail=f"{statistics.committed} committed, {statistics.failed} failed"
+        )
 
     def close_at_exit(self) -> None:
         """The interpreter ends and nobody called ``close()``: do it now, and log what it says."""
@@ -442,62 +329,10 @@ class Checkpointer:
             logging.getLogger("dcpsvc").error("at exit: %s", err)  # noqa: TRY400 - nobody reads a traceback here
 
 
-class _Uploader:
-    """The background thread and its queue; one save at a time."""
-
-    def __init__(self, life: Life) -> None:
-        self._life = life
-        self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._current = ""
-        self.accepted = self.committed = self.failed = self.consecutive_failures = self.nbytes = 0
-        self.last_error: SaveError | None = None
-        self._thread = threading.Thread(target=self._run, name="dcpsvc-uploader", daemon=True)
-        self._thread.start()
-
-    def accept(self, save: Save) -> None:
-        """Take a save over from the training thread."""
-        self.accepted += 1
-        self._current = f"step {save.key.step}"
-        self._idle.clear()
-        self._queue.put(save)
-
-    def wait(self, timeout_s: float | None) -> None:
-        """Until nothing is under way. Without a timeout, the timeouts of the stages bound it."""
-        if not self._idle.wait(timeout_s):
-            raise WaitTimeoutError(timeout_s or 0.0, (self._current,))
-
-    def raise_if_spent(self, budget: int) -> None:
-        """Raise the last failure once there were ``budget`` in a row; then count anew."""
-        if self.consecutive_failures >= budget and self.last_error is not None:
-            error, self.last_error, self.consecutive_failures = self.last_error, None, 0
-            raise error
-
-    def stop(self) -> None:
-        """End the thread; a save that hangs is left to its own deadline."""
-        self._queue.put(None)
-        self._thread.join(timeout=1.0)
-
-    def _run(self) -> None:
-        while (save := self._queue.get()) is not None:
-            self._count(save, self._life.live(save))
-            self._idle.set()
-
-    def _count(self, save: Save, error: SaveError | None) -> None:
-        self.last_error = error
-        if error is None:
-            self.committed += 1
-            self.consecutive_failures = 0
-            self.nbytes += save.pending.timings.nbytes
-        else:
-            self.failed += 1
-            self.consecutive_failures += 1
-
-
 def _at_exit(checkpointer: Checkpointer) -> None:
-    """Close at the end of the interpreter, while its threads still work: a plain atexit hook comes too late to
-    begin a save, because thread pools have been told to end by then.
+    """Close at the end of the interpreter, while its threads still work.
+
+    A plain atexit hook comes too late to begin a save: thread pools have been told to end by then.
     """
     reference = weakref.ref(checkpointer)
 
@@ -522,17 +357,3 @@ def _join(url: str, timeout_s: float) -> Job:
     except DisagreementError as err:
         reason = f"ranks {err.missing} did not make their Checkpointer within {err.waited_s:.1f} s"
         raise RootError(url, reason) from None
-
-
-def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What the coordinator says about a checkpoint, the same in every copy of its manifest."""
-    numbers = {str(name): float(value) for name, value in metrics.items()}
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "metrics": {name: value if value - value == 0 else str(value) for name, value in numbers.items()},
-        "versions": {
-            "dcpsvc": metadata.version("dcpsvc"),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-    }

@@ -33,7 +33,10 @@ _options = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog="Exit codes: 0 well, 1 damaged or missing, 2 usage, 3 root unusable.")
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 well, 1 damaged or missing, 2 usage, 3 root unusable.",
+)
 @click.version_option(package_name="dcpsvc")
 def cli() -> None:
     """List, show and verify the checkpoints of a training run; see it survive a kill -9 (demo)."""
@@ -65,7 +68,9 @@ def ls_command(root: str, committed: bool, options: tuple[str, ...], as_json: bo
 @click.option("--filter", "pattern", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
 @_options
 @_json
-def show_command(root: str, step: int, attempt: str | None, pattern: str, options: tuple[str, ...], as_json: bool) -> None:
+def show_command(
+    root: str, step: int, attempt: str | None, pattern: str, options: tuple[str, ...], as_json: bool
+) -> None:
     """Show the shards and tensors of the checkpoint of STEP.
 
     Example: dcpsvc show ./runs/exp42 500 --filter attn
@@ -173,7 +178,7 @@ def _finding(finding: verifying.Finding) -> dict[str, Any]:
 
 _REMEDIES: dict[type[DcpsvcError], str] = {
     RootError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
-    StoreAccessError: "Check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=... -o secret=...) and permissions.",
+    StoreAccessError: "Check permissions and credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=... -o secret=...).",
 }
 
 

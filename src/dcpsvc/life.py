@@ -1,8 +1,8 @@
 """The life of one checkpoint, in order, on the uploader thread.
 
-stage (done by the training thread) -> plan -> shard -> ack -> upload -> ack -> commit -> retain. Only this module and the
-facade know the order. A failure on this rank becomes a value that is brought to the next meeting, so every
-rank hears of it; what the meeting says is the same error on every rank.
+stage (done by the training thread) -> plan -> shard -> ack -> upload -> ack -> commit -> retain. A failure on this
+rank becomes a value that is brought to the next meeting, so every rank hears of it; what the meeting says is
+the same error on every rank.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Life:
             error = self._as_save_error(save, err)
         except CommitUnknownError as err:
             error = err
-        except Exception as err:  # the store of the ranks is gone: nobody is left to agree with
+        except Exception as err:  # noqa: BLE001 - the store of the ranks is gone: nobody is left to agree with
             failure = RankFailure(self._job.rank, "control", type(err).__name__, str(err))
             error = SaveFailedError(*save.key, self.catalog.newest, (failure,))
         else:
@@ -159,7 +159,9 @@ class Life:
         records = self._acknowledged(save, "remote", record)
         manifest = self._then("ack", records, lambda _: manifest)
         created = functools.partial(self._created, save, manifest)
-        if unknown := commit.publish(self._job, save.place, manifest, self._run.remote, self._work, created):
+        if unknown := commit.publish(
+            self._job, save.place, manifest, self._run.remote, meeting=self._work, created=created
+        ):
             raise CommitUnknownError(*save.key, self.catalog.newest, unknown)
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
@@ -179,7 +181,9 @@ class Life:
     def _then(self, phase: str, before: Any, work: Callable[[Any], T]) -> T | RankFailure:
         return before if isinstance(before, RankFailure) else self._guarded(phase, lambda: work(before))
 
-    def _acknowledged(self, save: Save, phase: str, record: ShardRecord | RankFailure) -> list[ShardRecord] | RankFailure:
+    def _acknowledged(
+        self, save: Save, phase: str, record: ShardRecord | RankFailure
+    ) -> list[ShardRecord] | RankFailure:
         return self._guarded("ack", lambda: ack.acknowledge(self._job, save.place, phase, record, self._work))
 
     def _layout(self, save: Save, agreement: ack.Agreement) -> bytes:
@@ -200,14 +204,18 @@ class Life:
         try:
             written.result(timeout=self._options.upload_timeout_s)
         except FutureTimeoutError as err:
-            raise TimeoutError(f"the local disk did not take the shard within {self._options.upload_timeout_s} s") from err
+            raise TimeoutError(
+                f"the local disk did not take the shard within {self._options.upload_timeout_s} s"
+            ) from err
         assert writer.record is not None  # noqa: S101 - the future resolved
         save.pending.timings.write_s = writer.seconds
         save.pending.timings.shard_nbytes = writer.record.nbytes
         self._emit(Point.SHARD_WRITTEN, save, nbytes=writer.record.nbytes, seconds=writer.seconds)
         return writer.record
 
-    def _commit_locally(self, save: Save, agreement: ack.Agreement, records: list[ShardRecord], layout: Any) -> Manifest:
+    def _commit_locally(
+        self, save: Save, agreement: ack.Agreement, records: list[ShardRecord], layout: Any
+    ) -> Manifest:
         """Every shard is durable on its node; each node notes it, with the bytes the run root will get."""
         stamp = agreement.stamp
         manifest = Manifest(

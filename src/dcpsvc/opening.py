@@ -144,7 +144,9 @@ def _check_shared(remote: Store, run_id: str) -> None:
     except StoreNotFoundError:
         seen = "nothing"
     if seen != run_id:
-        raise RootError(remote.url, f"not the same place on all ranks: the coordinator sees run {run_id}, this rank {seen}")
+        raise RootError(
+            remote.url, f"not the same place on all ranks: the coordinator sees run {run_id}, this rank {seen}"
+        )
 
 
 def _take_stock(opened: OpenRun) -> dict[str, Any]:

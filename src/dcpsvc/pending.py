@@ -1,4 +1,4 @@
-"""What the training loop holds of a save: three promises and what they cost."""
+"""What the training loop gets back: promises of a save, what it cost, what a step did, counters."""
 
 from __future__ import annotations
 
@@ -85,3 +85,48 @@ class PendingSave:
 
     def __repr__(self) -> str:
         return f"PendingSave(step={self.step}, attempt={self.attempt!r}, state={self.state!r})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What ``step()`` did.
+
+    Attributes:
+        step: The step.
+        pending: The save it began; None if none was due.
+        should_stop: All ranks agreed to stop after this step.
+    """
+
+    step: int
+    pending: PendingSave | None
+    should_stop: bool
+
+    @property
+    def saved(self) -> bool:
+        """Whether a save was begun."""
+        return self.pending is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Counters of one Checkpointer on this rank.
+
+    Attributes:
+        accepted: Saves begun.
+        committed: Saves that became checkpoints.
+        failed: Saves that did not.
+        consecutive_failures: Since the last commit.
+        blocked_s: Training time lost in ``save()``, all saves together.
+        nbytes: Committed, all ranks.
+        newest: Newest committed step; None if there is none.
+        resumed_from: Step that was loaded; None on a fresh run.
+    """
+
+    accepted: int
+    committed: int
+    failed: int
+    consecutive_failures: int
+    blocked_s: float
+    nbytes: int
+    newest: int | None
+    resumed_from: int | None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import (
+    CorruptShardError,
     DcpsvcError,
     FormatError,
+    LayoutError,
+    ManifestError,
     NoSuchStepError,
     NoValidCheckpointError,
     RankFailure,
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from dcpsvc.state.saved import Component, Saved, Want
     from dcpsvc.storage.base import Store
 
-_DAMAGE = {error.__name__ for error in (FormatError, *FormatError.__subclasses__())}
+_DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShardError)}
 """Failures that another commit does not share, so an older one is tried."""
 
 
@@ -75,10 +79,13 @@ class Resuming:
         rejected: list[str] = []
         tried: list[Attempt] = []
         while True:
-            verdict = self._meet(f"choose-{len(tried)}", None, lambda _: self._choose(step, tried), self.timeout_s)
+            verdict = self._meet(
+                f"choose-{len(tried)}", None, functools.partial(self._choose, step, tried), self.timeout_s
+            )
             rejected += verdict["rejected"]
             if verdict["attempt"] is None:
-                return self._nothing(step, rejected, verdict["all"])
+                self._check_fresh(step, rejected, verdict["all"])
+                return None
             attempt = Attempt(*verdict["attempt"])
             try:
                 summary = self._load(attempt, skip)
@@ -90,7 +97,7 @@ class Resuming:
             else:
                 return Resumed(attempt, summary, tuple(rejected))
 
-    def _choose(self, step: int | None, tried: Sequence[Attempt]) -> dict[str, Any]:
+    def _choose(self, step: int | None, tried: Sequence[Attempt], _: object) -> dict[str, Any]:
         """Coordinator: the newest commit that looks whole and was not tried; one LIST, then newest first."""
         everything = discover.committed(self.remote)
         candidates = [a for a in reversed(everything) if a not in tried and step in {None, a.step}]
@@ -106,7 +113,8 @@ class Resuming:
                 return _choice(attempt, rejected, passed, everything)
         return _choice(None, rejected, passed, everything)
 
-    def _nothing(self, step: int | None, rejected: list[str], everything: list[int]) -> None:
+    def _check_fresh(self, step: int | None, rejected: list[str], everything: list[int]) -> None:
+        """Nothing was chosen: fine where nothing was ever committed and nothing was asked for."""
         if step is not None:
             raise NoSuchStepError(self.remote.url, step, tuple(everything), "; ".join(rejected))
         if rejected:
@@ -130,7 +138,9 @@ class Resuming:
 
     def _read(self, attempt: Attempt, skip: Collection[str]) -> tuple[dict[str, Component], Saved, list[Want]]:
         manifest = discover.read_manifest(self.remote, attempt)
-        reader = restore.CheckpointReader(manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote])
+        reader = restore.CheckpointReader(
+            manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
+        )
         saved = reader.saved_for(self.job.rank)
         components = self.state.chosen(saved, skip)
         wants = states.wants(components, saved)
@@ -140,7 +150,7 @@ class Resuming:
     def _apply(self, components: dict[str, Component], saved: Saved, wants: list[Want]) -> RankFailure | None:
         try:
             states.apply(components, saved, wants)
-        except Exception as err:  # load_state_dict() is the user's code; the other ranks must hear of it
+        except Exception as err:  # noqa: BLE001 - load_state_dict() is the user's code; the other ranks must hear of it
             text = f"{err} (the state in memory is partly changed: do not train on)"
             return RankFailure(self.job.rank, "apply", type(err).__name__, text)
         return None
@@ -153,7 +163,9 @@ class Resuming:
             raise RestoreFailedError(self.remote.url, err.failures, err.missing) from None
 
 
-def _choice(attempt: Attempt | None, rejected: list[str], passed: list[Attempt], everything: list[Attempt]) -> dict[str, Any]:
+def _choice(
+    attempt: Attempt | None, rejected: list[str], passed: list[Attempt], everything: list[Attempt]
+) -> dict[str, Any]:
     return {
         "attempt": attempt and list(attempt),
         "rejected": rejected,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,15 +21,15 @@ class C10dStore:
     of the training's own connection.
     """
 
-    def __init__(self, store: dist.Store) -> None:
-        self._store = dist.PrefixStore("dcpsvc", store)
+    def __init__(self, store: Store) -> None:
+        self._store = PrefixStore("dcpsvc", store)
 
     @classmethod
     def of_default_group(cls) -> C10dStore:
         """The store behind ``init_process_group``."""
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public way
         try:
-            return cls(store.clone())
+            return cls(store.clone())  # type: ignore[attr-defined]
         except (AttributeError, RuntimeError, NotImplementedError):  # HashStore and custom stores
             return cls(store)
 
@@ -89,7 +90,8 @@ def group_for_dcp(timeout_s: float) -> dist.ProcessGroup | None:
     """
     if not dist.is_initialized() or "cpu" in dist.get_backend_config():
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 class Group:
@@ -109,8 +111,8 @@ class Group:
         """Be in the given generation; every rank calls it, after a meeting in which all arrived."""
         if not dist.is_initialized() or (generation == self.generation and not self.poisoned):
             return
-        parent = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-        store = dist.PrefixStore(f"dcpsvc/{self._namespace}/group-{generation}", parent)
+        parent = dist.distributed_c10d._get_default_store()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public way
+        store = PrefixStore(f"dcpsvc/{self._namespace}/group-{generation}", parent)
         group = dist.ProcessGroup(store, self._rank, self._world_size)
         group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # noqa: SLF001 - as new_group does it
         backend = dist.ProcessGroupGloo(store, self._rank, self._world_size, self._timeout)
@@ -127,20 +129,18 @@ class Group:
         if self._group is None:
             return [data]
         try:
-            sizes = self._gather(torch.tensor([len(data)], dtype=torch.int64))
+            sizes = self._gather(self._group, torch.tensor([len(data)], dtype=torch.int64))
             longest = max(int(size) for size in sizes)
             padded = torch.zeros(max(longest, 1), dtype=torch.uint8)
             if data:
                 padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            parts = self._gather(padded)
+            parts = self._gather(self._group, padded)
         except RuntimeError:
             self.poisoned = True
             raise
         return [bytes(part[: int(size)].numpy()) for part, size in zip(parts, sizes, strict=True)]
 
-    def _gather(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        group = self._group
-        assert group is not None
+    def _gather(self, group: dist.ProcessGroup, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         outputs = [torch.empty_like(tensor) for _ in range(self._world_size)]
         group.allgather([outputs], [tensor]).wait()
         return outputs

@@ -159,7 +159,7 @@ class Rendezvous:
                 return json.dumps({"agreed": decide(messages)})
             except RefusalError as refusal:
                 failures = list(refusal.failures)
-            except Exception as err:  # whatever happened here, the others must hear of it
+            except Exception as err:  # noqa: BLE001 - whatever happened here, the others must hear of it
                 failures = [RankFailure(0, "decide", type(err).__name__, str(err))]
         return _no(failures, missing)
 

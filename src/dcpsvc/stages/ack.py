@@ -111,7 +111,9 @@ def merge(parts: list[bytes]) -> Layout:
     return Layout(tensors, aliases)
 
 
-def acknowledge(job: Job, place: str, phase: str, mine: ShardRecord | RankFailure, meeting: Meeting) -> list[ShardRecord]:
+def acknowledge(
+    job: Job, place: str, phase: str, mine: ShardRecord | RankFailure, meeting: Meeting
+) -> list[ShardRecord]:
     """Say "my shard is durable at this tier: here is my record", or why not; hear it from all. Uploader thread.
 
     All ranks arrive healthy on the store before the ``all_gather`` is entered.

@@ -22,6 +22,7 @@ def publish(
     place: str,
     mine: Manifest | RankFailure,
     store: Store,
+    *,
     meeting: Meeting,
     created: Callable[[], None],
 ) -> str | None:
@@ -54,7 +55,9 @@ def publish(
         created()
         return None
 
-    verdict: str | None = job.meet(f"{place}/commit", mine if isinstance(mine, RankFailure) else mine.key, write, meeting)
+    verdict: str | None = job.meet(
+        f"{place}/commit", mine if isinstance(mine, RankFailure) else mine.key, write, meeting
+    )
     return verdict
 
 

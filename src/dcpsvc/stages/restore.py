@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
@@ -34,6 +34,7 @@ from dcpsvc.state.saved import Saved, own_name
 from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
     from dcpsvc.format.layout import Chunk, Layout
@@ -224,7 +225,12 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
         return
     dcp_quirks.quiet()
     try:
-        dcp.load({want.key: want.out for want in wants}, storage_reader=reader, planner=_WantPlanner(reader, wants), no_dist=True)
+        dcp_load(
+            {want.key: want.out for want in wants},
+            storage_reader=reader,
+            planner=_WantPlanner(reader, wants),
+            no_dist=True,
+        )
     except BaseException as err:
         cause = dcp_quirks.cause(err)
         if cause is err:
@@ -255,5 +261,5 @@ def summary(saved: Saved, loaded: Sequence[str], skipped: Sequence[str], world_s
 
 def _as_tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     raw = torch.empty(len(data), dtype=torch.uint8)
-    memoryview(raw.numpy())[:] = data
+    raw.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
     return raw.view(dtype_of(dtype)).view(shape)

@@ -27,7 +27,7 @@ def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Attempt,
         commits: Every valid commit, ascending by step.
         protected: Commits in use, and why.
     """
-    decision = policies.decide(rule, commits, protected=dict(protected))
+    decision = policies.decide(rule, commits, protected={**protected})
     return [key for key in decision.remove if isinstance(key, Attempt)]
 
 

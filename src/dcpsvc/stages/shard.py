@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -22,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future as TorchFuture
 
@@ -32,6 +31,7 @@ from dcpsvc.state.dtypes import dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import StorageMeta
@@ -116,7 +116,7 @@ class ShardWriter(StorageWriter):
             digest=digest.digest(table),
         )
         self.seconds = time.perf_counter() - began
-        results = [WriteResult(item.index, planner.resolve_data(item).nbytes, self._key) for item in plan.items]
+        results = [WriteResult(item.index, item.tensor_storage_size() or 0, self._key) for item in plan.items]
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result(results)
         return done
@@ -144,7 +144,7 @@ def begin(
         Resolves when the shard is durable on the local tier (``writer.record`` is set then), or fails.
     """
     dcp_quirks.quiet()
-    response = dcp.async_save(
+    response = async_save(
         dict(tensors),
         storage_writer=writer,
         planner=ShardPlanner(placement),

@@ -62,7 +62,7 @@ class Snapshot:
     @property
     def image(self) -> memoryview:
         """The bytes to write, valid until the arena is used again."""
-        return memoryview(self._host.numpy())
+        return self._host.numpy().data
 
     def copy(self) -> None:
         """Copy every tensor straight to its place in the file. The state may change once this returns."""

@@ -36,7 +36,7 @@ class AppState:
         if not state:
             raise ConfigError("the state is empty: there is nothing to save")
         for name in state:
-            if not isinstance(name, str) or not _NAME.fullmatch(name):
+            if not _NAME.fullmatch(str(name)):
                 raise ConfigError(f"state name {name!r}: use letters, digits, '_' and '-'")
         self._state = state
         self._known: tuple[tuple[tuple[str, int], ...], dict[str, Component]] = ((), {})
@@ -99,7 +99,10 @@ class AppState:
         chosen = {name: component for name, component in components.items() if name not in skip}
         for name in chosen:
             if not saved.has(name):
-                raise StateMismatchError(name, f"the checkpoint of step {saved.step} has no such component; skip=[{name!r}] starts without it")
+                raise StateMismatchError(
+                    name,
+                    f"the checkpoint of step {saved.step} has no such component; skip=[{name!r}] starts without it",
+                )
         return chosen
 
     def optimizers(self) -> list[Optimizer]:

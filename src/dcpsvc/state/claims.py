@@ -95,7 +95,7 @@ def _hash_host(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return xxhash.xxh3_64_intdigest(memoryview(flat.numpy()))
+    return xxhash.xxh3_64_intdigest(flat.numpy().data)
 
 
 def _hash_on_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

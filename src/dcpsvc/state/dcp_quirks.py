@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 
 def cause(error: BaseException) -> BaseException:
     """What really happened inside DCP, which wraps it in a BaseException of its own."""
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        inner = next(iter(failures.values()))
-        return inner[0] if isinstance(inner, tuple) else inner
-    return error
+    if not isinstance(error, CheckpointException):
+        return error
+    exception, _ = next(iter(error.failures.values()))
+    return exception
 
 
 def quiet() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     """The user's model inside DDP and torch.compile."""
     while True:
         if isinstance(module, DistributedDataParallel):
-            module = module.module
+            module = cast("nn.Module", module.module)
         elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
             module = inner
         else:

@@ -6,6 +6,7 @@ no state, before the save and after the load. Reading state out never steps the 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from dcpsvc.state.module import parameter_names
 from dcpsvc.state.saved import Saved, Want, copy_into, like
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -36,7 +37,9 @@ class OptimizerComponent:
         names = self._names()
         document = {
             "state": {
-                names[id(parameter)]: self._encode(f"state.{names[id(parameter)]}", self._optimizer.state[parameter], tensors)
+                names[id(parameter)]: self._encode(
+                    f"state.{names[id(parameter)]}", self._optimizer.state[parameter], tensors
+                )
                 for group in self._optimizer.param_groups
                 for parameter in group["params"]
                 if parameter in self._optimizer.state
@@ -69,15 +72,24 @@ class OptimizerComponent:
         for group, values in zip(self._optimizer.param_groups, document["param_groups"], strict=True):
             for name, value in values.items():
                 if name != "params":
-                    group[name] = _decode(value, f"{self._name}.{name}", group.get(name), tensors)
-        state = {parameter: dict(self._optimizer.state.get(parameter, {})) for parameter in self._parameters()}
+                    group[name] = _decode(value, f"{self._name}.{name}", group.get(name), tensors.__getitem__)
+        old = {parameter: dict(self._optimizer.state.get(parameter, {})) for parameter in self._parameters()}
         self._optimizer.state.clear()
         for parameter, entries in self._saved_state(document):
-            old = state[parameter]
+            beside = functools.partial(self._beside, saved, tensors, parameter)
             self._optimizer.state[parameter] = {
-                name: _decode(value, f"{self._name}.{name}", old.get(name), tensors, parameter, self._on_host(parameter))
+                name: _decode(value, f"{self._name}.{name}", old[parameter].get(name), beside)
                 for name, value in entries.items()
             }
+
+    def _beside(
+        self, saved: Saved, tensors: Mapping[str, torch.Tensor], parameter: torch.Tensor, key: str
+    ) -> torch.Tensor:
+        """A loaded tensor where torch would have made it: sharded like its parameter, on its device."""
+        loaded = tensors[key]
+        if loaded.dim() == 0 and self._keeps_scalars_on_host(parameter):
+            return loaded
+        return like(parameter, loaded) if _is_boxed(saved, key, parameter) else loaded.to(parameter.device)
 
     def _encode(self, path: str, values: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         prefix = f"{self._name}.{path}"
@@ -97,7 +109,9 @@ class OptimizerComponent:
             for p, parameter in enumerate(group["params"])
         }
         if len(set(names.values())) != len(names):
-            raise StateError(self._name, "two modules of the state have parameters of one name; use an optimizer for each")
+            raise StateError(
+                self._name, "two modules of the state have parameters of one name; use an optimizer for each"
+            )
         return names
 
     def _saved_state(self, document: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
@@ -118,8 +132,7 @@ class OptimizerComponent:
         odd = sorted(set(ours) ^ set(saved))[:3]
         raise StateMismatchError(f"{self._name}.param_groups.{index}", f"parameters differ: {', '.join(odd)}")
 
-    def _on_host(self, parameter: torch.Tensor) -> bool:
-        """Whether this parameter's step counter lives on the host, as torch decides it."""
+    def _keeps_scalars_on_host(self, parameter: torch.Tensor) -> bool:
         group = next(g for g in self._optimizer.param_groups if any(p is parameter for p in g["params"]))
         return not (group.get("capturable") or group.get("fused"))
 
@@ -129,35 +142,22 @@ def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _want(saved: Saved, key: str, parameter: torch.Tensor) -> Want:
-    """Moments have the parameter's shape, so its box; counters and the like are taken whole."""
-    described = saved.tensor(key)
-    if isinstance(parameter, DTensor) and described.shape == tuple(parameter.shape):
-        return saved.want_box(key, *local_chunk(parameter))
-    return saved.want_whole(key)
+    return saved.want_box(key, *local_chunk(parameter)) if _is_boxed(saved, key, parameter) else saved.want_whole(key)
 
 
-def _decode(
-    value: Any,
-    path: str,
-    old: Any,
-    tensors: Mapping[str, torch.Tensor],
-    parameter: torch.Tensor | None = None,
-    scalars_on_host: bool = True,
-) -> Any:
-    """A saved value; into the old tensor where that fits, else as a new one beside its parameter."""
+def _is_boxed(saved: Saved, key: str, parameter: torch.Tensor) -> bool:
+    """Moments have the parameter's shape, so they are sharded as it is; counters and the like are whole."""
+    return parameter.dim() > 0 and saved.tensor(key).shape == tuple(parameter.shape)
 
-    def tensor(name: str) -> torch.Tensor:
-        loaded = tensors[name]
-        if isinstance(old, torch.Tensor) and old.dtype == loaded.dtype and _local_shape(old) == loaded.shape:
-            copy_into(old, loaded)
-            return old
-        if parameter is None or (loaded.dim() == 0 and scalars_on_host):
-            return loaded
-        same_box = _local_shape(parameter) == loaded.shape and loaded.dim() > 0
-        return like(parameter, loaded) if same_box else loaded.to(parameter.device)
+
+def _decode(value: Any, path: str, old: Any, loaded: Callable[[str], torch.Tensor]) -> Any:
+    """A saved value; a tensor goes into the old one where that fits, so captured graphs stay valid."""
+
+    def tensor(key: str) -> torch.Tensor:
+        new = loaded(key)
+        if not isinstance(old, torch.Tensor) or old.dtype != new.dtype or old.shape != new.shape:
+            return new
+        copy_into(old, new.to_local() if isinstance(new, DTensor) else new)
+        return old
 
     return documents.decode(value, path, tensor)
-
-
-def _local_shape(tensor: torch.Tensor) -> torch.Size:
-    return tensor.to_local().shape if isinstance(tensor, DTensor) else tensor.shape

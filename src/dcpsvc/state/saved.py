@@ -1,4 +1,4 @@
-"""A checkpoint as the components see it when they load: documents, tensors they may ask for, and by whom it was saved."""
+"""A checkpoint as the components see it when they load: documents, and tensors they may ask for."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def open_store(
         RootError: The URL names no place that can hold a run, or the package for its protocol is missing.
     """
     # tenacity is not needed to only import this module.
-    from dcpsvc.storage.retry import RetryingStore  # noqa: PLC0415
+    from dcpsvc.storage.retry import RetryingStore
 
     return RetryingStore(_open(os.fspath(url), storage_options or {}), stop=stop)
 
@@ -96,7 +96,7 @@ def _open_remote(protocol: str, url: str, options: Mapping[str, Any]) -> Store:
     if protocol in _S3:
         _check_bucket(url)
     # The first line here that needs fsspec at all.
-    from dcpsvc.storage.objectstore import ObjectStore  # noqa: PLC0415
+    from dcpsvc.storage.objectstore import ObjectStore
 
     try:
         if protocol not in import_module("fsspec.registry").known_implementations:

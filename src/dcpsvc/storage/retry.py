@@ -39,7 +39,7 @@ class RetryingStore:
         pause: Waits so many seconds and says whether to stop; by default waits for ``stop``.
     """
 
-    def __init__(  # noqa: PLR0913  keyword-only, each with a default
+    def __init__(
         self,
         store: Store,
         *,

@@ -93,7 +93,7 @@ class BlobWire:
 
     atomic_create = False
 
-    def __init__(self, fs: Any) -> None:  # noqa: ANN401  fsspec ships no types
+    def __init__(self, fs: Any) -> None:
         self._fs = fs
 
     def create(self, path: str, data: bytes) -> bool:
@@ -146,7 +146,7 @@ class S3Wire(BlobWire):
 
     atomic_create = True
 
-    def __init__(self, fs: Any) -> None:  # noqa: ANN401  s3fs ships no types
+    def __init__(self, fs: Any) -> None:
         super().__init__(fs)
         # s3fs's own loop around botocore's would multiply every timeout by five.
         fs.retries = 1

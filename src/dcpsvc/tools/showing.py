@@ -34,7 +34,12 @@ class Shown:
     def document(self) -> dict[str, Any]:
         """Everything as JSON-like values."""
         tensors = {
-            key: {"dtype": t.dtype, "shape": list(t.shape), "nbytes": t.nbytes, "ranks": sorted({c.rank for c in t.chunks})}
+            key: {
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "nbytes": t.nbytes,
+                "ranks": sorted({c.rank for c in t.chunks}),
+            }
             for key, t in sorted(self.layout.tensors.items())
         }
         return listed(self.checkpoint) | {

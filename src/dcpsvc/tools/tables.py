@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
     from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.tools.showing import Shown
@@ -42,7 +42,13 @@ def age(created: datetime | None) -> str:
 def print_listing(checkpoints: list[Checkpoint]) -> None:
     """One line per checkpoint or attempt."""
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("step", "right"), ("attempt", "left"), ("age", "right"), ("size", "right"), ("ranks", "right")):
+    for column, justify in (
+        ("step", "right"),
+        ("attempt", "left"),
+        ("age", "right"),
+        ("size", "right"),
+        ("ranks", "right"),
+    ):
         table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("state", no_wrap=True)
     table.add_column("metrics / reason", overflow="fold")
@@ -87,7 +93,9 @@ def print_checkpoint(shown: Shown, pattern: str) -> None:
     for key, tensor in sorted(shown.layout.tensors.items()):
         if pattern in key:
             ranks = ",".join(str(rank) for rank in sorted({chunk.rank for chunk in tensor.chunks}))
-            tensors.add_row(escape(key), tensor.dtype, str(list(tensor.shape)).replace("[", r"\["), size(tensor.nbytes), ranks)
+            tensors.add_row(
+                escape(key), tensor.dtype, str(list(tensor.shape)).replace("[", r"\["), size(tensor.nbytes), ranks
+            )
     for name, of in sorted(shown.layout.aliases.items()):
         if pattern in name:
             tensors.add_row(escape(name), "", f"= {escape(of)}", "", "")
@@ -99,7 +107,9 @@ def print_findings(findings: list[Finding]) -> None:
     console = Console()
     for finding in findings:
         word = "[green]intact[/]" if finding.intact else "[red]damaged[/]"
-        console.print(f"step {finding.step} (attempt {finding.attempt}): {word}, {size(finding.nbytes)} proven", highlight=False)
+        console.print(
+            f"step {finding.step} (attempt {finding.attempt}): {word}, {size(finding.nbytes)} proven", highlight=False
+        )
         for problem in finding.problems:
             console.print(f"  {escape(problem)}", highlight=False, soft_wrap=True)
     if not findings:
@@ -107,7 +117,7 @@ def print_findings(findings: list[Finding]) -> None:
 
 
 @contextmanager
-def progress(total_nbytes: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+def progress(total_nbytes: int, *, quiet: bool) -> Generator[Callable[[int], None]]:
     """A bar with bytes, rate and time left on stderr; nothing where that is no terminal."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:

@@ -1,0 +1,96 @@
+"""Loading a checkpoint from outside a training job, into whatever state you have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError
+from dcpsvc.ranks.job import Job
+from dcpsvc.reading import open_root
+from dcpsvc.resuming import Resuming
+from dcpsvc.stages import discover
+from dcpsvc.stages.restore import CheckpointReader
+from dcpsvc.state.app import AppState
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Collection, Mapping, MutableMapping
+
+    from dcpsvc.stages.discover import Checkpoint
+    from dcpsvc.storage.base import Store
+
+
+def storage_reader(
+    root: str | os.PathLike[str], step: int | None = None, *, storage_options: Mapping[str, Any] | None = None
+) -> CheckpointReader:
+    """A DCP StorageReader: ``torch.distributed.checkpoint.load(state, storage_reader=...)`` reads the checkpoint.
+
+    Args:
+        root: The run.
+        step: A committed step; None takes the newest.
+        storage_options: For fsspec.
+
+    Raises:
+        NoSuchStepError: The step is not committed, or its files are not all there.
+        NoValidCheckpointError: Nothing can be loaded.
+    """
+    store = open_root(root, storage_options)
+    manifest = discover.read_manifest(store, _choose(store, step).key)
+    return CheckpointReader(manifest, discover.read_layout(store, manifest), [store])
+
+
+def load(
+    root: str | os.PathLike[str],
+    state: MutableMapping[str, Any],
+    step: int | None = None,
+    *,
+    skip: Collection[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+    sync_timeout_s: float = 60.0,
+) -> int:
+    """Load a checkpoint into ``state``, whatever the number of ranks; components it does not name are left out.
+
+    Collective if a process group is initialised: the ranks agree on one checkpoint.
+
+    Args:
+        root: The run.
+        state: As for :class:`~dcpsvc.Checkpointer`.
+        step: A committed step; None takes the newest that is whole.
+        skip: Names in ``state`` to leave as they are.
+        storage_options: For fsspec.
+        sync_timeout_s: Longest wait for a peer.
+
+    Returns:
+        The step that was loaded.
+
+    Raises:
+        NoSuchStepError: ``step`` is not committed, or damaged.
+        NoValidCheckpointError: Nothing can be loaded.
+        RestoreFailedError: The state does not fit, or a rank is missing. Nothing in memory was changed.
+    """
+    store, app = open_root(root, storage_options), AppState(state)
+    job = Job.join(sync_timeout_s)
+    try:
+        found = Resuming(job, "load", store, (), app, sync_timeout_s, max(sync_timeout_s, 1800.0)).run(step, skip)
+        job.linger("load", sync_timeout_s)
+    finally:
+        job.leave()
+    if found is None:
+        raise NoValidCheckpointError(store.url, ("nothing is committed",))
+    return found.attempt.step
+
+
+def _choose(store: Store, step: int | None) -> Checkpoint:
+    everything = discover.listing(store)
+    found = [checkpoint for checkpoint in everything if step in {None, checkpoint.step}]
+    whole = [checkpoint for checkpoint in found if checkpoint.state == "committed"]
+    if whole:
+        return whole[-1]
+    reasons = tuple(f"step {checkpoint.step}: {checkpoint.reason}" for checkpoint in found)
+    if step is None:
+        raise NoValidCheckpointError(store.url, reasons or ("nothing is committed",))
+    raise NoSuchStepError(store.url, step, _steps(everything), "; ".join(reasons))
+
+
+def _steps(checkpoints: list[Checkpoint]) -> tuple[int, ...]:
+    return tuple(checkpoint.step for checkpoint in checkpoints if checkpoint.state == "committed")
