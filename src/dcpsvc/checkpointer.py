@@ -290,7 +290,7 @@ class Checkpointer:
         if self._closed:
             raise ClosedError(f"this Checkpointer of {self._run.remote.url} is closed")
 
-    def _check_step(self, step: int) -> None:
+    def _check_step(self, step: object) -> None:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
             raise ConfigError(f"step={step!r} must be an int in 0..{MAX_STEP}")
 

@@ -35,7 +35,7 @@ from dcpsvc.stages import ack, commit, discover, retain, upload
 from dcpsvc.state import dcp_quirks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
     from concurrent.futures import Future
 
     from dcpsvc.config import Options
@@ -92,7 +92,7 @@ class Catalog:
     """
 
     attempts: dict[int, Attempt] = field(default_factory=dict[int, Attempt])
-    in_use: dict[Attempt, str] = field(default_factory=dict[Attempt, str])
+    in_use: dict[Hashable, str] = field(default_factory=dict["Hashable", str])
     manifests: list[Manifest] | None = None
 
     @property

@@ -9,8 +9,8 @@ from typing import Any
 
 from dcpsvc.errors import ManifestError
 from dcpsvc.format import keys
-from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
-from dcpsvc.format.parse import Fields, dump
+from dcpsvc.format.digest import BLOCK_NBYTES, digest, table_nbytes
+from dcpsvc.format.parse import Fields, compact, dump
 
 FORMAT = 1
 """Version of every file in a run root."""
@@ -122,7 +122,7 @@ class Manifest:
 
     def dumps(self) -> bytes:
         """The file's content."""
-        return dump(
+        return seal(
             {
                 "format": FORMAT,
                 "run_id": self.run_id,
@@ -139,6 +139,11 @@ class Manifest:
         )
 
 
+def seal(document: dict[str, Any]) -> bytes:
+    """The document with a digest over all of it: a flipped bit anywhere is noticed."""
+    return dump(document | {"digest": digest(compact(document))})
+
+
 def loads(path: str, data: bytes) -> Manifest:
     """Parse and validate a manifest read from the key ``path``.
 
@@ -151,6 +156,7 @@ def loads(path: str, data: bytes) -> Manifest:
         raise fields.fail(f"format version {version}, this package reads {FORMAT}")
     if (block := fields.get("block_nbytes", int)) != BLOCK_NBYTES:
         raise fields.fail(f"block size {block}, this package reads {BLOCK_NBYTES}")
+    _check_seal(fields)
     layout = fields.child("layout")
     manifest = Manifest(
         run_id=fields.text("run_id", bool),
@@ -164,6 +170,17 @@ def loads(path: str, data: bytes) -> Manifest:
     )
     _check(fields, path, manifest)
     return manifest
+
+
+def _check_seal(fields: Fields) -> None:
+    said = fields.text("digest", _DIGEST.fullmatch)
+    content = {name: value for name, value in fields.items() if name != "digest"}
+    try:
+        found = digest(compact(content))
+    except (ValueError, RecursionError) as err:
+        raise fields.fail(f"cannot be a manifest: {err}") from err
+    if found != said:
+        raise fields.fail(f"its content has checksum {found}, it says {said}")
 
 
 def _check(fields: Fields, path: str, manifest: Manifest) -> None:

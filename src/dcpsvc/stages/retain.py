@@ -12,14 +12,14 @@ from dcpsvc.format.keys import TOMBSTONES, Attempt, attempt_of
 from dcpsvc.format.parse import compact
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.policies import Keep
     from dcpsvc.storage.base import Store
 
 
-def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Attempt, str]) -> list[Attempt]:
+def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Hashable, str]) -> list[Attempt]:
     """The commits the rule lets go, oldest first. Pure.
 
     Args:
@@ -27,7 +27,7 @@ def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Attempt,
         commits: Every valid commit, ascending by step.
         protected: Commits in use, and why.
     """
-    decision = policies.decide(rule, commits, protected={**protected})
+    decision = policies.decide(rule, commits, protected=protected)
     return [key for key in decision.remove if isinstance(key, Attempt)]
 
 

@@ -101,7 +101,7 @@ def _open_remote(protocol: str, url: str, options: Mapping[str, Any]) -> Store:
     try:
         if protocol not in import_module("fsspec.registry").known_implementations:
             raise RootError(shown, f"{protocol!r} is not a known protocol; give a directory or s3://bucket/prefix")
-        return ObjectStore(url, options)
+        return ObjectStore(f"{protocol}://{url.partition('://')[2]}", options)
     except ImportError as err:
         raise RootError(shown, f"the package for {protocol}:// is not installed ({err})") from err
     except StoreError as err:

@@ -1,0 +1,146 @@
+"""A real S3 server for these tests: Ceph's RADOS Gateway, fetched once and started for the session.
+
+``DCPSVC_TEST_S3`` (an endpoint URL) with ``DCPSVC_TEST_S3_KEY`` and ``DCPSVC_TEST_S3_SECRET`` names a server of your
+own instead; it gets a bucket that is removed at the end. ``DCPSVC_CEPH_ROOT`` says where Ceph is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+pytest.register_assert_rewrite("store_contract")
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SCRIPTS = Path(__file__).parent / "ceph"
+PORTS_BESIDE = (0, 1, 100, 101, 102, 103)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "s3: needs a real S3 server")
+
+
+class Server(NamedTuple):
+    """A running S3 server, and an empty bucket on it."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+    data: Path | None = None
+    """Where our own Ceph keeps its data; None for somebody else's server."""
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        return {
+            "endpoint_url": self.endpoint,
+            "key": self.access_key,
+            "secret": self.secret_key,
+            "client_kwargs": {"region_name": "us-east-1"},
+        }
+
+    def client(self) -> Any:  # noqa: ANN401  botocore makes its classes at run time
+        """A client that is not ours: what a stranger sees."""
+        from botocore.session import Session  # noqa: PLC0415
+
+        return Session().create_client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+        )
+
+    def start(self) -> None:
+        """Start our own Ceph, with the data it has."""
+        assert self.data
+        run("start.sh", str(ceph_root()), str(self.data), self.endpoint.rpartition(":")[2])
+
+    def stop(self, signal: str = "TERM") -> None:
+        assert self.data
+        run("stop.sh", str(self.data), SIG=signal)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    bucket = f"dcpsvc-{uuid.uuid4().hex}"
+    if endpoint := os.environ.get("DCPSVC_TEST_S3"):
+        key, secret = os.environ["DCPSVC_TEST_S3_KEY"], os.environ["DCPSVC_TEST_S3_SECRET"]
+        server = Server(endpoint, key, secret, bucket)
+        server.client().create_bucket(Bucket=bucket)
+        yield server
+        empty_and_remove(server)
+        return
+    fetch()
+    data = tmp_path_factory.mktemp("ceph")
+    server = Server(f"http://127.0.0.1:{free_port()}", "testkey", "testsecretkey0123", bucket, data)
+    try:
+        server.start()
+        server.client().create_bucket(Bucket=bucket)
+        yield server
+    finally:
+        # Nothing here is worth an orderly exit, which takes half a minute.
+        server.stop("KILL")
+        # 20 GB of a sparse file; pytest would keep three of them.
+        shutil.rmtree(data)
+
+
+def empty_and_remove(server: Server) -> None:
+    client = server.client()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=server.bucket):
+        for item in page.get("Contents", []):
+            client.delete_object(Bucket=server.bucket, Key=item["Key"])
+    for upload in client.list_multipart_uploads(Bucket=server.bucket).get("Uploads", []):
+        client.abort_multipart_upload(Bucket=server.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    client.delete_bucket(Bucket=server.bucket)
+
+
+def ceph_root() -> Path:
+    return Path(os.environ.get("DCPSVC_CEPH_ROOT") or Path.home() / ".cache" / "dcpsvc-tests" / "ceph")
+
+
+def fetch() -> None:
+    try:
+        run("fetch.sh", str(ceph_root()))
+    except (subprocess.SubprocessError, OSError) as err:
+        reason = str(getattr(err, "stderr", None) or err).strip().splitlines()[-1:]
+        pytest.skip(f"Ceph cannot be fetched: {''.join(reason)}; set DCPSVC_TEST_S3 to use another server")
+
+
+def run(script: str, *args: str, **env: str) -> None:
+    # stderr goes to a pipe that ends with the script: the daemons it leaves behind have closed theirs.
+    subprocess.run(
+        ["bash", str(SCRIPTS / script), *args],
+        check=True,
+        timeout=240,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    """The first of a group of ports that are free now, below those the kernel hands out by itself."""
+    for _ in range(100):
+        port = random.randrange(20_000, 32_000)
+        try:
+            for beside in PORTS_BESIDE:
+                socket.create_server(("127.0.0.1", port + beside)).close()
+        except OSError:
+            continue
+        return port
+    raise RuntimeError("no free ports below 32000")
