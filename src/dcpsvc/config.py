@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -74,7 +73,7 @@ class Options:
             return Path(self.local).absolute()
         if named := os.environ.get(LOCAL_VARIABLE):
             return Path(named).absolute()
-        return Path(tempfile.gettempdir()) / f"dcpsvc-{getpass.getuser()}"
+        return Path(tempfile.gettempdir()) / f"dcpsvc-{os.getuid()}"
 
     @property
     def failure_budget(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,9 @@ def _join_run(job: Job, remote: Store, local_dir: Path, run_id: str, meeting: Me
 
 def _take_place(job: Job, remote: Store, local_dir: Path, run_id: str) -> OpenRun:
     local_path = local_dir / run_id
-    local_path.mkdir(parents=True, exist_ok=True)
+    local_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_owner(local_dir)
+    local_path.mkdir(exist_ok=True)
     lock = _lock(local_path / f"rank-{job.rank:05d}.lock")
     try:
         local = PosixStore(local_path)
@@ -113,6 +116,15 @@ def _take_place(job: Job, remote: Store, local_dir: Path, run_id: str) -> OpenRu
         os.close(lock)
         raise
     return OpenRun(run_id, remote, local, local_path, [], lock)
+
+
+def _check_owner(local_dir: Path) -> None:
+    """In a directory everybody may write to, such as /tmp, the local tier must be of our own making."""
+    sticky, owner = local_dir.parent.stat().st_mode & stat.S_ISVTX, local_dir.stat().st_uid
+    if sticky and owner != os.geteuid():
+        raise RootError(
+            str(local_dir), f"belongs to user {owner}, who could read the checkpoints; use local= elsewhere"
+        )
 
 
 def _lock(path: Path) -> int:
