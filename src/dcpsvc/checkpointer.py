@@ -14,12 +14,13 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
+from dcpsvc.catalog import Catalog
 from dcpsvc.config import Options
 from dcpsvc.errors import ClosedError, ConfigError, DcpsvcError, RootError, StepExistsError
 from dcpsvc.events import Events, Point
 from dcpsvc.format.keys import MAX_STEP
 from dcpsvc.laststep import LastStep
-from dcpsvc.life import Catalog, Life
+from dcpsvc.life import Life
 from dcpsvc.opening import open_run
 from dcpsvc.pending import Statistics, StepOutcome
 from dcpsvc.ranks.job import Job

@@ -111,7 +111,7 @@ def verify_command(root: str, step: int | None, options: tuple[str, ...], as_jso
 @click.option("--steps", type=click.IntRange(min=3), default=60, show_default=True)
 @click.option("--every", type=click.IntRange(min=1), default=20, show_default=True, help="Steps between two saves.")
 @click.option("--dir", "directory", type=click.Path(file_okay=False), help="Where logs and the default root go.")
-@click.option("--tamper", is_flag=True, hidden=True, help="Resume with another model: the comparison must notice.")
+@click.option("--tamper", is_flag=True, hidden=True, help="Resume with another dropout: the comparison must notice.")
 @_options
 @_json
 def demo_command(directory: str | None, tamper: bool, options: tuple[str, ...], **choices: Any) -> None:

@@ -12,9 +12,10 @@ import functools
 import logging
 import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dcpsvc.catalog import Catalog
 from dcpsvc.errors import (
     CommitUnknownError,
     DcpsvcError,
@@ -35,7 +36,7 @@ from dcpsvc.stages import ack, commit, discover, retain, upload
 from dcpsvc.state import dcp_quirks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from dcpsvc.config import Options
@@ -81,39 +82,6 @@ class Save:
         return time.perf_counter() - self.began
 
 
-@dataclass(slots=True)
-class Catalog:
-    """What this rank knows to be committed. Decided by the ranks together, so the same everywhere.
-
-    Attributes:
-        attempts: The attempt that committed each step.
-        in_use: Checkpoints that retention must not touch, and why.
-        manifests: Coordinator: valid commits, ascending; read at the first retention.
-    """
-
-    attempts: dict[int, Attempt] = field(default_factory=dict[int, Attempt])
-    in_use: dict[Hashable, str] = field(default_factory=dict["Hashable", str])
-    manifests: list[Manifest] | None = None
-
-    @property
-    def newest(self) -> int | None:
-        """The newest committed step."""
-        return max(self.attempts, default=None)
-
-    def add(self, found: Manifest) -> None:
-        """A commit of this job."""
-        self.attempts[found.step] = found.key
-        if self.manifests is not None:
-            self.manifests = sorted([*self.manifests, found], key=lambda manifest: manifest.key)
-
-    def drop(self, attempt: Attempt) -> None:
-        """It was deleted."""
-        if self.attempts.get(attempt.step) == attempt:
-            del self.attempts[attempt.step]
-        if self.manifests is not None:
-            self.manifests = [manifest for manifest in self.manifests if manifest.key != attempt]
-
-
 class Life:
     """Runs saves one after the other; owned by the uploader thread."""
 
@@ -157,7 +125,7 @@ class Life:
         manifest = self._then("ack", records, lambda found: self._commit_locally(save, agreement, found, layout))
         record = self._then("upload", manifest, lambda found: self._upload(save, found, layout))
         records = self._acknowledged(save, "remote", record)
-        manifest = self._then("ack", records, lambda _: manifest)
+        manifest = self._then("ack", records, lambda _: self._acked_remote(save, manifest))
         created = functools.partial(self._created, save, manifest)
         if unknown := commit.publish(
             self._job, save.place, manifest, self._run.remote, meeting=self._work, created=created
@@ -245,6 +213,11 @@ class Life:
         save.pending.timings.upload_s = time.perf_counter() - began
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
         return record
+
+    def _acked_remote(self, save: Save, manifest: Any) -> Manifest:
+        """Every shard is durable and proven at the run root; nothing is a checkpoint yet."""
+        self._emit(Point.ACKED_REMOTE, save, nbytes=manifest.nbytes, seconds=save.elapsed_s())
+        return manifest
 
     def _created(self, save: Save, manifest: Any) -> None:
         self.catalog.add(manifest)

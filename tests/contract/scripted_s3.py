@@ -29,7 +29,7 @@ class ScriptedS3(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401  as socketserver has it
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: clients that hang up are what this server is for."""
 
     def __enter__(self) -> Self:

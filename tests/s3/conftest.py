@@ -28,10 +28,6 @@ SCRIPTS = Path(__file__).parent / "ceph"
 PORTS_BESIDE = (0, 1, 100, 101, 102, 103)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "s3: needs a real S3 server")
-
-
 class Server(NamedTuple):
     """A running S3 server, and an empty bucket on it."""
 
@@ -51,9 +47,9 @@ class Server(NamedTuple):
             "client_kwargs": {"region_name": "us-east-1"},
         }
 
-    def client(self) -> Any:  # noqa: ANN401  botocore makes its classes at run time
+    def client(self) -> Any:
         """A client that is not ours: what a stranger sees."""
-        from botocore.session import Session  # noqa: PLC0415
+        from botocore.session import Session
 
         return Session().create_client(
             "s3",
@@ -122,7 +118,7 @@ def fetch() -> None:
 def run(script: str, *args: str, **env: str) -> None:
     # stderr goes to a pipe that ends with the script: the daemons it leaves behind have closed theirs.
     subprocess.run(
-        ["bash", str(SCRIPTS / script), *args],
+        ["/bin/bash", str(SCRIPTS / script), *args],
         check=True,
         timeout=240,
         env={**os.environ, **env},

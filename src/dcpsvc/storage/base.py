@@ -37,7 +37,8 @@ class Store(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Write ``data`` if no object has that key; say whether this call did.
 
-        Durable when it returns True. Where :attr:`atomic_create` is False two racing callers may both
+        For small objects. Where an answer can be lost, an object that already holds exactly ``data`` counts as
+        created by this call, so give each attempt bytes of its own. Durable when it returns True. Where :attr:`atomic_create` is False two racing callers may both
         be told True; the protocol must be right without it and uses it as a fence where it works.
         """
         ...
@@ -65,7 +66,7 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str) -> list[Entry]:
-        """All objects whose key starts with ``prefix`` (a folder: ``"manifests/"``), sorted by key.
+        """All objects whose key starts with ``prefix`` (a folder: ``"manifests/"``; ``""`` is all), sorted by key.
 
         A failure raises. It is never an empty list. A prefix nobody has written is an empty list.
         """

@@ -1,0 +1,45 @@
+"""What a rank knows to be committed at the run root, from the moment the run was opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.manifest import Manifest
+
+
+@dataclass(slots=True)
+class Catalog:
+    """What this rank knows to be committed. Decided by the ranks together, so the same everywhere.
+
+    Attributes:
+        attempts: The attempt that committed each step.
+        in_use: Checkpoints that retention must not touch, and why.
+        manifests: Coordinator: valid commits, ascending; read at the first retention.
+    """
+
+    attempts: dict[int, Attempt] = field(default_factory=dict[int, Attempt])
+    in_use: dict[Hashable, str] = field(default_factory=dict["Hashable", str])
+    manifests: list[Manifest] | None = None
+
+    @property
+    def newest(self) -> int | None:
+        """The newest committed step."""
+        return max(self.attempts, default=None)
+
+    def add(self, found: Manifest) -> None:
+        """A commit of this job."""
+        self.attempts[found.step] = found.key
+        if self.manifests is not None:
+            self.manifests = sorted([*self.manifests, found], key=lambda manifest: manifest.key)
+
+    def drop(self, attempt: Attempt) -> None:
+        """It was deleted."""
+        if self.attempts.get(attempt.step) == attempt:
+            del self.attempts[attempt.step]
+        if self.manifests is not None:
+            self.manifests = [manifest for manifest in self.manifests if manifest.key != attempt]
