@@ -22,8 +22,8 @@ class Catalog:
         manifests: Coordinator: valid commits, ascending; read at the first retention.
     """
 
-    attempts: dict[int, Attempt] = field(default_factory=dict[int, Attempt])
-    in_use: dict[Hashable, str] = field(default_factory=dict["Hashable", str])
+    attempts: dict[int, Attempt] = field(default_factory=dict)
+    in_use: dict[Hashable, str] = field(default_factory=dict)
     manifests: list[Manifest] | None = None
 
     @property

@@ -15,7 +15,6 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc.catalog import Catalog
 from dcpsvc.errors import (
     CommitUnknownError,
     DcpsvcError,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    from dcpsvc.catalog import Catalog
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.opening import OpenRun
@@ -214,8 +214,9 @@ class Life:
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
         return record
 
-    def _acked_remote(self, save: Save, manifest: Any) -> Manifest:
+    def _acked_remote(self, save: Save, manifest: Manifest | RankFailure) -> Manifest:
         """Every shard is durable and proven at the run root; nothing is a checkpoint yet."""
+        assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         self._emit(Point.ACKED_REMOTE, save, nbytes=manifest.nbytes, seconds=save.elapsed_s())
         return manifest
 

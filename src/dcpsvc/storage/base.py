@@ -38,7 +38,8 @@ class Store(Protocol):
         """Write ``data`` if no object has that key; say whether this call did.
 
         For small objects. Where an answer can be lost, an object that already holds exactly ``data`` counts as
-        created by this call, so give each attempt bytes of its own. Durable when it returns True. Where :attr:`atomic_create` is False two racing callers may both
+        created by this call, so give each attempt bytes of its own. Durable when it returns True. Where
+        :attr:`atomic_create` is False two racing callers may both
         be told True; the protocol must be right without it and uses it as a fence where it works.
         """
         ...
