@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcpsvc.errors import ConfigError
-from dcpsvc.policies import Every, Everything, Keep
+from dcpsvc.policies import Every, Everything, Keep, is_count, is_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,9 +60,11 @@ class Options:
     def __post_init__(self) -> None:
         _positive("sync_timeout_s", self.sync_timeout_s)
         _positive("upload_timeout_s", self.upload_timeout_s)
-        if isinstance(self.max_consecutive_failures, bool) or self.max_consecutive_failures < 1:
-            raise ConfigError(f"max_consecutive_failures={self.max_consecutive_failures} must be at least 1")
-        if self.on_failure not in {"continue", "raise"}:
+        if not is_count(self.max_consecutive_failures):
+            raise ConfigError(
+                f"max_consecutive_failures={self.max_consecutive_failures!r} must be an int of at least 1"
+            )
+        if self.on_failure not in ("continue", "raise"):
             raise ConfigError(f"on_failure={self.on_failure!r} must be 'continue' or 'raise'")
         _instance("every", self.every, (Every, type(None)), "an Every(...), or None")
         _instance("keep", self.keep, Keep, "a policy such as Latest(3)")
@@ -82,8 +85,8 @@ class Options:
 
 
 def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"{name}={value} must be a number of seconds above 0")
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ConfigError(f"{name}={value!r} must be a number of seconds above 0")
 
 
 def _instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:

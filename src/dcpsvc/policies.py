@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +10,16 @@ from dcpsvc.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an int of at least 1, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Commit(Protocol):
@@ -46,10 +57,10 @@ class Every:
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
             raise ConfigError("Every() needs steps= or seconds=")
-        if self.steps is not None and (isinstance(self.steps, bool) or self.steps < 1):
-            raise ConfigError(f"Every(steps={self.steps}): steps must be at least 1")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ConfigError(f"Every(seconds={self.seconds}): seconds must be more than 0")
+        if self.steps is not None and not is_count(self.steps):
+            raise ConfigError(f"Every(steps={self.steps!r}): steps must be an int of at least 1")
+        if self.seconds is not None and not (is_number(self.seconds) and 0 < self.seconds < math.inf):
+            raise ConfigError(f"Every(seconds={self.seconds!r}): seconds must be a number above 0")
 
     def due(self, step: int) -> bool:
         """Whether ``step`` itself says so; every rank computes the same."""
@@ -99,8 +110,8 @@ class Latest(Keep):
     n: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or self.n < 1:
-            raise ConfigError(f"Latest({self.n}): at least 1 checkpoint must be kept")
+        if not is_count(self.n):
+            raise ConfigError(f"Latest({self.n!r}): at least 1 checkpoint must be kept")
 
     def reasons(self, commits: Sequence[Commit]) -> dict[Hashable, str]:
         """The last ``n``, numbered from the newest."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import (
     CorruptShardError,
-    DcpsvcError,
     FormatError,
     LayoutError,
     ManifestError,
@@ -127,7 +126,7 @@ class Resuming:
         try:
             loaded = self._read(attempt, skip)
             message = None
-        except (DcpsvcError, OSError, MemoryError) as err:
+        except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
         self._meet(f"{where}/read", message, lambda _: None, self.work_s)
         assert loaded is not None  # noqa: S101 - a failure would have ended the meeting

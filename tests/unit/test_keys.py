@@ -50,7 +50,7 @@ HOSTILE = [
     "data/step-0000000000500.cafe-0/rank-00003.safetensors",
     "data/step--00000000500.cafe-0/rank-00003.safetensors",
     "data/step-٠٠٠٠٠٠٠٠٠٥٠٠.cafe-0/rank-00003.safetensors",  # noqa: RUF001 - digits, but not ours
-    "data/step-00000000050०.cafe-0/rank-00003.safetensors",
+    "data/step-00000000050०.cafe-0/rank-00003.safetensors",  # noqa: RUF001
     "data/step-00000000050².cafe-0/rank-00003.safetensors",
     "data/step-000000000500.cafe-0/rank-3.safetensors",
     "data/step-000000000500.cafe-0/rank-0003.safetensors",
@@ -66,7 +66,7 @@ HOSTILE = [
     "layouts/0123456789ABCDEF0123456789ABCDEF.json",
     "layouts/0123456789abcdef.json",
     f"layouts/{'0' * 33}.json",
-    f"layouts/{'٠' * 32}.json",
+    f"layouts/{'٠' * 32}.json",  # noqa: RUF001
     "layouts/../run.json",
     "run.json",
     "probes/cafe-00000",

@@ -32,9 +32,17 @@ def tensors(draw: st.DrawFn) -> Tensor:
     """A tensor cut into slabs along one dimension, in any order."""
     shape = draw(st.lists(st.integers(0, 6), max_size=3).map(tuple))
     if not shape:
-        return Tensor(draw(st.sampled_from(sorted(ITEM_NBYTES))), (), (Chunk(0, (), (), draw(st.integers(0, 1 << 40))),))
+        return Tensor(
+            draw(st.sampled_from(sorted(ITEM_NBYTES))), (), (Chunk(0, (), (), draw(st.integers(0, 1 << 40))),)
+        )
     dim = draw(st.integers(0, len(shape) - 1))
-    cuts = sorted(draw(st.sets(st.integers(1, max(shape[dim] - 1, 1)).filter(lambda cut: cut < shape[dim]), max_size=3) if shape[dim] > 1 else st.just(set())))
+    cuts = sorted(
+        draw(
+            st.sets(st.integers(1, max(shape[dim] - 1, 1)).filter(lambda cut: cut < shape[dim]), max_size=3)
+            if shape[dim] > 1
+            else st.just(set())
+        )
+    )
     chunks = [
         Chunk(
             rank=draw(st.integers(0, 9)),
@@ -166,7 +174,10 @@ def test_arbitrary_bytes_are_only_ever_a_layout_error(data: bytes) -> None:
         loads(data)
 
 
-@given(value=json_values, place=st.sampled_from(["root", "format", "aliases", "tensors", "tensor", "shape", "chunk", "offsets"]))
+@given(
+    value=json_values,
+    place=st.sampled_from(["root", "format", "aliases", "tensors", "tensor", "shape", "chunk", "offsets"]),
+)
 def test_damaged_json_gives_a_layout_or_a_layout_error(value: Any, place: str) -> None:
     chunk = [0, value if place == "offsets" else [0], [1], 0]
     whole: Any = content(value if place == "shape" else [1], [value if place == "chunk" else chunk])

@@ -129,6 +129,13 @@ def test_the_header_is_as_long_whatever_step_attempt_and_objects_are(
     assert shardfile.header_nbytes(PATH, head[:8], len(head) + 1) == len(head)
 
 
+def test_a_header_of_any_length_has_room_for_the_longest_step_attempt_and_objects() -> None:
+    longest = {"step": "9" * 12, "attempt": "a" * 64, "rank": "9" * 7}
+    for length in range(1, 2 * PAGE_NBYTES, 7):
+        placement = shardfile.place([whole("x" * length, "F32", 10**9)])
+        assert len(shardfile.header(placement, 10**12, longest)) == placement.data_begin
+
+
 def test_a_header_that_does_not_fit_is_never_written() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         shardfile.header(shardfile.place([]), 0, {"note": "x" * PAGE_NBYTES})

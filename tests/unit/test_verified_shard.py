@@ -2,80 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import random
-import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpsvc.errors import CorruptShardError, StoreError, StoreUnavailableError
-from dcpsvc.format import digest, shardfile
+from dcpsvc.errors import CorruptShardError, StoreError
+from dcpsvc.format import digest
 from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
-from dcpsvc.format.keys import Attempt
-from dcpsvc.format.manifest import ShardRecord
-from dcpsvc.format.shardfile import Piece
-from dcpsvc.storage.memory import MemoryStore
 from dcpsvc.storage.posix import PosixStore
 from dcpsvc.storage.shards import VerifiedShard
+from tests.unit.one_shard import (
+    BODY,
+    CONTENT,
+    DOCUMENTS,
+    INTACT,
+    KEY,
+    RECORD,
+    CountingStore,
+    SilentStore,
+    flipped,
+    make_shard,
+    stored,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dcpsvc.storage.base import Store
 
-KEY = Attempt(7, "cafe-0").shard(0)
-DOCUMENTS = {"sched": {"last_epoch": 7}, "rng@0": [1, 2, 3]}
-
-
-def make_shard(numel: int) -> tuple[bytes, ShardRecord]:
-    placement = shardfile.place([Piece("w", "U8", (numel,), (0,), (numel,))])
-    objects = json.dumps(DOCUMENTS).encode()
-    body = shardfile.header(placement, len(objects), {}) + random.Random(0).randbytes(numel) + objects
-    table = digest.table(memoryview(body))
-    content = body + table
-    record = ShardRecord(rank=0, path=KEY, nbytes=len(content), body_nbytes=len(body), digest=digest.digest(table))
-    return content, record
-
-
-CONTENT, RECORD = make_shard(3 * BLOCK_NBYTES + 12_345)
-BODY = CONTENT[: RECORD.body_nbytes]
 positions = st.integers(0, len(CONTENT) - 1)
 inside = st.integers(0, len(BODY))
-
-
-class CountingStore(MemoryStore):
-    """Counts the bytes it gives out."""
-
-    given_out = 0
-
-    def read(self, key: str, begin: int, end: int) -> bytes:
-        self.given_out += end - begin
-        return super().read(key, begin, end)
-
-
-class SilentStore(MemoryStore):
-    """Does not answer."""
-
-    def size(self, key: str) -> int:
-        raise StoreUnavailableError("size", key, "timed out")
-
-
-def stored(content: bytes | None = CONTENT, kind: type[MemoryStore] = MemoryStore) -> MemoryStore:
-    """A place of its own that holds ``content`` as the shard."""
-    store = kind(uuid.uuid4().hex)
-    if content is not None:
-        store.put(KEY, content)
-    return store
-
-
-def flipped(at: int, flip: int = 1) -> bytes:
-    return CONTENT[:at] + bytes([CONTENT[at] ^ flip]) + CONTENT[at + 1 :]
-
-
-INTACT = stored()
 
 
 def assert_refused(store: Store) -> None:
@@ -151,7 +109,9 @@ def test_the_second_store_gives_what_the_first_has_damaged(at: int) -> None:
     assert b"".join(shard.read(*piece) for piece in shard.pieces()) == BODY
 
 
-@pytest.mark.parametrize("first", [None, b"", CONTENT[:-1], CONTENT[: BLOCK_NBYTES + 1]], ids=["missing", "empty", "one short", "one block"])
+@pytest.mark.parametrize(
+    "first", [None, b"", CONTENT[:-1], CONTENT[: BLOCK_NBYTES + 1]], ids=["missing", "empty", "one short", "one block"]
+)
 def test_the_second_store_gives_what_the_first_lacks(first: bytes | None) -> None:
     assert VerifiedShard([stored(first), INTACT], RECORD).read(0, len(BODY)) == BODY
 
@@ -169,7 +129,7 @@ def test_a_first_store_that_breaks_between_two_reads_is_left() -> None:
 
 
 def test_when_every_store_is_damaged_the_file_and_the_last_place_are_named() -> None:
-    first, last = stored(flipped(0)), stored(flipped(1))
+    first, last = stored(flipped(0)), stored(flipped(1), name="far")
     with pytest.raises(CorruptShardError) as caught:
         VerifiedShard([first, last], RECORD).read(0, 1)
     assert caught.value.path == KEY

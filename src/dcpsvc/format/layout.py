@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from dcpsvc.format.parse import Fields, compact
 
 MAX_NBYTES = 4 << 30
 MAX_DIMS = 64
+MAX_CUT_DIMS = 8
 
 ITEM_NBYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -110,8 +113,23 @@ def uncovered(tensor: Tensor) -> str | None:
         box = zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
         if any(offset + size > extent for offset, size, extent in box):
             return f"a chunk at {chunk.offsets} of size {chunk.sizes} leaves the shape {tensor.shape}"
-    if len({chunk.offsets for chunk in tensor.chunks if chunk.numel}) != sum(1 for c in tensor.chunks if c.numel):
-        return "two chunks begin at the same place"
+    return _not_tiled(tensor)
+
+
+def _not_tiled(tensor: Tensor) -> str | None:
+    """Boxes tile a box exactly when their corners, counted with alternating signs, are those of the whole."""
+    chunks = [chunk for chunk in tensor.chunks if chunk.numel]
+    cut = [dim for dim, extent in enumerate(tensor.shape) if any(chunk.sizes[dim] != extent for chunk in chunks)]
+    if len(cut) > MAX_CUT_DIMS:
+        return f"cut along {len(cut)} dimensions, at most {MAX_CUT_DIMS} are supported"
+    corners: Counter[Shape] = Counter()
+    whole = [((0,) * len(tensor.shape), tensor.shape, -1)] if chunks else []
+    for offsets, sizes, sign in [*((c.offsets, c.sizes, 1) for c in chunks), *whole]:
+        for far in itertools.product((False, True), repeat=len(cut)):
+            corner = tuple(offsets[dim] + sizes[dim] * at_end for dim, at_end in zip(cut, far, strict=True))
+            corners[corner] += sign * (-1) ** sum(far)
+    if any(corners.values()):
+        return "chunks overlap and leave gaps"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from dcpsvc.errors import ManifestError
@@ -21,8 +22,9 @@ MAX_NBYTES = 64 << 20
 MAX_SHARD_NBYTES = 1 << 50
 MAX_RANKS = 1 << 20
 
+_MAX_INT = 2**63
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +164,7 @@ def loads(path: str, data: bytes) -> Manifest:
         run_id=fields.text("run_id", bool),
         step=fields.count("step", keys.MAX_STEP),
         attempt=fields.get("attempt", str),
-        created=fields.text("created", _TIME.fullmatch),
+        created=fields.text("created", _is_time),
         shards=tuple(ShardRecord.from_fields(shard) for shard in fields.children("shards")),
         layout=LayoutRef(digest=layout.text("digest", _DIGEST.fullmatch), nbytes=layout.count("nbytes", 1 << 40)),
         metrics={name: _to_number(fields, name, value) for name, value in fields.child("metrics").items()},
@@ -192,13 +194,23 @@ def _check(fields: Fields, path: str, manifest: Manifest) -> None:
         raise fields.fail("no shards")
 
 
+def _is_time(text: str) -> bool:
+    if not _TIME.fullmatch(text):
+        return False
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _from_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
 def _to_number(fields: Fields, name: str, value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MAX_INT):
         return float(value)
-    if value in {"nan", "inf", "-inf"}:
+    if isinstance(value, str) and value in {"nan", "inf", "-inf"}:
         return float(value)
     raise fields.fail(f"metric {name!r} is not a number")

@@ -35,6 +35,7 @@ PAGE_NBYTES = 4096
 MAX_HEADER_NBYTES = 100_000_000
 """What every safetensors reader accepts."""
 
+_PREFIX_NBYTES = 8
 _SLACK_NBYTES = 512
 """Room in the header for what changes between steps: step, attempt, and the sizes of objects and blocks."""
 
@@ -141,10 +142,10 @@ def header_nbytes(path: str, prefix: bytes, body_nbytes: int) -> int:
     Raises:
         CorruptShardError: The length is larger than the file or any safetensors reader allows.
     """
-    length = struct.unpack("<Q", prefix)[0]
-    if length > MAX_HEADER_NBYTES or length + 8 > body_nbytes:
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < _PREFIX_NBYTES or length > MAX_HEADER_NBYTES or length + 8 > body_nbytes:
         raise CorruptShardError(path, f"header of {length} bytes in a body of {body_nbytes}")
-    return int(length) + 8
+    return length + 8
 
 
 def documents(path: str, data: bytes) -> dict[str, Any]:

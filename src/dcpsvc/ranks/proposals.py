@@ -61,23 +61,30 @@ class Proposals:
         self.rendezvous.store.set(self._key("ask", STOP), "1")
 
     def at(self, step: int) -> str | None:
-        """What all ranks do at ``step``: ``save``, ``stop``, or None. Training thread; never waits for a peer."""
+        """What all ranks do at ``step``: ``save``, ``stop``, or None. Training thread; never waits for a peer.
+
+        Steps may be skipped, as long as all ranks visit the same ones.
+        """
         with self._lock:
             self._step = step
-            noted = self._noted.pop(step, None)
-        if noted is None:
-            return None
-        number, kind = noted
-        return kind if self.rendezvous.store.compare_set(self._key(number, "verdict"), "void") == "go" else None
+            noted = [self._noted.pop(noted) for noted in sorted(self._noted) if noted <= step]
+        for number, kind in noted:
+            if self.rendezvous.store.compare_set(self._key(number, "verdict"), "void") == "go":
+                return kind
+        return None
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
             try:
-                self._note_proposal()
-                if self.rendezvous.rank == 0:
-                    self._coordinate()
+                self.look()
             except RuntimeError:  # the store is gone, so the job is
                 return
+
+    def look(self) -> None:
+        """One look at the store: note what is proposed; on the coordinator, propose and settle. Watcher thread."""
+        self._note_proposal()
+        if self.rendezvous.rank == 0:
+            self._coordinate()
 
     def _note_proposal(self) -> None:
         text = self.rendezvous.store.get(self._key(self._next, "what"))
@@ -127,6 +134,8 @@ class Proposals:
 
     def _measure(self) -> None:
         now, step = self.rendezvous.clock.now(), self._step
+        if step < 0:
+            return
         if self._seen is not None and step > self._seen[1] and now > self._seen[0]:
             self._steps_per_s = (step - self._seen[1]) / (now - self._seen[0])
         if self._seen is None or step != self._seen[1]:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dcpsvc.errors import StateMismatchError
+from dcpsvc.errors import LayoutError, StateMismatchError
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.state import dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
@@ -63,6 +63,8 @@ class CheckpointReader(StorageReader):
         self.manifest, self.layout = manifest, layout
         self._shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
+        self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
+        self._check_places()
 
     def documents(self, *ranks: int) -> dict[str, Any]:
         """The JSON documents held by the shards of ``ranks``."""
@@ -126,12 +128,26 @@ class CheckpointReader(StorageReader):
             self._documents = self.documents(*self._shards)
         return self._documents
 
+    def _check_places(self) -> None:
+        """Every chunk lies inside the body of a shard that the manifest names."""
+        bodies = {record.rank: record.body_nbytes for record in self.manifest.shards}
+        for key, tensor in self.layout.tensors.items():
+            for chunk in tensor.chunks:
+                if chunk.begin + chunk.numel * ITEM_NBYTES[tensor.dtype] > bodies.get(chunk.rank, -1):
+                    path = self.manifest.layout.path
+                    raise LayoutError(path, f"{key}: a chunk lies outside the shard of rank {chunk.rank}")
+
+    def _chunk(self, key: str, tensor: Described, offsets: Sequence[int]) -> Chunk:
+        if key not in self._chunks:
+            self._chunks[key] = {chunk.offsets: chunk for chunk in tensor.chunks if chunk.numel}
+        return self._chunks[key][tuple(offsets)]
+
     def _place(self, item: ReadItem) -> tuple[int, int, Chunk, str]:
         tensor = self.layout.find(item.storage_index.fqn)
         offsets = item.storage_index.offset
         if tensor is None or offsets is None:
             raise StateMismatchError(item.storage_index.fqn, "the checkpoint holds no such tensor")
-        chunk = next(c for c in tensor.chunks if c.offsets == tuple(offsets) and c.numel)
+        chunk = self._chunk(item.storage_index.fqn, tensor, offsets)
         return chunk.rank, chunk.begin, chunk, tensor.dtype
 
     def _read_tensor(self, item: ReadItem, planner: LoadPlanner) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.state.saved import Component, Saved, Want
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_-]*")
 
 
 class AppState:
@@ -37,7 +37,7 @@ class AppState:
             raise ConfigError("the state is empty: there is nothing to save")
         for name in state:
             if not _NAME.fullmatch(str(name)):
-                raise ConfigError(f"state name {name!r}: use letters, digits, '_' and '-'")
+                raise ConfigError(f"state name {name!r}: use letters, digits, '_' and '-', and no '__' in front")
         self._state = state
         self._known: tuple[tuple[tuple[str, int], ...], dict[str, Component]] = ((), {})
         self.components()

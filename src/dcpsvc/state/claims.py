@@ -43,7 +43,8 @@ def claims(collected: Collected, *, verify_replicas: bool) -> Claims:
     for key, of in collected.aliases.items():
         said[component_of(key)][key] = f"is {of}"
     for name, document in collected.documents.items():
-        said[component_of(name)].update({path: _text(leaf) for path, leaf in documents.leaves(document, name).items()})
+        for path, leaf in documents.leaves(document, name).items():
+            said[component_of(name)].setdefault(path, _text(leaf))  # a tensor has said more than its place already
     for name in collected.own_documents:
         said[component_of(name)][component_of(name)] = "per rank"
     return said

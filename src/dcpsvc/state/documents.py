@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _PLAIN = (str, int, bool, type(None))
 _MAX_DEPTH = 200
+_MAX_INT_BITS = 10_000
+"""JSON of longer ints is refused by Python's own reader."""
 
 
 def encode(value: Any, key: str, tensors: dict[str, torch.Tensor], _depth: int = 0) -> Any:
@@ -38,13 +40,15 @@ def encode(value: Any, key: str, tensors: dict[str, torch.Tensor], _depth: int =
     if _depth > _MAX_DEPTH:
         raise UnsupportedStateError(key, f"nested deeper than {_MAX_DEPTH} levels, or contains itself")
     kind = type(value)
+    if kind is int and value.bit_length() > _MAX_INT_BITS:
+        raise UnsupportedStateError(key, f"an int of {value.bit_length()} bits; store it as a str or bytes")
     if kind in _PLAIN:
         return value
     if isinstance(value, torch.Tensor):
         return {"$tensor": _add(key, value.detach(), tensors)}
     if encoder := _ENCODERS.get(kind):
         return encoder(value)
-    if isinstance(value, np.ndarray | np.generic):
+    if kind in {np.ndarray, np.memmap} or isinstance(value, np.generic):
         return _encode_numpy(value, key, tensors)
     if kind is list:
         return [encode(item, f"{key}.{i}", tensors, _depth + 1) for i, item in enumerate(value)]
@@ -74,7 +78,10 @@ def decode(document: Any, path: str, tensor: Callable[[str], torch.Tensor]) -> A
     if len(document) == 1:
         tag, content = next(iter(document.items()))
         if tag.startswith("$"):
-            return _decode_tag(tag, content, path, tensor)
+            try:
+                return _decode_tag(tag, content, path, tensor)
+            except (TypeError, ValueError) as err:
+                raise StateMismatchError(path, f"the checkpoint holds a malformed {tag}: {err}") from err
     return {name: decode(item, f"{path}.{name}", tensor) for name, item in document.items()}
 
 
@@ -88,6 +95,16 @@ def tensor_names(document: Any) -> list[str]:
     for tag, content in document.items():
         names += [content] if tag in {"$tensor", "$ndarray", "$scalar"} else tensor_names(content)
     return names
+
+
+def kind_of(document: Any) -> str:
+    """``$tensor``, ``dict``, or ``value`` for everything else."""
+    if not isinstance(document, dict):
+        return "value"
+    tag = next(iter(document), "")
+    if tag == "$tensor":
+        return tag
+    return "dict" if tag in {"$dict", "$counter"} or not tag.startswith("$") else "value"
 
 
 def leaves(document: Any, path: str) -> dict[str, Any]:
@@ -112,9 +129,12 @@ def _encode_float(value: float) -> Any:
 
 
 def _encode_numpy(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if value.dtype.kind not in "biuf" or not value.dtype.isnative:
-        raise UnsupportedStateError(key, f"NumPy dtype {value.dtype} cannot be stored as a tensor")
-    tensor = torch.from_numpy(np.array(value))
+    try:
+        if value.dtype.kind not in "biuf" or not value.dtype.isnative:
+            raise TypeError
+        tensor = torch.from_numpy(np.array(value))
+    except TypeError as err:
+        raise UnsupportedStateError(key, f"NumPy dtype {value.dtype} cannot be stored as a tensor") from err
     return {"$ndarray" if isinstance(value, np.ndarray) else "$scalar": _add(key, tensor, tensors)}
 
 
@@ -124,10 +144,16 @@ def _encode_dict(value: Mapping[Any, Any], key: str, tensors: dict[str, torch.Te
         return {name: encode(item, f"{key}.{name}", tensors, depth + 1) for name, item in value.items()}
     pairs: list[Any] = []
     for name, item in value.items():
-        if not isinstance(name, str | int | float | bool | tuple | None):
-            raise UnsupportedStateError(f"{key}[{name!r}]", f"a key of type {type(name).__name__} is not JSON-like")
-        pairs.append([encode(name, f"{key}.{name}", {}, depth + 1), encode(item, f"{key}.{name}", tensors, depth + 1)])
+        pairs.append([_encode_key(name, key), encode(item, f"{key}.{name}", tensors, depth + 1)])
     return {"$counter" if isinstance(value, Counter) else "$dict": pairs}
+
+
+def _encode_key(name: Any, key: str) -> Any:
+    if type(name) is tuple:
+        return {"$tuple": [_encode_key(part, key) for part in name]}
+    if type(name) not in {*_PLAIN, float}:
+        raise UnsupportedStateError(f"{key}[{name!r}]", f"a key of type {type(name).__name__} is not JSON-like")
+    return _encode_float(name) if type(name) is float else name
 
 
 _ENCODERS: dict[type, Callable[[Any], Any]] = {

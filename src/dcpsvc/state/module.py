@@ -58,6 +58,7 @@ class ModuleComponent:
 
     def collect(self, into: Collected) -> None:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
+        into.documents[self._name] = {}
         first_names: dict[int, str] = {}
         for key, value in self._state().items():
             if not isinstance(value, torch.Tensor):
@@ -83,14 +84,18 @@ class ModuleComponent:
         for key, value in self._state().items():
             if isinstance(value, torch.Tensor):
                 copy_into(value, tensors[key])
-            elif key in saved.documents:
-                owner = self._module.get_submodule(_owner(key, self._name))
-                owner.set_extra_state(documents.decode(saved.documents[key], key, _no_tensor))
+        for key, document in self._extra_states(saved).items():
+            owner = self._module.get_submodule(_owner(key, self._name))
+            owner.set_extra_state(documents.decode(document, key, _no_tensor))
 
     def versions(self, *, parameters_too: bool) -> list[int]:
         """Changes when a buffer, or a parameter, was written to."""
         tensors = [*self._module.buffers(), *(self._module.parameters() if parameters_too else ())]
         return [tensor._version for tensor in tensors]  # noqa: SLF001 - torch's only counter
+
+    def _extra_states(self, saved: Saved) -> dict[str, Any]:
+        prefix = f"{self._name}."
+        return {k: v for k, v in saved.documents.items() if k.startswith(prefix) and k.endswith(_EXTRA)}
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -44,6 +44,11 @@ class OptimizerComponent:
                 for parameter in group["params"]
                 if parameter in self._optimizer.state
             },
+            "shapes": {
+                names[id(parameter)]: list(parameter.shape)
+                for parameter in self._parameters()
+                if parameter in self._optimizer.state
+            },
             "param_groups": [
                 self._encode(f"param_groups.{index}", _without_params(group), tensors)
                 | {"params": [names[id(parameter)] for parameter in group["params"]]}
@@ -58,6 +63,7 @@ class OptimizerComponent:
         """The saved state of each parameter, in the box this rank holds of that parameter."""
         document = saved.document(self._name)
         self._check_groups(document)
+        self._check_shapes(document)
         wants = [
             _want(saved, key, parameter)
             for parameter, entries in self._saved_state(document)
@@ -131,6 +137,17 @@ class OptimizerComponent:
         index, ours, saved = next((i, m, t) for i, (m, t) in enumerate(zip(mine, theirs, strict=True)) if m != t)
         odd = sorted(set(ours) ^ set(saved))[:3]
         raise StateMismatchError(f"{self._name}.param_groups.{index}", f"parameters differ: {', '.join(odd)}")
+
+    def _check_shapes(self, document: Any) -> None:
+        names = self._names()
+        for parameter in self._parameters():
+            name = names[id(parameter)]
+            shape = document["shapes"].get(name)
+            if shape not in (None, list(parameter.shape)):
+                key = f"{self._name}.state.{name}"
+                raise StateMismatchError(
+                    key, f"saved for a parameter of shape {shape}, here it is {list(parameter.shape)}"
+                )
 
     def _keeps_scalars_on_host(self, parameter: torch.Tensor) -> bool:
         group = next(g for g in self._optimizer.param_groups if any(p is parameter for p in g["params"]))

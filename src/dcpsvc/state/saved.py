@@ -52,10 +52,7 @@ class Saved:
 
     def has(self, component: str) -> bool:
         """Whether the checkpoint holds anything of that name."""
-        names = (component, own_name(component, self.source_rank))
-        if any(name in self.documents for name in names):
-            return True
-        return any(key == n or key.startswith(f"{n}.") for key in self.layout.names() for n in names)
+        return component in self.documents or own_name(component, self.source_rank) in self.documents
 
     def document(self, name: str) -> Any:
         """A component's document."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcpsvc.errors import UnsupportedStateError
+from dcpsvc.errors import StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.rng import Rng
@@ -60,10 +60,12 @@ class ValueComponent:
 
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor the document refers to, in the box this rank holds of it now."""
+        document = saved.document(self._saved_name(saved))
+        self._check_kind(document)
         templates = self._templates(saved)
         return [
             saved.want_like(key, templates[key]) if key in templates else saved.want_whole(key)
-            for key in documents.tensor_names(saved.document(self._saved_name(saved)))
+            for key in documents.tensor_names(document)
         ]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -83,6 +85,17 @@ class ValueComponent:
             self._replace(value)
         if isinstance(target, Rng) and saved.rank >= saved.world_size:
             target.reseed(saved.step, saved.rank)
+
+    def _check_kind(self, document: Any) -> None:
+        """A tensor or a dict is loaded in place, so it must have been one."""
+        target = self._target()
+        if is_stateful(target):
+            return
+        kinds = {torch.Tensor: "$tensor", dict: "dict"}
+        here = next((name for kind, name in kinds.items() if isinstance(target, kind)), "value")
+        saved = documents.kind_of(document)
+        if here not in {saved, "value"}:
+            raise StateMismatchError(self._name, f"saved as a {saved.strip('$')}, here it is a {type(target).__name__}")
 
     def _target(self) -> Any:
         value = self._state[self._name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
@@ -27,8 +28,8 @@ class VerifiedShard:
 
     def __init__(self, stores: Sequence[Store], record: ShardRecord) -> None:
         self.record = record
-        self._stores = list(stores)
-        self._table: bytes | None = None
+        self._sources = [_Source(store, record) for store in stores]
+        self._lock = threading.Lock()
 
     def read(self, begin: int, end: int) -> memoryview:
         """Bytes ``[begin, end)`` of the body.
@@ -37,15 +38,17 @@ class VerifiedShard:
             CorruptShardError: No store has them as they were written. Names the file and the first bad block.
             StoreError: The last store could not be asked.
         """
+        if end > self.record.body_nbytes:
+            raise CorruptShardError(self.record.path, f"bytes {begin}..{end} are beyond its {self.record.body_nbytes}")
         if begin >= end:
             return memoryview(b"")
         while True:
+            source = self._sources[0]
             try:
-                return self._read_from(self._stores[0], begin, end)
+                return source.read(begin, end)
             except (CorruptShardError, StoreError):
-                if len(self._stores) == 1:
+                if not self._has_another(source):
                     raise
-                del self._stores[0]
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Ranges that cover the body, each a size that is good to read at once."""
@@ -58,7 +61,6 @@ class VerifiedShard:
         Args:
             progress: Called with the number of bytes just verified.
         """
-        self._check_size(self._stores[0])
         for begin, end in self.pieces():
             self.read(begin, end)
             if progress:
@@ -67,35 +69,48 @@ class VerifiedShard:
     def documents(self) -> dict[str, Any]:
         """The JSON documents of this shard."""
         body, path = self.record.body_nbytes, self.record.path
-        head = bytes(self.read(0, shardfile.header_nbytes(path, bytes(self.read(0, 8)), body)))
+        head = bytes(self.read(0, shardfile.header_nbytes(path, bytes(self.read(0, min(8, body))), body)))
         return shardfile.documents(path, bytes(self.read(*shardfile.objects_range(path, head, body))))
 
-    def _read_from(self, store: Store, begin: int, end: int) -> memoryview:
+    def _has_another(self, source: _Source) -> bool:
+        """Leave a store that failed for the next one, if there is one. Several threads may come here at once."""
+        with self._lock:
+            if source is self._sources[-1]:
+                return False
+            if source is self._sources[0]:
+                del self._sources[0]
+            return True
+
+
+class _Source:
+    """The shard as one store has it."""
+
+    def __init__(self, store: Store, record: ShardRecord) -> None:
+        self._store, self._record = store, record
+        self._table: bytes | None = None
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """Proven bytes of the body."""
+        path, body_nbytes = self._record.path, self._record.body_nbytes
         first = begin // BLOCK_NBYTES
-        low, high = first * BLOCK_NBYTES, min(-(-end // BLOCK_NBYTES) * BLOCK_NBYTES, self.record.body_nbytes)
+        low, high = first * BLOCK_NBYTES, min(-(-end // BLOCK_NBYTES) * BLOCK_NBYTES, body_nbytes)
         try:
             if self._table is None:
-                self._table = self._read_table(store)
-            data = memoryview(store.read(self.record.path, low, high))
+                self._table = self._read_table()
+            data = memoryview(self._store.read(path, low, high))
         except StoreNotFoundError as err:
-            raise CorruptShardError(self.record.path, "the file is missing") from err
+            raise CorruptShardError(path, f"the file is missing ({self._store.url})") from err
         if bad := digest.mismatches(data, first, self._table):
             at = bad[0] * BLOCK_NBYTES
-            reason = f"bytes {at}..{min(at + BLOCK_NBYTES, self.record.body_nbytes)} do not match their checksum"
-            raise CorruptShardError(self.record.path, f"{reason} ({store.url})")
+            reason = f"bytes {at}..{min(at + BLOCK_NBYTES, body_nbytes)} do not match their checksum"
+            raise CorruptShardError(path, f"{reason} ({self._store.url})")
         return data[begin - low : end - low]
 
-    def _read_table(self, store: Store) -> bytes:
-        self._check_size(store)
-        table = store.read(self.record.path, self.record.body_nbytes, self.record.nbytes)
-        if digest.digest(table) != self.record.digest:
-            raise CorruptShardError(self.record.path, f"its block table does not match the manifest ({store.url})")
+    def _read_table(self) -> bytes:
+        path, nbytes = self._record.path, self._record.nbytes
+        if (size := self._store.size(path)) != nbytes:
+            raise CorruptShardError(path, f"has {size} bytes, the manifest says {nbytes} ({self._store.url})")
+        table = self._store.read(path, self._record.body_nbytes, nbytes)
+        if digest.digest(table) != self._record.digest:
+            raise CorruptShardError(path, f"its block table does not match the manifest ({self._store.url})")
         return table
-
-    def _check_size(self, store: Store) -> None:
-        try:
-            size = store.size(self.record.path)
-        except StoreNotFoundError as err:
-            raise CorruptShardError(self.record.path, "the file is missing") from err
-        if size != self.record.nbytes:
-            raise CorruptShardError(self.record.path, f"has {size} bytes, the manifest says {self.record.nbytes}")

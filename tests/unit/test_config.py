@@ -1,0 +1,120 @@
+"""Options: what makes no sense is refused when it is written down, with the option's name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from dcpsvc import Checkpointer
+from dcpsvc.config import LOCAL_VARIABLE, Options
+from dcpsvc.errors import ConfigError
+from dcpsvc.policies import Every, Everything, Latest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("name", ["sync_timeout_s", "upload_timeout_s"])
+@pytest.mark.parametrize("value", [0, -1, 0.0, math.nan, True, -math.inf])
+def test_a_timeout_that_is_no_positive_number_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}={value} must be a number of seconds above 0$"):
+        Options(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, True])
+def test_a_failure_budget_below_one_is_refused(value: int) -> None:
+    with pytest.raises(ConfigError, match=f"^max_consecutive_failures={value} must be an int of at least 1$"):
+        Options(max_consecutive_failures=value)
+
+
+@pytest.mark.parametrize("value", ["", "stop", None, "RAISE"])
+def test_an_unknown_way_to_fail_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^on_failure={value!r} must be 'continue' or 'raise'$"):
+        Options(on_failure=value)
+
+
+@pytest.mark.parametrize("value", [500, "500", Latest(3), Every])
+def test_a_schedule_must_be_an_every(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^every=.* must be an Every\(\.\.\.\), or None$"):
+        Options(every=value)
+
+
+@pytest.mark.parametrize("value", [3, None, "all", Every(steps=5), Latest])
+def test_retention_must_be_a_policy(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^keep=.* must be a policy such as Latest\(3\)$"):
+        Options(keep=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evry": Every(steps=5)}, "evry"),
+        ({"max_consecutive_failures": 0}, "max_consecutive_failures=0"),
+        ({"sync_timeout_s": -1}, "sync_timeout_s=-1"),
+    ],
+)
+def test_a_checkpointer_refuses_an_option_before_it_touches_the_run_root(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Checkpointer(tmp_path / "root", {"x": 1}, local=tmp_path / "local", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "the state is empty"), ({"a.b": 1}, "state name 'a.b'"), ({"": 1}, "state name ''"),
+        ({1: 1}, "state name 1"),
+        ({"rng@0": 1}, "state name 'rng@0'"), ({"../x": 1}, "state name '../x'"), ({"a\n": 1}, "state name"),
+    ],
+)  # fmt: skip
+def test_a_state_whose_names_make_no_sense_is_refused(tmp_path: Path, state: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Checkpointer(tmp_path / "root", state, local=tmp_path / "local")
+
+
+def test_options_are_all_there_without_being_given() -> None:
+    options = Options()
+    assert isinstance(options.keep, Everything), "nothing is deleted unasked"
+    assert options.every is None
+    assert options.failure_budget == options.max_consecutive_failures == 3
+
+
+def test_raising_on_failure_is_a_budget_of_one() -> None:
+    assert Options(on_failure="raise", max_consecutive_failures=9).failure_budget == 1
+    assert Options(max_consecutive_failures=9).failure_budget == 9
+
+
+def test_options_never_change() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Options().sync_timeout_s = 1.0
+
+
+def test_the_local_tier_is_where_the_option_says_then_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(LOCAL_VARIABLE, str(tmp_path / "environment"))
+    assert Options(local=tmp_path / "option").local_dir == tmp_path / "option"
+    assert Options().local_dir == tmp_path / "environment"
+    monkeypatch.delenv(LOCAL_VARIABLE)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert Options().local_dir.parent == tmp_path
+
+
+def test_a_relative_local_tier_stays_where_it_was_when_the_job_changes_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Options(local="nvme").local_dir == tmp_path / "nvme"
+
+
+def test_two_schedules_join() -> None:
+    assert Options(every=Every(steps=500, seconds=60)).every == Every(steps=500, seconds=60)
+
+
+def test_the_local_variable_is_the_documented_one() -> None:
+    assert LOCAL_VARIABLE == "DCPSVC_LOCAL"
