@@ -19,17 +19,26 @@ class Catalog:
     Attributes:
         attempts: The attempt that committed each step.
         in_use: Checkpoints that retention must not touch, and why.
+        aside: Commits that neither count for retention nor are deleted by it: damaged, or newer than the one that was
+            resumed by name.
+        unknown: Attempts that may or may not be committed, by step.
         manifests: Coordinator: valid commits, ascending; read at the first retention.
     """
 
     attempts: dict[int, Attempt] = field(default_factory=dict)
     in_use: dict[Hashable, str] = field(default_factory=dict)
+    aside: set[Attempt] = field(default_factory=set)
+    unknown: dict[int, Attempt] = field(default_factory=dict)
     manifests: list[Manifest] | None = None
 
     @property
     def newest(self) -> int | None:
         """The newest committed step."""
         return max(self.attempts, default=None)
+
+    def taken(self, step: int) -> Attempt | None:
+        """The attempt that committed a step, or may have."""
+        return self.attempts.get(step) or self.unknown.get(step)
 
     def add(self, found: Manifest) -> None:
         """A commit of this job."""

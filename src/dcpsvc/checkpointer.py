@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import threading
 import time
 import weakref
@@ -33,7 +34,6 @@ from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Collection, Mapping, MutableMapping
     from types import TracebackType
 
@@ -83,7 +83,7 @@ class Checkpointer:
             raise
         catalog = Catalog({attempt.step: attempt for attempt in self._run.committed})
         self._life = Life(self._job, self._run, self._options, self._events, catalog)
-        self._uploader = Uploader(self._life)
+        self._uploader = Uploader(self._life, self._let_go)
         self._saver = Saver(self._job, self._run, self._state, self._life, self._events)
         self._last = LastStep(self._state, self._job.rank)
         self._last_step: int | None = None
@@ -93,6 +93,7 @@ class Checkpointer:
         self._blocked_s = 0.0
         self._stopping = False
         self._closed = False
+        self._pid = os.getpid()
         self._save_began = time.monotonic()
         self._proposals = Proposals(self._job.rendezvous, self._seconds_due)
         self._proposals.start()
@@ -108,7 +109,7 @@ class Checkpointer:
     ) -> None:
         """Close; an exception that is under way is never replaced by one of ours."""
         try:
-            self.close()
+            self.close(failed=error is not None)
         except Exception as ours:
             if error is None:
                 raise
@@ -153,7 +154,7 @@ class Checkpointer:
         self._events.emit(
             Point.RESUMED, step=found.attempt.step, attempt=found.attempt.attempt, detail=found.summary + rejected
         )
-        self._forget_damaged(found.attempt.step, explicit=step is not None)
+        self._set_aside(found.attempt.step, explicit=step is not None)
         self._life.catalog.in_use[found.attempt] = "resumed from"
         self._resumed_from = self._last_step = self._saved_step = found.attempt.step
         return found.attempt.step
@@ -171,6 +172,8 @@ class Checkpointer:
         self._check_open()
         self._uploader.raise_if_spent(self._options.failure_budget)
         self._check_step(step)
+        if self._last_step is not None and step <= self._last_step:
+            raise ConfigError(f"step({step}) after step {self._last_step}: steps must grow")
         self._last_step = step
         agreed = self._proposals.at(step)
         self._stopping = self._stopping or agreed == STOP
@@ -213,19 +216,24 @@ class Checkpointer:
         """
         self._uploader.wait(timeout_s)
 
-    def close(self, timeout_s: float | None = None) -> None:
+    def close(self, timeout_s: float | None = None, *, failed: bool = False) -> None:
         """Save the last step if it is not saved, finish what is under way, and leave. Collective; training thread.
 
-        Bounded by the timeouts of the options, or by ``timeout_s``. Further calls do nothing.
+        Bounded by the timeouts of the options, or by ``timeout_s``. Further calls do nothing, nor does a call in a
+        forked child.
+
+        Args:
+            timeout_s: Longest wait for what is under way.
+            failed: The loop ended in the middle of a step; ``with`` knows by itself.
 
         Raises:
             SaveError: The newest save failed.
             WaitTimeoutError: ``timeout_s`` passed; what was under way is abandoned, and is no checkpoint.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:
             return
         try:
-            self._save_last()
+            self._save_last(failed=failed)
             self._uploader.wait(timeout_s)
         finally:
             self._leave()
@@ -250,7 +258,7 @@ class Checkpointer:
         began = time.perf_counter()
         self._uploader.wait(None)  # one at a time in DCP; bounded by the timeouts of its stages
         waited_s = time.perf_counter() - began
-        if (committed := self._life.catalog.attempts.get(step)) is not None:
+        if (committed := self._life.catalog.taken(step)) is not None:
             raise StepExistsError(step, committed.attempt, self._life.catalog.newest)
         save = self._saver.accept(step, began)
         self._save_began = time.monotonic()
@@ -265,27 +273,39 @@ class Checkpointer:
             self._uploader.accept(save)
         return save.pending
 
-    def _save_last(self) -> None:
+    def _save_last(self, *, failed: bool) -> None:
         """Save the last complete step, if the model still is what it was then."""
         step = self._last_step
         if not self._options.save_last or step is None or step == self._saved_step:
             return
-        if self._last.is_intact:
-            self._save(step, self._last.metrics, values=self._last.values)
-        else:
-            detail = "the last step is not saved: the model was changed after step() was told of it"
+        if reason := self._last.obstacle(in_a_step=failed):
+            detail = f"the last step is not saved: {reason}"
             self._events.emit(Point.SAVE_FAILED, step=step, detail=detail, level=logging.WARNING)
+        else:
+            self._save(step, self._last.metrics, values=self._last.values)
 
     def _seconds_due(self) -> bool:
         every = self._options.every
         return every is not None and every.seconds is not None and time.monotonic() - self._save_began >= every.seconds
 
-    def _forget_damaged(self, resumed: int, *, explicit: bool) -> None:
-        """Newer commits that resume fell back from are damaged: their steps may be saved anew."""
-        attempts = self._life.catalog.attempts
+    def _set_aside(self, resumed: int, *, explicit: bool) -> None:
+        """Commits newer than the one resumed neither count for retention nor are deleted by it.
+
+        Those that resume fell back from are damaged, so their steps may be saved anew. Those that the user went
+        behind are whole, and stay.
+        """
+        catalog = self._life.catalog
+        newer = {step: attempt for step, attempt in catalog.attempts.items() if step > resumed}
+        catalog.aside |= set(newer.values())
+        if explicit and newer and self._job.coordinates:
+            logging.getLogger("dcpsvc").warning(
+                "resumed from step %s by name; newer commits stay, and these steps cannot be saved again here: %s. "
+                "To train on from step %s for good, use another run root.",
+                resumed, sorted(newer), resumed,
+            )  # fmt: skip
         if not explicit:
-            for newer in [step for step in attempts if step > resumed]:
-                del attempts[newer]
+            for step in newer:
+                del catalog.attempts[step]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -315,12 +335,15 @@ class Checkpointer:
             self._job.linger("close", self._options.sync_timeout_s)
         self._proposals.stop()
         self._uploader.stop()
-        self._job.leave()
-        self._run.release()
         statistics = self.statistics()
         self._events.emit(
             Point.CLOSED, step=statistics.newest, detail=f"{statistics.committed} committed, {statistics.failed} failed"
         )
+
+    def _let_go(self) -> None:
+        """The uploader has ended: nobody uses the group, the heartbeat and this rank's place any more."""
+        self._job.leave()
+        self._run.release()
 
     def close_at_exit(self) -> None:
         """The interpreter ends and nobody called ``close()``: do it now, and log what it says."""

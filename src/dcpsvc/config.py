@@ -35,6 +35,9 @@ class Options:
     keep: Keep = field(default_factory=Everything)
     """What retention keeps; the rest is deleted. Default: everything is kept."""
 
+    keep_local: int = 2
+    """How many of the newest checkpoints each rank leaves on its local tier, for a fast restart. At least 1."""
+
     storage_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Passed to fsspec: credentials, endpoint. Never logged, never written."""
 
@@ -64,6 +67,8 @@ class Options:
             raise ConfigError(
                 f"max_consecutive_failures={self.max_consecutive_failures!r} must be an int of at least 1"
             )
+        if not is_count(self.keep_local):
+            raise ConfigError(f"keep_local={self.keep_local!r} must be an int of at least 1")
         if self.on_failure not in ("continue", "raise"):
             raise ConfigError(f"on_failure={self.on_failure!r} must be 'continue' or 'raise'")
         _instance("every", self.every, (Every, type(None)), "an Every(...), or None")

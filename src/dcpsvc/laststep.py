@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from typing import TYPE_CHECKING
-
-from dcpsvc.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
     from dcpsvc.state.app import AppState
     from dcpsvc.state.collected import Collected
+
+
+MAX_VALUES_NBYTES = 4 << 20
+"""Larger values, such as an EMA copy of the model, are not copied at every step."""
 
 
 class LastStep:
@@ -25,26 +30,46 @@ class LastStep:
         self._state, self._rank = state, rank
         self._moved = False
         self._versions: tuple[int, ...] = ()
-        self._hooks = [optimizer.register_step_pre_hook(self._on_optimizer_step) for optimizer in state.optimizers()]
+        self._watched: list[Optimizer] = []
+        self._hooks: list[RemovableHandle] = []
         self.metrics: dict[str, float] = {}
         self.values: Collected | None = None
 
     def note(self, metrics: Mapping[str, float] | None) -> None:
-        """The step is complete and was not saved. Training thread; copies small values only."""
-        self.metrics = dict(metrics or {})
+        """The step is complete and was not saved. Training thread; copies small values only; never raises."""
+        self.metrics, self.values = dict(metrics or {}), None
+        self._watch_optimizers()
         self._moved = False
         self._versions = self._state.versions()
-        with contextlib.suppress(StateError):  # what cannot be saved is reported by the save, with its key
-            self.values = self._state.collect_values(self._rank)
+        try:
+            self.values = self._state.collect_values(self._rank, max_nbytes=MAX_VALUES_NBYTES)
+        except Exception as err:  # noqa: BLE001 - a step that saves nothing must not fail; the save reports it
+            logging.getLogger("dcpsvc").debug("values of the last step are not kept: %s", err)
 
     def forget(self) -> None:
         """The step is being saved."""
         self.values = None
 
-    @property
-    def is_intact(self) -> bool:
-        """Whether the model still is what it was when the step was noted."""
-        return not self._moved and self._versions == self._state.versions()
+    def obstacle(self, *, in_a_step: bool) -> str:
+        """Why the state no longer is what it was when the step was noted; empty if it can be saved.
+
+        Args:
+            in_a_step: The loop ended in the middle of the next step, so values have moved on.
+        """
+        if self._moved or self._versions != self._state.versions():
+            return "the model was changed after step() was told of it"
+        if in_a_step and self.values is None:
+            return "its values (loaders, generators, ...) are too large to be kept at every step, and have moved on"
+        return ""
+
+    def _watch_optimizers(self) -> None:
+        """Values of the state may be replaced; the optimizers watched must be those of now."""
+        optimizers = self._state.optimizers()
+        if [id(optimizer) for optimizer in optimizers] == [id(optimizer) for optimizer in self._watched]:
+            return
+        self.close()
+        self._watched = optimizers
+        self._hooks = [optimizer.register_step_pre_hook(self._on_optimizer_step) for optimizer in optimizers]
 
     def close(self) -> None:
         """Leave the optimizers alone."""

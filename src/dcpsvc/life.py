@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import (
+    ClosedError,
     CommitUnknownError,
     DcpsvcError,
     FormatError,
@@ -36,7 +38,6 @@ from dcpsvc.state import dcp_quirks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from dcpsvc.catalog import Catalog
     from dcpsvc.config import Options
@@ -62,6 +63,8 @@ class Save:
         stager: Holds the gate; None if staging failed.
         writer: Holds the record once written.
         written: DCP's future.
+        may_exist: From here on the coordinator may have written the manifest: nothing may be deleted any more,
+            and not knowing is not the same as failing.
     """
 
     key: Attempt
@@ -71,6 +74,7 @@ class Save:
     stager: ArenaStager | None = None
     writer: ShardWriter | None = None
     written: Future[Any] | None = None
+    may_exist: bool = False
 
     @property
     def place(self) -> str:
@@ -89,6 +93,8 @@ class Life:
         self._job, self._run, self._options, self._events = job, run, options, events
         self.catalog = catalog
         self._layouts: dict[str, bytes] = {}
+        self._stored_layouts: set[str] = set()
+        self.abandoned = threading.Event()
         self._previous: Save | None = None
         self._sync = Meeting(options.sync_timeout_s)
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
@@ -108,8 +114,7 @@ class Life:
         except CommitUnknownError as err:
             error = err
         except Exception as err:  # noqa: BLE001 - the store of the ranks is gone: nobody is left to agree with
-            failure = RankFailure(self._job.rank, "control", type(err).__name__, str(err))
-            error = SaveFailedError(*save.key, self.catalog.newest, (failure,))
+            error = self._as_control_error(save, err)
         else:
             self._finish(save, manifest)
             return None
@@ -127,6 +132,7 @@ class Life:
         records = self._acknowledged(save, "remote", record)
         manifest = self._then("ack", records, lambda _: self._acked_remote(save, manifest))
         created = functools.partial(self._created, save, manifest)
+        save.may_exist = isinstance(manifest, Manifest)
         if unknown := commit.publish(
             self._job, save.place, manifest, self._run.remote, meeting=self._work, created=created
         ):
@@ -134,9 +140,19 @@ class Life:
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
 
+    def _bounded(self, work: Callable[[], None], what: str) -> None:
+        """Do what may hang in somebody's client library, with a deadline of our own."""
+        done: Future[None] = Future()
+        threading.Thread(target=_run_into, args=(work, done), name="dcpsvc-store", daemon=True).start()
+        if not wait([done], self._options.upload_timeout_s).done:
+            raise TimeoutError(f"{what} did not end within {self._options.upload_timeout_s} s")
+        done.result()
+
     def _guarded(self, phase: str, work: Callable[[], T]) -> T | RankFailure:
         """Do this rank's part; what goes wrong becomes a value for the next meeting."""
         try:
+            if self.abandoned.is_set():
+                raise ClosedError("the Checkpointer was closed before the save ended")  # noqa: TRY301
             return work()
         except DisagreementError:
             raise
@@ -159,6 +175,7 @@ class Life:
         proposal, stager = save.proposal, save.stager
         assert isinstance(proposal, ack.Proposal)  # noqa: S101 - a failure would have ended the meeting
         assert stager is not None  # noqa: S101
+        self._job.group.renew(agreement.generation)
         if agreement.gather:
             self._layouts = {digest(proposal.part): ack.gather_layout(self._job, proposal.part).dumps()}
         self._emit(Point.PLAN_AGREED, save)
@@ -169,12 +186,9 @@ class Life:
         writer, written = save.writer, save.written
         assert writer is not None  # noqa: S101 - staging succeeded, or the meeting would have ended
         assert written is not None  # noqa: S101
-        try:
-            written.result(timeout=self._options.upload_timeout_s)
-        except FutureTimeoutError as err:
-            raise TimeoutError(
-                f"the local disk did not take the shard within {self._options.upload_timeout_s} s"
-            ) from err
+        if not wait([written], self._options.upload_timeout_s).done:
+            raise TimeoutError(f"the local disk did not take the shard within {self._options.upload_timeout_s} s")
+        written.result()
         assert writer.record is not None  # noqa: S101 - the future resolved
         save.pending.timings.write_s = writer.seconds
         save.pending.timings.shard_nbytes = writer.record.nbytes
@@ -207,9 +221,11 @@ class Life:
     def _upload(self, save: Save, manifest: Manifest, layout: Any) -> ShardRecord:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
-        upload.upload_shard(self._run.remote, record, self._run.local_path / record.path)
-        if self._job.coordinates:
+        path = self._run.local_path / record.path
+        self._bounded(lambda: upload.upload_shard(self._run.remote, record, path), "the upload of the shard")
+        if self._job.coordinates and manifest.layout.digest not in self._stored_layouts:
             upload.put_layout(self._run.remote, layout)
+            self._stored_layouts.add(manifest.layout.digest)
         save.pending.timings.upload_s = time.perf_counter() - began
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
         return record
@@ -221,17 +237,16 @@ class Life:
         return manifest
 
     def _created(self, save: Save, manifest: Any) -> None:
-        self.catalog.add(manifest)
         self._emit(Point.MANIFEST_CREATED, save, nbytes=manifest.nbytes)
 
     def _finish(self, save: Save, manifest: Manifest) -> None:
-        if not self._job.coordinates:
-            self.catalog.add(manifest)
+        self.catalog.add(manifest)
         save.pending.timings.commit_lag_s = save.elapsed_s()
         detail = f"world_size={manifest.world_size} root={self._run.remote.url}"
         self._emit(Point.COMMITTED, save, nbytes=manifest.nbytes, seconds=save.elapsed_s(), detail=detail)
         save.pending.resolve(save.pending.committed)
         self._retain(save)
+        self._trim_local(save)
 
     def _retain(self, save: Save) -> None:
         """Delete what the policy lets go. The commit stands whatever happens here."""
@@ -247,6 +262,15 @@ class Life:
         else:
             self._emit(Point.RETAINED, save, detail=f"removed={[pair[0] for pair in removed]}")
 
+    def _trim_local(self, save: Save) -> None:
+        """The local tier is a cache of the newest commits: it must not fill the disk."""
+        try:
+            for attempt in retain.local_surplus(self._run.local, self._job.rank, self._options.keep_local):
+                if attempt != save.key:
+                    retain.remove_local(self._run.local, attempt, self._job.rank)
+        except StoreError as err:
+            self._emit(Point.RETAINED, save, detail=f"local tier not trimmed: {err}", level=logging.WARNING)
+
     def _expire(self) -> list[list[Any]]:
         """Coordinator: decide, and delete from the run root. Damaged commits neither count nor go."""
         if self.catalog.manifests is None:
@@ -261,7 +285,8 @@ class Life:
         found: list[Manifest] = []
         for attempt in discover.committed(self._run.remote):
             with contextlib.suppress(FormatError, StoreError):  # a damaged commit is for `verify`, not for retention
-                found.append(discover.valid(self._run.remote, attempt))
+                if attempt not in self.catalog.aside:
+                    found.append(discover.valid(self._run.remote, attempt))
         return found
 
     def _forget_previous(self, save: Save) -> None:
@@ -270,6 +295,12 @@ class Life:
             for phase in ("plan", "compare", "local", "remote", "commit", "retain"):
                 self._job.rendezvous.forget(f"{self._previous.place}/{phase}")
         self._previous = save
+
+    def _as_control_error(self, save: Save, err: Exception) -> SaveError:
+        failure = RankFailure(self._job.rank, "control", type(err).__name__, str(err))
+        if save.may_exist:
+            return CommitUnknownError(*save.key, self.catalog.newest, str(failure))
+        return SaveFailedError(*save.key, self.catalog.newest, (failure,))
 
     def _as_save_error(self, save: Save, err: DisagreementError) -> SaveError:
         newest = self.catalog.newest
@@ -282,7 +313,9 @@ class Life:
     def _fail(self, save: Save, error: SaveError) -> None:
         if save.stager is not None:
             save.stager.refuse(error)
-        if not isinstance(error, CommitUnknownError):
+        if isinstance(error, CommitUnknownError):
+            self.catalog.unknown[save.key.step] = save.key
+        else:
             shard = save.key.shard(self._job.rank)
             upload.discard([self._run.local, self._run.remote], shard)
             upload.discard([self._run.local], save.key.manifest)
@@ -293,3 +326,12 @@ class Life:
 
     def _emit(self, name: Point, save: Save, **details: Any) -> None:
         self._events.emit(name, step=save.key.step, attempt=save.key.attempt, **details)
+
+
+def _run_into(work: Callable[[], None], done: Future[None]) -> None:
+    try:
+        work()
+    except BaseException as err:  # noqa: BLE001 - it is raised where the future is read
+        done.set_exception(err)
+    else:
+        done.set_result(None)

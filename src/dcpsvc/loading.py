@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError
+from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RestoreFailedError
 from dcpsvc.ranks.job import Job
+from dcpsvc.ranks.rendezvous import DisagreementError
 from dcpsvc.reading import open_root
 from dcpsvc.resuming import Resuming
 from dcpsvc.stages import discover
@@ -66,10 +67,13 @@ def load(
     Raises:
         NoSuchStepError: ``step`` is not committed, or damaged.
         NoValidCheckpointError: Nothing can be loaded.
-        RestoreFailedError: The state does not fit, or a rank is missing. Nothing in memory was changed.
+        RestoreFailedError: The state does not fit, or a rank is missing; says so if anything in memory was changed.
     """
     store, app = open_root(root, storage_options), AppState(state)
-    job = Job.join(sync_timeout_s)
+    try:
+        job = Job.join(sync_timeout_s)
+    except DisagreementError as err:
+        raise RestoreFailedError(store.url, err.failures, err.missing) from None
     try:
         found = Resuming(job, "load", store, (), app, sync_timeout_s, max(sync_timeout_s, 1800.0)).run(step, skip)
         job.linger("load", sync_timeout_s)

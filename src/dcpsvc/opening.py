@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import stat
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc import placelock
 from dcpsvc.errors import (
-    DcpsvcError,
     RankFailure,
     RootError,
     RunBusyError,
@@ -52,7 +51,7 @@ class OpenRun:
 
     def release(self) -> None:
         """Let another process have this rank's place."""
-        os.close(self._lock)
+        placelock.release(self._lock)
 
 
 def open_run(job: Job, remote: Store, local_dir: Path, sync_timeout_s: float) -> OpenRun:
@@ -87,7 +86,7 @@ def _join_run(job: Job, remote: Store, local_dir: Path, run_id: str, meeting: Me
     try:
         opened = _take_place(job, remote, local_dir, run_id)
         message = _take_stock(opened) if job.coordinates else None
-    except (DcpsvcError, OSError) as err:
+    except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         message = RankFailure(job.rank, "open", type(err).__name__, str(err))
     try:
         stock = job.meet("open/ready", message, lambda said: said[0], meeting)
@@ -106,14 +105,14 @@ def _take_place(job: Job, remote: Store, local_dir: Path, run_id: str) -> OpenRu
     local_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_owner(local_dir)
     local_path.mkdir(exist_ok=True)
-    lock = _lock(local_path / f"rank-{job.rank:05d}.lock")
+    lock = placelock.take(local_path / f"rank-{job.rank:05d}.lock")
     try:
         local = PosixStore(local_path)
         _probe(local, job)
         _probe(remote, job)
         _check_shared(remote, run_id)
     except BaseException:
-        os.close(lock)
+        placelock.release(lock)
         raise
     return OpenRun(run_id, remote, local, local_path, [], lock)
 
@@ -125,21 +124,6 @@ def _check_owner(local_dir: Path) -> None:
         raise RootError(
             str(local_dir), f"belongs to user {owner}, who could read the checkpoints; use local= elsewhere"
         )
-
-
-def _lock(path: Path) -> int:
-    """Hold this rank's place on this node; the kernel lets go when the process dies, however it dies."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        reason = f"process {holder or 'unknown'} on this host is writing the same run; stop it or use another root"
-        raise RunBusyError(str(path.parent), reason) from err
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
 
 
 def _probe(store: Store, job: Job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import RootError, StoreNotFoundError
+from dcpsvc.errors import FormatError, RootError, StoreNotFoundError
 from dcpsvc.format import keys, run
 from dcpsvc.stages import discover
 from dcpsvc.storage.open import open_store
@@ -26,6 +26,8 @@ def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] |
     store = open_store(root, storage_options)
     try:
         run.loads(store.url, store.get(keys.RUN, max_nbytes=run.MAX_NBYTES))
+    except FormatError as err:
+        raise RootError(store.url, f"its run.json is damaged: {err.reason}") from err
     except StoreNotFoundError as err:
         raise RootError(store.url, "no run is stored here (run.json is missing); check the path or URL") from err
     return store

@@ -99,7 +99,8 @@ class Resuming:
     def _choose(self, step: int | None, tried: Sequence[Attempt], _: object) -> dict[str, Any]:
         """Coordinator: the newest commit that looks whole and was not tried; one LIST, then newest first."""
         everything = discover.committed(self.remote)
-        candidates = [a for a in reversed(everything) if a not in tried and step in {None, a.step}]
+        wanted = [attempt for attempt in everything if attempt not in tried and step in {None, attempt.step}]
+        candidates = discover.newest_first(self.remote, wanted)
         rejected: list[str] = []
         passed: list[Attempt] = []
         for attempt in candidates:

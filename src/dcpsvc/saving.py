@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from dcpsvc.state import claims, division
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from concurrent.futures import Future
 
     from dcpsvc.events import Events
     from dcpsvc.life import Life
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from dcpsvc.state.collected import Collected
 
 
+logger = logging.getLogger("dcpsvc")
+
+
 class Saver:
     """Makes snapshots; owns the arena. The save before must have ended when the next begins."""
 
@@ -37,6 +42,7 @@ class Saver:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
         self._arena = Arena()
         self._tries: dict[int, int] = {}
+        self._writing: Future[Any] | None = None
 
     def accept(self, step: int, began: float) -> Save:
         """A new attempt at a step. The ranks count tries alike, so they name it alike."""
@@ -73,6 +79,8 @@ class Saver:
         shares = division.shares(collected, rank, world_size)
         documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
         about = {"step": str(save.key.step), "attempt": save.key.attempt, "rank": str(rank)}
+        if self._writing is not None and not self._writing.done():
+            self._arena = Arena()  # the disk hangs on the last one
         snapshot = Snapshot(self._arena, shares, documents, about)
         self._begin_shard(save, snapshot)
         part = ack.part(snapshot.placement, rank, collected.aliases)
@@ -98,11 +106,17 @@ class Saver:
             writer=save.writer,
             process_group=self._job.dcp_group,
         )
+        self._writing = save.written
 
 
 def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:
     """What the coordinator says about a checkpoint, the same in every copy of its manifest."""
-    numbers = {str(name): float(value) for name, value in metrics.items()}
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError):  # a metric never costs a checkpoint
+            logger.warning("metric %s is not recorded: %s is not a number", name, type(value).__name__)
     return {
         "created": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "metrics": {name: value if value - value == 0 else str(value) for name, value in numbers.items()},

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from dcpsvc.errors import WaitTimeoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcpsvc.errors import SaveError
     from dcpsvc.life import Life, Save
 
@@ -25,8 +27,8 @@ class Uploader:
         last_error: Of the newest save, until it has been raised; None if that save was committed.
     """
 
-    def __init__(self, life: Life) -> None:
-        self._life = life
+    def __init__(self, life: Life, on_end: Callable[[], None]) -> None:
+        self._life, self._on_end = life, on_end
         self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
@@ -44,7 +46,7 @@ class Uploader:
         self._queue.put(save)
 
     def wait(self, timeout_s: float | None) -> None:
-        """Until nothing is under way. Without a timeout, those of the stages bound it.
+        """Until nothing is under way. Without a timeout, those of its stages bound it.
 
         Raises:
             WaitTimeoutError: Something still is.
@@ -59,14 +61,23 @@ class Uploader:
             raise error
 
     def stop(self) -> None:
-        """End the thread; a save that hangs is left to its own deadline."""
+        """End the thread. A save still under way is abandoned: it fails at its next meeting, on every rank.
+
+        What the thread uses is let go by the thread itself, when it has ended.
+        """
+        self._life.abandoned.set()
         self._queue.put(None)
         self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
-        while (save := self._queue.get()) is not None:
-            self._count(save, self._life.live(save))
-            self._idle.set()
+        try:
+            while (save := self._queue.get()) is not None:
+                try:
+                    self._count(save, self._life.live(save))
+                finally:
+                    self._idle.set()
+        finally:
+            self._on_end()
 
     def _count(self, save: Save, error: SaveError | None) -> None:
         self.last_error = error

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import CorruptShardError
+from dcpsvc.errors import CorruptShardError, StateError
 from dcpsvc.format.digest import table_nbytes
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.parse import Fields, compact
@@ -95,6 +96,9 @@ class Placement:
 def place(pieces: Iterable[Piece]) -> Placement:
     """Decide where each piece goes: widest elements first, then by name, without gaps."""
     ordered = sorted(pieces, key=lambda piece: (-ITEM_NBYTES[piece.dtype], piece.name))
+    names = Counter(piece.name for piece in ordered)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise StateError(twice[0], "two pieces of the shard would have this name")
     longest = len(compact(_entries(ordered, [MAX_HEADER_NBYTES * 10**6] * len(ordered)))) + 8 + _SLACK_NBYTES
     data_begin = -(-longest // PAGE_NBYTES) * PAGE_NBYTES
     begins: list[int] = []

@@ -111,6 +111,7 @@ class Group:
         """Be in the given generation; every rank calls it, after a meeting in which all arrived."""
         if not dist.is_initialized() or (generation == self.generation and not self.poisoned):
             return
+        self.generation, self.poisoned = generation, True  # until it stands: a failure here asks for the next one
         parent = dist.distributed_c10d._get_default_store()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public way
         store = PrefixStore(f"dcpsvc/{self._namespace}/group-{generation}", parent)
         group = dist.ProcessGroup(store, self._rank, self._world_size)
@@ -118,7 +119,7 @@ class Group:
         backend = dist.ProcessGroupGloo(store, self._rank, self._world_size, self._timeout)
         backend._set_sequence_number_for_group()  # noqa: SLF001
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)  # noqa: SLF001
-        self._group, self.generation, self.poisoned = group, generation, False
+        self._group, self.poisoned = group, False
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, in rank order. Bytes, never pickled objects.
@@ -127,6 +128,8 @@ class Group:
             RuntimeError: A peer did not answer in time; the group is poisoned from then on.
         """
         if self._group is None:
+            if self._world_size > 1:
+                raise RuntimeError("the group is closed")
             return [data]
         try:
             sizes = self._gather(self._group, torch.tensor([len(data)], dtype=torch.int64))

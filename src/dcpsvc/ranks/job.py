@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 import threading
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from dcpsvc.ranks.rendezvous import Meeting, Rendezvous
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from dcpsvc.ranks.rendezvous import KeyValue
+
+logger = logging.getLogger("dcpsvc")
 
 _ordinals = itertools.count()
 _BEATS_PER_TIMEOUT = 6
@@ -51,7 +56,7 @@ class Job:
         distributed = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         store = C10dStore.of_default_group() if distributed else SoloStore()
-        rendezvous = Rendezvous(rank, world_size, store, namespace=f"join-{next(_ordinals)}")
+        rendezvous = Rendezvous(rank, world_size, store, namespace=_next_place(store))
         incarnation = str(rendezvous.meet("open/join", None, lambda _: secrets.token_hex(4), Meeting(sync_timeout_s)))
         rendezvous.namespace = incarnation
         group = Group(rank=rank, world_size=world_size, namespace=incarnation, timeout_s=sync_timeout_s)
@@ -87,6 +92,15 @@ class Job:
         self.group.close()
 
 
+def _next_place(store: KeyValue) -> str:
+    """Where this process meets the others next; places where they have met without it are passed over."""
+    for ordinal in _ordinals:
+        place = f"join-{ordinal}"
+        if store.get(f"{place}/open/join/verdict") is None:
+            return place
+    raise AssertionError("an endless count ended")
+
+
 class _Heart:
     """Tells the others, every few seconds, that this process is alive: also while a long upload runs."""
 
@@ -102,8 +116,8 @@ class _Heart:
         for count in itertools.count():
             try:
                 rendezvous.beat(count)
-            except RuntimeError:  # the store is gone, so the job is: nobody is left to tell
-                return
+            except RuntimeError as err:  # it may come back; if it does not, the job is over
+                logger.debug("no heartbeat: %s", err)
             if self._stopped.wait(interval_s):
                 return
 

@@ -8,6 +8,7 @@ there, by compare-and-set. The first word stands for all, at the price of one st
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 from dataclasses import dataclass, field
@@ -77,8 +78,8 @@ class Proposals:
         while not self._stopped.wait(POLL_S):
             try:
                 self.look()
-            except RuntimeError:  # the store is gone, so the job is
-                return
+            except RuntimeError as err:  # it may come back; if it does not, the job is over
+                logging.getLogger("dcpsvc").debug("no look at the proposals: %s", err)
 
     def look(self) -> None:
         """One look at the store: note what is proposed; on the coordinator, propose and settle. Watcher thread."""

@@ -51,10 +51,12 @@ class Agreement:
     """What all ranks go on with.
 
     Attributes:
+        generation: Of our group; the next one if an operation timed out in the last.
         gather: Whether the parts of the layout must be exchanged, because somebody's changed.
         stamp: The coordinator's.
     """
 
+    generation: int
     gather: bool
     stamp: dict[str, Any]
 
@@ -70,8 +72,7 @@ def agree(job: Job, place: str, proposal: Proposal | RankFailure, meeting: Meeti
         assert isinstance(proposal, Proposal)  # noqa: S101 - a failure would have ended the meeting
         details = {name: proposal.said.get(name, {}) for name in differ}
         job.meet(f"{place}/compare", details, _explain, meeting)
-    job.group.renew(verdict["generation"])
-    return Agreement(gather=verdict["gather"], stamp=verdict["stamp"])
+    return Agreement(generation=verdict["generation"], gather=verdict["gather"], stamp=verdict["stamp"])
 
 
 def part(placement: Placement, rank: int, aliases: Mapping[str, str]) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import RankFailure, StoreError
+from dcpsvc.errors import ManifestError, RankFailure, StoreError, StoreNotFoundError
 from dcpsvc.format import manifest as manifests
+from dcpsvc.format.digest import digest
 from dcpsvc.ranks.rendezvous import RefusalError
 
 if TYPE_CHECKING:
@@ -44,30 +45,47 @@ def publish(
             store can tell.
     """
 
-    def write(_: object) -> str | None:
+    def write(messages: list[str]) -> str | None:
         assert not isinstance(mine, RankFailure)  # noqa: S101 - a failure would have ended the meeting
-        try:
-            create(store, mine)
-        except StoreError as err:
-            if err.transient:
-                return str(err)
-            raise RefusalError([RankFailure(0, "commit", type(err).__name__, str(err))]) from err
-        created()
-        return None
+        if len(set(messages)) > 1:
+            raise RefusalError([RankFailure(0, "commit", ManifestError.__name__, "the ranks made different manifests")])
+        unknown = create(store, mine)
+        if unknown is None:
+            created()
+        return unknown
 
-    verdict: str | None = job.meet(
-        f"{place}/commit", mine if isinstance(mine, RankFailure) else mine.key, write, meeting
-    )
+    message = mine if isinstance(mine, RankFailure) else digest(mine.dumps())
+    verdict: str | None = job.meet(f"{place}/commit", message, write, meeting)
     return verdict
 
 
-def create(store: Store, manifest: Manifest) -> None:
+def create(store: Store, manifest: Manifest) -> str | None:
     """Write a manifest that nobody has written.
 
+    Returns:
+        None if it stands there now; else why nobody can tell.
+
     Raises:
-        RefusalError: One stands there, and it is not this one.
-        StoreError: The store did not answer; whether it wrote, only a listing can tell.
+        RefusalError: It does not stand there, and never will.
     """
-    key, data = manifest.key.manifest, manifest.dumps()
-    if not store.create(key, data) and store.get(key, max_nbytes=manifests.MAX_NBYTES) != data:
+    try:
+        store.create(manifest.key.manifest, manifest.dumps())
+    except Exception as err:  # noqa: BLE001 - it may have been written all the same: look
+        return _look(store, manifest, err)
+    return _look(store, manifest, None)
+
+
+def _look(store: Store, manifest: Manifest, error: Exception | None) -> str | None:
+    """What stands under the key decides; where the answer to a write was lost, absence proves nothing."""
+    key = manifest.key.manifest
+    try:
+        found = store.get(key, max_nbytes=manifests.MAX_NBYTES)
+    except StoreNotFoundError:
+        if isinstance(error, StoreError) and not error.transient:
+            raise RefusalError([RankFailure(0, "commit", type(error).__name__, str(error))]) from error
+        return str(error)
+    except StoreError as err:
+        return str(error or err)
+    if found != manifest.dumps():
         raise RefusalError([RankFailure(0, "commit", StoreError.__name__, f"{key} exists with other content")])
+    return None

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import CorruptShardError, FormatError, StoreNotFoundError
+from dcpsvc.errors import (
+    CorruptShardError,
+    FormatError,
+    LayoutError,
+    ManifestError,
+    StoreAccessError,
+    StoreError,
+    StoreNotFoundError,
+)
 from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
 
@@ -16,6 +25,9 @@ if TYPE_CHECKING:
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Entry, Store
+
+
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +76,7 @@ def read_manifest(store: Store, attempt: Attempt) -> Manifest:
     Raises:
         ManifestError: It does not validate.
     """
-    return manifest.loads(attempt.manifest, store.get(attempt.manifest, max_nbytes=manifest.MAX_NBYTES))
+    return manifest.loads(attempt.manifest, _get(store, attempt.manifest, manifest.MAX_NBYTES, ManifestError))
 
 
 def read_layout(store: Store, found: Manifest) -> Layout:
@@ -73,8 +85,27 @@ def read_layout(store: Store, found: Manifest) -> Layout:
     Raises:
         LayoutError: It does not match the manifest or does not validate.
     """
-    data = store.get(found.layout.path, max_nbytes=layout.MAX_NBYTES)
+    data = _get(store, found.layout.path, layout.MAX_NBYTES, LayoutError)
     return layout.loads(found.layout.path, data, found.layout.digest)
+
+
+def newest_first(store: Store, attempts: Iterable[Attempt]) -> list[Attempt]:
+    """By step, largest first; several commits of one step by when they were made. Reads only such manifests."""
+    by_step: dict[int, list[Attempt]] = defaultdict(list)
+    for attempt in attempts:
+        by_step[attempt.step].append(attempt)
+    ordered: list[Attempt] = []
+    for step in sorted(by_step, reverse=True):
+        same = by_step[step]
+        ordered += same if len(same) == 1 else sorted(same, key=lambda one: _created(store, one), reverse=True)
+    return ordered
+
+
+def _created(store: Store, attempt: Attempt) -> str:
+    try:
+        return read_manifest(store, attempt).created
+    except FormatError:
+        return ""
 
 
 def check_files(store: Store, found: Manifest) -> None:
@@ -112,7 +143,17 @@ def listing(store: Store) -> list[Checkpoint]:
     manifests = committed(store)
     found = [_describe(store, attempt, sizes, layouts) for attempt in manifests]
     found += _without_manifest(entries, set(manifests))
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.created is not None, checkpoint.attempt))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.created or _LONG_AGO, checkpoint.attempt))
+
+
+def _get(store: Store, key: str, max_nbytes: int, error: type[FormatError]) -> bytes:
+    """A file that is missing or too large is damage; a store that cannot be asked is not."""
+    try:
+        return store.get(key, max_nbytes=max_nbytes)
+    except StoreError as err:
+        if err.transient or isinstance(err, StoreAccessError):
+            raise
+        raise error(key, err.reason) from err
 
 
 def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: dict[str, int]) -> Checkpoint:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcpsvc import policies
-from dcpsvc.format.keys import TOMBSTONES, Attempt, attempt_of
+from dcpsvc.format.keys import DATA, TOMBSTONES, Attempt, attempt_of
 from dcpsvc.format.parse import compact
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ def finish_removals(store: Store) -> list[Attempt]:
     for attempt in attempts:
         remove(store, attempt)
     return attempts
+
+
+def local_surplus(store: Store, rank: int, keep: int) -> list[Attempt]:
+    """This rank's shards on the local tier beyond the ``keep`` newest, oldest first."""
+    shards = [(attempt_of(entry.key), entry.key) for entry in store.list(DATA)]
+    mine = sorted(attempt for attempt, key in shards if attempt is not None and key == attempt.shard(rank))
+    return mine[:-keep]
 
 
 def remove_local(store: Store, attempt: Attempt, rank: int) -> None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from dcpsvc.state.division import Share
 
 
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+"""A forked data loader worker must not write into its parent's arena."""
+
+
 class Arena:
     """A host buffer that holds one shard at a time and is used again for the next. One owner at a time."""
 
@@ -31,7 +35,7 @@ class Arena:
         """At least ``nbytes`` of page-aligned bytes as a uint8 tensor; what was in it is void."""
         if self._tensor.numel() < nbytes:
             self._tensor = torch.empty(0, dtype=torch.uint8)
-            self._buffer = mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            self._buffer = mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, flags=_PRIVATE)
             self._tensor = torch.frombuffer(self._buffer, dtype=torch.uint8)
         return self._tensor[:nbytes]
 

@@ -29,15 +29,22 @@ def upload_shard(store: Store, record: ShardRecord, path: Path) -> None:
 
 
 def put_layout(store: Store, data: bytes) -> LayoutRef:
-    """Store a layout under its digest, once for all checkpoints of that structure.
+    """Store a layout under its digest, once for all checkpoints of that structure; one that has rotted is mended.
 
     Raises:
-        CorruptShardError: Other bytes stand under that name.
+        CorruptShardError: What the store gives back is not what was sent.
     """
     reference = LayoutRef(digest=digest(data), nbytes=len(data))
-    if not store.create(reference.path, data) and store.size(reference.path) != len(data):
-        raise CorruptShardError(reference.path, f"has {store.size(reference.path)} bytes, not {len(data)}")
+    store.create(reference.path, data)
+    if not _holds(store, reference, data):
+        store.put(reference.path, data)
+        if not _holds(store, reference, data):
+            raise CorruptShardError(reference.path, "does not read back as it was written")
     return reference
+
+
+def _holds(store: Store, reference: LayoutRef, data: bytes) -> bool:
+    return store.size(reference.path) == len(data) and store.read(reference.path, 0, len(data)) == data
 
 
 def discard(stores: Sequence[Store], key: str) -> None:

@@ -77,12 +77,14 @@ class AppState:
                 component.collect(collected)
         return collected
 
-    def collect_values(self, rank: int) -> Collected:
-        """Copies of everything that is neither module nor optimizer: small, and gone one step later."""
+    def collect_values(self, rank: int, *, max_nbytes: int) -> Collected | None:
+        """Copies of everything that is neither module nor optimizer; None if their tensors are larger than that."""
         collected = Collected(rank)
         for component in self.components().values():
             if isinstance(component, ValueComponent):
                 component.collect(collected)
+        if sum(item.tensor.nbytes for item in collected.items.values()) > max_nbytes:
+            return None
         collected.detach()
         return collected
 

@@ -39,7 +39,7 @@ def claims(collected: Collected, *, verify_replicas: bool) -> Claims:
     replicas = _hashes(collected) if verify_replicas else {}
     for key, item in collected.items.items():
         if item.sharing is not Sharing.PER_RANK:
-            said[component_of(key)][key] = f"{item.dtype}{list(item.shape)} {item.sharing}{replicas.get(key, '')}"
+            said[component_of(key)][key] = item.claim + replicas.get(key, "")
     for key, of in collected.aliases.items():
         said[component_of(key)][key] = f"is {of}"
     for name, document in collected.documents.items():

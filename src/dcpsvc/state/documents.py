@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (str, int, bool, type(None))
 _MAX_DEPTH = 200
+_MAX_ITEM_NBYTES = 8
 _MAX_INT_BITS = 10_000
 """JSON of longer ints is refused by Python's own reader."""
 
@@ -129,12 +130,9 @@ def _encode_float(value: float) -> Any:
 
 
 def _encode_numpy(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    try:
-        if value.dtype.kind not in "biuf" or not value.dtype.isnative:
-            raise TypeError
-        tensor = torch.from_numpy(np.array(value))
-    except TypeError as err:
-        raise UnsupportedStateError(key, f"NumPy dtype {value.dtype} cannot be stored as a tensor") from err
+    if value.dtype.kind not in "biuf" or not value.dtype.isnative or value.dtype.itemsize > _MAX_ITEM_NBYTES:
+        raise UnsupportedStateError(key, f"NumPy dtype {value.dtype} cannot be stored as a tensor")
+    tensor = torch.from_numpy(np.array(value))
     return {"$ndarray" if isinstance(value, np.ndarray) else "$scalar": _add(key, tensor, tensors)}
 
 

@@ -60,9 +60,14 @@ class ModuleComponent:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
         into.documents[self._name] = {}
         first_names: dict[int, str] = {}
+        own = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
         for key, value in self._state().items():
             if not isinstance(value, torch.Tensor):
                 into.documents[key] = documents.encode(value, key, _NoTensors(key))
+            elif id(value) not in own and not key.endswith(_EXTRA):
+                raise UnsupportedStateError(
+                    key, "its state_dict() gives a copy here, not the parameter or buffer itself"
+                )
             elif (first := first_names.setdefault(id(value), key)) != key:
                 into.aliases[key] = first
             else:
@@ -82,7 +87,9 @@ class ModuleComponent:
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite in place, so optimizers keep their parameters."""
         for key, value in self._state().items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and key.endswith(_EXTRA):
+                self._module.get_submodule(_owner(key, self._name)).set_extra_state(tensors[key].to(value.device))
+            elif isinstance(value, torch.Tensor):
                 copy_into(value, tensors[key])
         for key, document in self._extra_states(saved).items():
             owner = self._module.get_submodule(_owner(key, self._name))

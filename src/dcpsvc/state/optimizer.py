@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcpsvc.errors import StateError, StateMismatchError
+from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
 from dcpsvc.state.module import parameter_names
@@ -35,6 +35,8 @@ class OptimizerComponent:
         """Every state tensor under ``<name>.state.<fqn>.<entry>``; the rest is one document."""
         tensors: dict[str, torch.Tensor] = {}
         names = self._names()
+        if strange := [key for key in self._optimizer.state if id(key) not in names]:
+            raise UnsupportedStateError(f"{self._name}.state", f"an entry under {strange[0]!r:.80}, not a parameter")
         document = {
             "state": {
                 names[id(parameter)]: self._encode(
@@ -93,7 +95,7 @@ class OptimizerComponent:
     ) -> torch.Tensor:
         """A loaded tensor where torch would have made it: sharded like its parameter, on its device."""
         loaded = tensors[key]
-        if loaded.dim() == 0 and self._keeps_scalars_on_host(parameter):
+        if key.endswith(".step") and self._keeps_steps_on_host(parameter):
             return loaded
         return like(parameter, loaded) if _is_boxed(saved, key, parameter) else loaded.to(parameter.device)
 
@@ -149,7 +151,7 @@ class OptimizerComponent:
                     key, f"saved for a parameter of shape {shape}, here it is {list(parameter.shape)}"
                 )
 
-    def _keeps_scalars_on_host(self, parameter: torch.Tensor) -> bool:
+    def _keeps_steps_on_host(self, parameter: torch.Tensor) -> bool:
         group = next(g for g in self._optimizer.param_groups if any(p is parameter for p in g["params"]))
         return not (group.get("capturable") or group.get("fused"))
 
