@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from dcpsvc.ranks.c10d import SoloStore
@@ -111,13 +112,16 @@ def test_after_a_void_proposal_another_is_made() -> None:
         assert job.proposed(1) > job.proposed(0)
 
 
-def test_a_watcher_ends_when_the_store_is_gone() -> None:
-    class Gone(SoloStore):
+def test_a_watcher_outlives_a_store_that_fails_for_a_while() -> None:
+    failed = threading.Semaphore(0)
+
+    class Shaky(SoloStore):
         def get(self, key: str) -> str | None:
+            failed.release()
             raise RuntimeError("connection reset by peer")
 
-    watcher = Proposals(Rendezvous(0, 1, Gone(), namespace="run"), lambda: True)
+    watcher = Proposals(Rendezvous(0, 1, Shaky(), namespace="run"), lambda: True)
     watcher.start()
-    watcher._thread.join(BOUND_S)
-    assert not watcher._thread.is_alive()
+    assert all(failed.acquire(timeout=BOUND_S) for _ in range(3))
     watcher.stop()
+    assert not watcher._thread.is_alive()
