@@ -79,11 +79,16 @@ class Save:
     @property
     def place(self) -> str:
         """Where the ranks meet about it."""
-        return f"save/{self.key}"
+        return meeting_place(self.key)
 
     def elapsed_s(self) -> float:
         """Since it was accepted."""
         return time.perf_counter() - self.began
+
+
+def meeting_place(attempt: Attempt) -> str:
+    """Where the ranks meet about an attempt; a phase is added for each meeting."""
+    return f"save/{attempt}"
 
 
 class Life:
@@ -311,6 +316,7 @@ class Life:
         return RanksMissingError(*save.key, newest, err.phase, err.missing, err.present, err.waited_s)
 
     def _fail(self, save: Save, error: SaveError) -> None:
+        self._previous = None  # its verdict stays on the store, for ranks that come late
         if save.stager is not None:
             save.stager.refuse(error)
         if isinstance(error, CommitUnknownError):

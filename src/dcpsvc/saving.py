@@ -14,7 +14,7 @@ import torch
 from dcpsvc.errors import RankFailure, StateError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
-from dcpsvc.life import Save
+from dcpsvc.life import Save, meeting_place
 from dcpsvc.pending import PendingSave
 from dcpsvc.stages import ack, shard
 from dcpsvc.stages.stage import Arena, ArenaStager, Snapshot
@@ -45,12 +45,21 @@ class Saver:
         self._writing: Future[Any] | None = None
 
     def accept(self, step: int, began: float) -> Save:
-        """A new attempt at a step. The ranks count tries alike, so they name it alike."""
-        attempt = Attempt(step, f"{self._job.incarnation}-{self._tries.setdefault(step, 0)}")
-        self._tries[step] += 1
+        """A new attempt at a step, named alike by all ranks that come to it.
+
+        A rank that missed an attempt passes it over: the ranks that came have left their verdict.
+        """
+        attempt = self._name(step)
+        while self._job.rendezvous.is_over(f"{meeting_place(attempt)}/plan"):
+            attempt = self._name(step)
         self._events.emit(Point.SAVE_ACCEPTED, step=step, attempt=attempt.attempt)
         nothing_yet = RankFailure(self._job.rank, "stage", "Unfinished", "staging did not finish")
         return Save(key=attempt, pending=PendingSave(*attempt), began=began, proposal=nothing_yet)
+
+    def _name(self, step: int) -> Attempt:
+        number = self._tries.get(step, 0)
+        self._tries[step] = number + 1
+        return Attempt(step, f"{self._job.incarnation}-{number}")
 
     def stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
         """Copy this rank's share; DCP's thread then waits at the gate. A failure becomes the save's own.

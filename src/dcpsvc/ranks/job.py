@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from dcpsvc.ranks.rendezvous import KeyValue
-
 logger = logging.getLogger("dcpsvc")
 
 _ordinals = itertools.count()
@@ -56,7 +54,7 @@ class Job:
         distributed = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         store = C10dStore.of_default_group() if distributed else SoloStore()
-        rendezvous = Rendezvous(rank, world_size, store, namespace=_next_place(store))
+        rendezvous = _next_place(Rendezvous(rank, world_size, store))
         incarnation = str(rendezvous.meet("open/join", None, lambda _: secrets.token_hex(4), Meeting(sync_timeout_s)))
         rendezvous.namespace = incarnation
         group = Group(rank=rank, world_size=world_size, namespace=incarnation, timeout_s=sync_timeout_s)
@@ -92,13 +90,13 @@ class Job:
         self.group.close()
 
 
-def _next_place(store: KeyValue) -> str:
+def _next_place(rendezvous: Rendezvous) -> Rendezvous:
     """Where this process meets the others next; places where they have met without it are passed over."""
     for ordinal in _ordinals:
-        place = f"join-{ordinal}"
-        if store.get(f"{place}/open/join/verdict") is None:
-            return place
-    raise AssertionError("an endless count ended")
+        rendezvous.namespace = f"join-{ordinal}"
+        if not rendezvous.is_over("open/join"):
+            break
+    return rendezvous
 
 
 class _Heart:
