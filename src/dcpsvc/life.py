@@ -270,9 +270,13 @@ class Life:
     def _trim_local(self, save: Save) -> None:
         """The local tier is a cache of the newest commits: it must not fill the disk."""
         try:
-            for attempt in retain.local_surplus(self._run.local, self._job.rank, self._options.keep_local):
-                if attempt != save.key:
-                    retain.remove_local(self._run.local, attempt, self._job.rank)
+            retain.trim_local(
+                self._run.local,
+                rank=self._job.rank,
+                world_size=self._job.world_size,
+                keep=self._options.keep_local,
+                newest=save.key,
+            )
         except StoreError as err:
             self._emit(Point.RETAINED, save, detail=f"local tier not trimmed: {err}", level=logging.WARNING)
 

@@ -34,10 +34,13 @@ def storage_reader(
     Raises:
         NoSuchStepError: The step is not committed, or its files are not all there.
         NoValidCheckpointError: Nothing can be loaded.
+        FormatError: Its layout or JSON values are damaged.
     """
     store = open_root(root, storage_options)
     manifest = discover.read_manifest(store, _choose(store, step).key)
-    return CheckpointReader(manifest, discover.read_layout(store, manifest), [store])
+    reader = CheckpointReader(manifest, discover.read_layout(store, manifest), [store])
+    reader.read_metadata()  # now, because DCP turns what goes wrong here into an AssertionError
+    return reader
 
 
 def load(

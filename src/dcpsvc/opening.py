@@ -165,8 +165,9 @@ def _sweep(job: Job, opened: OpenRun, dead: list[Attempt]) -> None:
         attempt = keys.attempt_of(entry.key)
         if attempt is not None and attempt not in committed and entry.key == attempt.shard(job.rank):
             retain.remove_local(opened.local, attempt, job.rank)
-    if job.coordinates:
-        for attempt in dead:
+    for attempt in dead:  # nobody can commit these: whoever comes first removes the shards of ranks that are no more
+        retain.remove_data(opened.local, attempt)
+        if job.coordinates:
             retain.remove_data(opened.remote, attempt)
 
 

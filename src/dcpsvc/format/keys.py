@@ -75,6 +75,12 @@ def attempt_of(key: str) -> Attempt | None:
     return None
 
 
+def rank_of(key: str) -> int | None:
+    """The rank that wrote a shard; None for other keys."""
+    match = _SHARD.fullmatch(key)
+    return int(match["rank"]) if match else None
+
+
 def attempt_below(key: str) -> Attempt | None:
     """The attempt in whose data folder a key lies, whatever the file is called; None elsewhere."""
     match = _FOLDER.match(key)

@@ -6,6 +6,7 @@ chunk goes where. Nothing in the model is touched until everything has been read
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,7 @@ class CheckpointReader(StorageReader):
         self.manifest, self.layout = manifest, layout
         self._shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
+        self._metadata: Metadata | None = None
         self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
         self._check_places()
 
@@ -79,11 +81,26 @@ class CheckpointReader(StorageReader):
         found = self.documents(0, source)
         return Saved(self.layout, found, rank, self.manifest.world_size, self.manifest.step)
 
+    def for_known_boxes(self) -> CheckpointReader:
+        """A twin that describes nothing to DCP, so that nothing but the boxes asked for is read."""
+        twin = copy.copy(self)
+        twin._metadata = Metadata(state_dict_metadata={})
+        return twin
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Part of DCP's protocol: a reader is bound to its checkpoint."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The layout in DCP's terms, and a bytes entry for each JSON value."""
+        """The layout in DCP's terms, and a bytes entry for each JSON value.
+
+        Raises:
+            CorruptShardError: The JSON values of some shard are damaged.
+        """
+        if self._metadata is None:
+            self._metadata = self._describe()
+        return self._metadata
+
+    def _describe(self) -> Metadata:
         found: dict[str, Any] = {}
         for name in self.layout.names():
             tensor = self.layout.find(name)
@@ -243,7 +260,7 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
     try:
         dcp_load(
             {want.key: want.out for want in wants},
-            storage_reader=reader,
+            storage_reader=reader.for_known_boxes(),
             planner=_WantPlanner(reader, wants),
             no_dist=True,
         )

@@ -5,10 +5,11 @@ A tombstone is written before anything is removed, so a deletion that was cut sh
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from dcpsvc import policies
-from dcpsvc.format.keys import DATA, TOMBSTONES, Attempt, attempt_of
+from dcpsvc.format.keys import DATA, TOMBSTONES, Attempt, attempt_of, rank_of
 from dcpsvc.format.parse import compact
 
 if TYPE_CHECKING:
@@ -54,11 +55,21 @@ def finish_removals(store: Store) -> list[Attempt]:
     return attempts
 
 
-def local_surplus(store: Store, rank: int, keep: int) -> list[Attempt]:
-    """This rank's shards on the local tier beyond the ``keep`` newest, oldest first."""
-    shards = [(attempt_of(entry.key), entry.key) for entry in store.list(DATA)]
-    mine = sorted(attempt for attempt, key in shards if attempt is not None and key == attempt.shard(rank))
-    return mine[:-keep]
+def trim_local(store: Store, *, rank: int, world_size: int, keep: int, newest: Attempt) -> None:
+    """Leave the ``keep`` newest attempts of this rank on the local tier, ``newest`` in any case.
+
+    Shards of ranks beyond the world size, from a larger job on this disk, are shared out by rank modulo world size.
+    """
+    mine: dict[Attempt, list[str]] = defaultdict(list)
+    for entry in store.list(DATA):
+        attempt, shard_rank = attempt_of(entry.key), rank_of(entry.key)
+        if attempt is not None and shard_rank is not None and shard_rank % world_size == rank:
+            mine[attempt].append(entry.key)
+    for attempt in sorted(mine)[:-keep]:
+        if attempt != newest:
+            store.delete(attempt.manifest)
+            for key in mine[attempt]:
+                store.delete(key)
 
 
 def remove_local(store: Store, attempt: Attempt, rank: int) -> None:
