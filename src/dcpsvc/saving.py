@@ -47,10 +47,10 @@ class Saver:
     def accept(self, step: int, began: float) -> Save:
         """A new attempt at a step, named alike by all ranks that come to it.
 
-        A rank that missed an attempt passes it over: the ranks that came have left their verdict.
+        An attempt at which the others waited for this rank in vain is passed over: they count it, so it does too.
         """
         attempt = self._name(step)
-        while self._job.rendezvous.is_over(f"{meeting_place(attempt)}/plan"):
+        while self._job.rendezvous.was_missed(f"{meeting_place(attempt)}/plan"):
             attempt = self._name(step)
         self._events.emit(Point.SAVE_ACCEPTED, step=step, attempt=attempt.attempt)
         nothing_yet = RankFailure(self._job.rank, "stage", "Unfinished", "staging did not finish")

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["numpy", "pytest", "torch", "dcpsvc.checkpointer", "dcpsvc.reading", "tests.ranks.models"])
+_processes.set_forkserver_preload(
+    ["numpy", "pytest", "torch", "dcpsvc.checkpointer", "dcpsvc.reading", "tests.ranks.models"]
+)
 
 _DUMP = signal.SIGUSR2
 _DUMP_S, _CONNECT_S = 2.0, 40.0
@@ -132,7 +134,7 @@ def raised_by(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Raised | N
     """The exception a call raises, for a rank to return; None if it raises none."""
     try:
         call(*args, **kwargs)
-    except BaseException as err:
+    except BaseException as err:  # noqa: BLE001 - told to the test, whatever it is
         return _described(err)
     return None
 
@@ -211,8 +213,12 @@ class _Rank:
         assert self._process is not None
         if self._said is None:
             code = self._process.exitcode or 0
-            raised = Raised("SystemExit", ("SystemExit",), str(code), {"code": code}, f"exited with {code} without a word")
-            return Outcome(self._rank, raised=None if code < 0 else raised, signal=-code if code < 0 else None, log=self._log)
+            raised = Raised(
+                "SystemExit", ("SystemExit",), str(code), {"code": code}, f"exited with {code} without a word"
+            )
+            return Outcome(
+                self._rank, raised=None if code < 0 else raised, signal=-code if code < 0 else None, log=self._log
+            )
         kind, content = self._said
         if kind == "raised":
             return Outcome(self._rank, raised=content, log=self._log)
@@ -237,7 +243,7 @@ def _collect(ranks: list[_Rank], deadline: float) -> None:
         raise StuckError("\n".join(rank.where() for rank in stuck))
 
 
-def _be_rank(
+def _be_rank(  # noqa: PLR0917 - as a process takes them
     rank: int,
     world: int,
     port: int,
@@ -250,7 +256,7 @@ def _be_rank(
 ) -> None:
     """The process. Ends at once when it has said its result, whatever threads are left."""
     _redirect(output)
-    with Path(stacks).open("w") as file:  # noqa: SIM117 - the file must outlive the handler
+    with Path(stacks).open("w") as file:
         faulthandler.register(_DUMP, file=file, all_threads=True)
         _end_with_parent()
         torch.set_num_threads(1)
@@ -258,7 +264,7 @@ def _be_rank(
             if world:
                 _join(rank, world, port, nodes)
             said = ("value", function(rank, max(world, 1), *args))
-        except BaseException as err:
+        except BaseException as err:  # noqa: BLE001 - told to the test, whatever it is
             said = ("raised", _described(err))
         results.send(said)
         results.close()
@@ -303,4 +309,6 @@ def _described(err: BaseException) -> Raised:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else repr(v)))
+    return json.loads(
+        json.dumps(value, default=lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else repr(v))
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from pathlib import Path
@@ -78,7 +79,14 @@ class Training:
     """
 
     def __init__(
-        self, kind: str, rank: int, *, seed: int = 0, width: int = 16, depth: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        kind: str,
+        rank: int,
+        *,
+        seed: int = 0,
+        width: int = 16,
+        depth: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         torch.manual_seed(seed)
         self.core = Net(width, depth).to(dtype)
@@ -97,13 +105,13 @@ class Training:
             "trainer": self.trainer,
         }
         torch.manual_seed(100 + 10 * seed + rank)
-        np.random.seed(200 + 10 * seed + rank)
+        np.random.seed(200 + 10 * seed + rank)  # noqa: NPY002 - the global one, as training code uses it
         random.seed(300 + 10 * seed + rank)
 
     def step(self) -> float:
         """One optimizer step; uses every generator that :class:`dcpsvc.Rng` keeps."""
         x, target = self.loader.next()
-        x = x + 0.01 * (random.random() + float(np.random.rand()))
+        x = x + 0.01 * (random.random() + float(np.random.rand()))  # noqa: NPY002
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(x.to(self.dtype)), target)
         loss.backward()
@@ -128,12 +136,12 @@ class Training:
 
     def own(self) -> dict[str, Any]:
         """What belongs to this rank alone, and the counters."""
-        numbers = [float(torch.rand(())), float(np.random.rand()), random.random()]
+        numbers = [float(torch.rand(())), float(np.random.rand()), random.random()]  # noqa: NPY002
         return {
             "owner": self.loader.owner,
             "position": self.loader.position,
             "next numbers": [number.hex() for number in numbers],
-            "trainer": dict(self.trainer),
+            "trainer": copy.deepcopy(self.trainer),
             "lr": self.scheduler.get_last_lr(),
         }
 
@@ -157,7 +165,9 @@ def committed(root: Any) -> list[int]:
 def files(folder: Any) -> list[str]:
     """Every file below a folder, by its name from there; locks and probes left out."""
     place = Path(folder)
-    return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return sorted(
+        str(path.relative_to(place)) for path in place.rglob("*") if path.is_file() and path.suffix != ".lock"
+    )
 
 
 def step_files(folder: Any, step: int) -> list[str]:

@@ -16,7 +16,7 @@ from dcpsvc import Point
 from tests.ranks.harness import die, die_at, raised_by, run_ranks, values
 from tests.ranks.models import Training, checkpointer, committed, files, step_files
 
-IMPATIENT_S = 4.0
+IMPATIENT_S = 3.0
 """``sync_timeout_s`` where somebody is missing on purpose."""
 
 
@@ -109,7 +109,7 @@ class Counters:
         self.count = state["count"]
 
 
-def save_around_a_fault(rank, world, root, fault, victim, dtype=torch.float32):
+def save_around_a_fault(rank, world, root, fault, victim, dtype=torch.float32):  # noqa: PLR0917
     """Save step 1; step 2 with a fault on one rank; step 3 without. What each raised."""
     training = Training("ddp", rank, width=64, dtype=dtype)
     training.train(1)
@@ -128,6 +128,7 @@ def save_around_a_fault(rank, world, root, fault, victim, dtype=torch.float32):
             left = committed(root), step_files(root, 2), step_files(Path(root).parent / "local", 2)
             dist.barrier()
         third = attempt(ckpt, 3)
+        ckpt.wait()
         statistics = ckpt.statistics()
     counted = (statistics.accepted, statistics.committed, statistics.failed)
     return {"first": first, "second": second, "third": third, "left": left, "counted": counted}
@@ -157,7 +158,9 @@ def raising(error, training, observers, root):
 
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize(
-    "error", [ValueError("no count today"), MemoryError("no room"), PermissionError("denied")], ids=lambda e: type(e).__name__
+    "error",
+    [ValueError("no count today"), MemoryError("no room"), PermissionError("denied")],
+    ids=lambda e: type(e).__name__,
 )
 def test_a_state_dict_that_raises_on_one_rank_fails_the_save_on_all(tmp_path, victim, error):
     root = tmp_path / "run"
@@ -165,10 +168,34 @@ def test_a_state_dict_that_raises_on_one_rank_fails_the_save_on_all(tmp_path, vi
 
     assert_step_2_failed_alone(root, results)
     for second in (result["second"] for result in results):
-        assert second.type == "SaveFailedError"
+        assert second.type == "SaveFailedError", (second.text, second)
         assert failures(second) == [(victim, "stage", type(error).__name__)]
         assert second["newest"] == 1
         assert str(error) in second.text
+
+
+def come_late_to_a_failed_save(rank, world, root):
+    training = Training("ddp", rank)
+    training.state["counters"] = counters = Counters()
+    with checkpointer(root, training.state, sync_timeout_s=IMPATIENT_S) as ckpt:
+        attempt(ckpt, 1)
+        counters.error = ValueError("no count today") if rank == 0 else None
+        second = attempt(ckpt, 2) if rank == 0 else None
+        dist.barrier()  # rank 0 has failed, and said so, before the others begin
+        second = second or attempt(ckpt, 2)
+        counters.error = None
+        dist.barrier()
+        return second, attempt(ckpt, 3)
+
+
+def test_a_rank_that_comes_late_to_a_failed_save_hears_the_failure(tmp_path):
+    root = tmp_path / "run"
+
+    for second, third in values(run_ranks(3, come_late_to_a_failed_save, root)):
+        assert second.type == "SaveFailedError", second
+        assert failures(second) == [(0, "stage", "ValueError")]
+        assert third is None
+    assert committed(root) == [1, 3]
 
 
 @contextlib.contextmanager
@@ -337,38 +364,38 @@ def test_an_upload_that_fails_on_one_rank_fails_the_save_on_all(tmp_path, victim
         assert [(rank, phase) for rank, phase, _ in failures(second)] == [(victim, "upload")]
 
 
-@contextlib.contextmanager
-def no_manifests(training, observers, root):
-    """The manifest's folder is gone and a file stands there, as after a mistaken ``mv``."""
-
-    def observe(event):
-        if event.name == Point.UPLOADED:
-            (root / "manifests").rename(root / "moved")
-            (root / "manifests").touch()
-
-    observers.append(observe)
-    yield
-    observers.clear()
-
-
-def fail_to_commit(rank, world, root):
+def fail_to_commit(rank, world, root, breaking, mending):
+    """Save step 1; step 2, for which the coordinator cannot write the manifest; step 3."""
     training = Training("ddp", rank)
-    observers = []
-    with checkpointer(root, training.state, on_event=lambda e: [observe(e) for observe in observers]) as ckpt:
+    broken = []
+
+    def on_event(event):
+        if rank == 0 and event.step == 2 and event.name == Point.ACKED_REMOTE:
+            broken.append(breaking(Path(root)))
+
+    with checkpointer(root, training.state, on_event=on_event) as ckpt:
         first = attempt(ckpt, 1)
-        with no_manifests(training, observers, root) if rank == 0 else contextlib.nullcontext():
-            second = attempt(ckpt, 2)
-            dist.barrier()
-        if rank == 0:
-            (root / "manifests").unlink()
-            (root / "moved").rename(root / "manifests")
+        second = attempt(ckpt, 2)
+        dist.barrier()
+        for what in broken:
+            mending(Path(root), what)
         dist.barrier()
         return first, second, attempt(ckpt, 3)
 
 
-def test_a_manifest_that_cannot_be_created_fails_the_save_on_all(tmp_path):
+def limit_files_to_10_bytes(root):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    return before
+
+
+def lift_the_limit(root, before):
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_manifest_that_cannot_be_written_fails_the_save_on_all(tmp_path):
     root = tmp_path / "run"
-    results = values(run_ranks(2, fail_to_commit, root))
+    results = values(run_ranks(2, fail_to_commit, root, limit_files_to_10_bytes, lift_the_limit))
 
     for first, second, third in results:
         assert (first, third) == (None, None)
@@ -376,6 +403,28 @@ def test_a_manifest_that_cannot_be_created_fails_the_save_on_all(tmp_path):
         assert [(rank, phase) for rank, phase, _ in failures(second)] == [(0, "commit")]
     assert committed(root) == [1, 3]
     assert step_files(root, 2) == []
+
+
+def put_a_file_over_the_manifests(root):
+    (root / "manifests").rename(root / "moved")
+    (root / "manifests").touch()
+
+
+def put_the_manifests_back(root, _):
+    (root / "manifests").unlink()
+    (root / "moved").rename(root / "manifests")
+
+
+def test_a_store_that_cannot_say_whether_the_manifest_is_there_makes_no_checkpoint_and_deletes_nothing(tmp_path):
+    root = tmp_path / "run"
+    results = values(run_ranks(2, fail_to_commit, root, put_a_file_over_the_manifests, put_the_manifests_back))
+
+    for first, second, third in results:
+        assert (first, third) == (None, None)
+        assert second.type == "CommitUnknownError"
+        assert second["step"] == 2
+    assert committed(root) == [1, 3]
+    assert len(step_files(root, 2)) == 2
 
 
 # --- ranks that die -------------------------------------------------------------------------------
@@ -386,10 +435,20 @@ def die_during_step_2(rank, world, root, victim, point):
     on_event = die_at(point, step=2) if rank == victim else None
     ckpt = checkpointer(root, training.state, sync_timeout_s=IMPATIENT_S, on_event=on_event)
     attempt(ckpt, 1)
-    second = attempt(ckpt, 2)
-    found = committed(root)
-    third = attempt(ckpt, 3)
-    return {"second": second, "found": found, "third": third, "closing": raised_by(ckpt.close)}
+    return {"ckpt": ckpt, "second": attempt(ckpt, 2), "found": committed(root)}
+
+
+def go_on_without_the_dead(rank, world, root, victim):
+    said = die_during_step_2(rank, world, root, victim, Point.SHARD_WRITTEN)
+    ckpt = said.pop("ckpt")
+    ckpt.step(3)
+    return said | {"third": attempt(ckpt, 3), "closing": raised_by(ckpt.close)}
+
+
+def fail_during_step_2(rank, world, root, victim, point):
+    said = die_during_step_2(rank, world, root, victim, point)
+    del said["ckpt"]
+    return said
 
 
 def named(error):
@@ -397,13 +456,21 @@ def named(error):
     return set(error.attributes.get("missing", [])) | {f["rank"] for f in error.attributes.get("failures", [])}
 
 
-@pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize(
-    "point", [Point.SAVE_ACCEPTED, Point.STAGED, Point.PLAN_AGREED, Point.SHARD_WRITTEN, Point.ACKED_LOCAL, Point.UPLOADED]
+    ("victim", "point"),
+    [
+        (0, Point.STAGED),
+        (0, Point.SHARD_WRITTEN),
+        (0, Point.UPLOADED),
+        (2, Point.STAGED),
+        (2, Point.PLAN_AGREED),
+        (2, Point.ACKED_LOCAL),
+        (2, Point.UPLOADED),
+    ],
 )
-def test_a_killed_rank_leaves_the_previous_checkpoint_as_latest(tmp_path, point, victim):
+def test_a_killed_rank_leaves_the_previous_checkpoint_as_latest(tmp_path, victim, point):
     root = tmp_path / "run"
-    outcomes = run_ranks(3, die_during_step_2, root, victim, str(point))
+    outcomes = run_ranks(3, fail_during_step_2, root, victim, str(point))
 
     assert outcomes[victim].signal == signal.SIGKILL
     for result in values([outcome for outcome in outcomes if outcome.rank != victim]):
@@ -411,10 +478,19 @@ def test_a_killed_rank_leaves_the_previous_checkpoint_as_latest(tmp_path, point,
         assert result["second"]["step"] == 2
         assert named(result["second"]) == {victim}, result["second"]
         assert result["found"] == [1]
-        assert "SaveError" in result["third"].family  # at once or in time, never a hang
-        assert "SaveError" in result["closing"].family
     assert committed(root) == [1]
     assert dcpsvc.latest(root).step == 1
+
+
+def test_ranks_whose_peer_died_fail_further_saves_by_name_and_can_close(tmp_path):
+    root = tmp_path / "run"
+    outcomes = run_ranks(3, go_on_without_the_dead, root, 1)
+
+    assert outcomes[1].signal == signal.SIGKILL
+    for result in values([outcomes[0], outcomes[2]]):
+        assert named(result["second"]) == named(result["third"]) == {1}
+        assert "SaveError" in result["closing"].family
+    assert committed(root) == [1]
 
 
 def resume_here(rank, world, root):
@@ -425,7 +501,7 @@ def resume_here(rank, world, root):
 
 def test_a_coordinator_killed_after_the_manifest_leaves_a_checkpoint_and_says_that_nobody_knows(tmp_path):
     root = tmp_path / "run"
-    outcomes = run_ranks(3, die_during_step_2, root, 0, str(Point.MANIFEST_CREATED))
+    outcomes = run_ranks(3, fail_during_step_2, root, 0, str(Point.MANIFEST_CREATED))
 
     assert outcomes[0].signal == signal.SIGKILL
     for result in values(outcomes[1:]):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +27,7 @@ def end_differently(rank, world):
 
 
 def sleep_on_rank_1(rank, world, path):
-    with open(f"{path}/{rank}", "w") as file:
-        file.write(str(os.getpid()))
+    Path(path, str(rank)).write_text(str(os.getpid()))
     if rank == 1:
         time.sleep(600)
 

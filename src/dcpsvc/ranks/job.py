@@ -91,10 +91,10 @@ class Job:
 
 
 def _next_place(rendezvous: Rendezvous) -> Rendezvous:
-    """Where this process meets the others next; places where they have met without it are passed over."""
+    """Where this process meets the others next; places where they waited for it in vain are passed over."""
     for ordinal in _ordinals:
         rendezvous.namespace = f"join-{ordinal}"
-        if not rendezvous.is_over("open/join"):
+        if not rendezvous.was_missed("open/join"):
             break
     return rendezvous
 

@@ -143,9 +143,10 @@ class Rendezvous:
             self.store.compare_set(f"{place}/verdict", self._coordinate(place, decide, meeting))
         return self._read_verdict(place, where, meeting, began)
 
-    def is_over(self, where: str) -> bool:
-        """Whether a meeting was decided; one that this rank did not come to was decided without it."""
-        return self.store.get(f"{self.namespace}/{where}/verdict") is not None
+    def was_missed(self, where: str) -> bool:
+        """Whether the others waited for this rank at a meeting in vain, and have left."""
+        text = self.store.get(f"{self.namespace}/{where}/verdict")
+        return text is not None and self.rank in json.loads(text).get("missing", ())
 
     def forget(self, where: str) -> None:
         """Free a meeting's keys on the store; the coordinator calls it when every rank has moved on."""

@@ -84,7 +84,7 @@ class CheckpointReader(StorageReader):
     def for_known_boxes(self) -> CheckpointReader:
         """A twin that describes nothing to DCP, so that nothing but the boxes asked for is read."""
         twin = copy.copy(self)
-        twin._metadata = Metadata(state_dict_metadata={})
+        twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - our own twin
         return twin
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
