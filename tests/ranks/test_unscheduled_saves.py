@@ -7,9 +7,25 @@ from dcpsvc.ranks.proposals import Proposals
 from dcpsvc.ranks.rendezvous import Rendezvous
 
 
-def two_ranks(due=lambda: True):
+class SlowSteps:
+    """A clock by which any two looks are a second apart."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def now(self):
+        self.seconds += 1.0
+        return self.seconds
+
+    def sleep(self, seconds):
+        raise AssertionError("nothing here waits")
+
+
+def two_ranks():
+    """A job for which a save is always due."""
     store = SoloStore()
-    return [Proposals(Rendezvous(rank, 2, store, namespace="job"), due) for rank in range(2)]
+    ranks = [Rendezvous(rank, 2, store, clock=SlowSteps(), namespace="job") for rank in range(2)]
+    return [Proposals(rank, lambda: True) for rank in ranks]
 
 
 def agree_on_a_save(coordinator, other, step):
@@ -43,7 +59,7 @@ def test_a_stop_is_not_lost_beside_a_save(visited):
         other.look()
 
     decided = []
-    for step in (visited, visited + 10, visited + 20, visited + 30):
+    for step in range(visited, visited + 100, 10):
         decided.append([rank.at(step) for rank in (coordinator, other)])
         for _ in range(3):
             coordinator.look()

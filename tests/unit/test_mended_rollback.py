@@ -141,12 +141,12 @@ def test_a_failed_save_leaves_nothing_on_the_local_tier_and_the_good_ones_stay(t
     assert [name[:17] for name in local_attempts(tmp_path)[0]] == ["step-000000000002", "step-000000000004"]
 
 
-def test_shards_of_other_ranks_on_the_node_are_left_to_them(tmp_path: Path) -> None:
+def test_shards_of_a_larger_job_on_this_disk_go_with_the_attempts_that_go(tmp_path: Path) -> None:
     with checkpointer(tmp_path, {"x": torch.zeros(2)}, keep_local=1) as ckpt:
         save(ckpt, 1)
         (shard,) = (tmp_path / "local").glob("*/data/*/*")
-        other = shard.with_name("rank-00001.safetensors")
-        other.write_bytes(b"of another rank")
+        ghost = shard.with_name("rank-00001.safetensors")
+        ghost.write_bytes(b"of a rank that is no more")
         save(ckpt, 2, 3)
-        assert other.read_bytes() == b"of another rank"
+        assert not ghost.exists()
         assert len(local_attempts(tmp_path)[0]) == 1
