@@ -8,6 +8,7 @@ config, policies    options; when to save and what to keep: values
 opening, resuming   all ranks reach the run; all ranks load one checkpoint
 saving, laststep    a save begins on the training thread; the last step is not lost
 uploader, life      the background thread; one save up to its commit: the order of the stages
+retention, catalog  what is deleted after a commit; what is known to be committed
 stages/             stage shard ack upload commit retain, discover restore; none knows another
 state/              modules, optimizers and values as named tensors and JSON, and back
 ranks/              meetings on the c10d store, our own gloo group, agreed extra saves

@@ -46,6 +46,20 @@ class Catalog:
         if self.manifests is not None:
             self.manifests = sorted([*self.manifests, found], key=lambda manifest: manifest.key)
 
+    def set_aside(self, resumed: int, *, damaged: bool) -> list[int]:
+        """Commits newer than the one resumed neither count for retention nor are deleted by it; says their steps.
+
+        Args:
+            resumed: Step that was resumed.
+            damaged: Resume fell back from them, so their steps may be saved anew. Else the user went behind them.
+        """
+        newer = {step: attempt for step, attempt in self.attempts.items() if step > resumed}
+        self.aside |= set(newer.values())
+        if damaged:
+            for step in newer:
+                del self.attempts[step]
+        return sorted(newer)
+
     def drop(self, attempt: Attempt) -> None:
         """It was deleted."""
         if self.attempts.get(attempt.step) == attempt:

@@ -289,23 +289,13 @@ class Checkpointer:
         return every is not None and every.seconds is not None and time.monotonic() - self._save_began >= every.seconds
 
     def _set_aside(self, resumed: int, *, explicit: bool) -> None:
-        """Commits newer than the one resumed neither count for retention nor are deleted by it.
-
-        Those that resume fell back from are damaged, so their steps may be saved anew. Those that the user went
-        behind are whole, and stay.
-        """
-        catalog = self._life.catalog
-        newer = {step: attempt for step, attempt in catalog.attempts.items() if step > resumed}
-        catalog.aside |= set(newer.values())
+        newer = self._life.catalog.set_aside(resumed, damaged=not explicit)
         if explicit and newer and self._job.coordinates:
             logging.getLogger("dcpsvc").warning(
                 "resumed from step %s by name; newer commits stay, and these steps cannot be saved again here: %s. "
                 "To train on from step %s for good, use another run root.",
-                resumed, sorted(newer), resumed,
+                resumed, newer, resumed,
             )  # fmt: skip
-        if not explicit:
-            for step in newer:
-                del catalog.attempts[step]
 
     def _check_open(self) -> None:
         if self._closed:

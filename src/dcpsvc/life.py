@@ -7,33 +7,28 @@ the same error on every rank.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import threading
 import time
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dcpsvc import deadline
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
-    DcpsvcError,
-    FormatError,
     RankFailure,
     RanksMissingError,
     SaveError,
     SaveFailedError,
-    StoreError,
 )
 from dcpsvc.events import Point
 from dcpsvc.format.digest import digest
-from dcpsvc.format.keys import Attempt
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
-from dcpsvc.policies import Everything
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
-from dcpsvc.stages import ack, commit, discover, retain, upload
+from dcpsvc.retention import Retention
+from dcpsvc.stages import ack, commit, upload
 from dcpsvc.state import dcp_quirks
 
 if TYPE_CHECKING:
@@ -43,52 +38,10 @@ if TYPE_CHECKING:
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.opening import OpenRun
-    from dcpsvc.pending import PendingSave
     from dcpsvc.ranks.job import Job
-    from dcpsvc.stages.shard import ShardWriter
-    from dcpsvc.stages.stage import ArenaStager
+    from dcpsvc.save import Save
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True, kw_only=True)
-class Save:
-    """One accepted save on its way.
-
-    Attributes:
-        key: Step and attempt.
-        pending: What the training loop holds.
-        began: When it was accepted, on the performance counter.
-        proposal: What this rank brings to the ranks; a failure if it could not stage.
-        stager: Holds the gate; None if staging failed.
-        writer: Holds the record once written.
-        written: DCP's future.
-        may_exist: From here on the coordinator may have written the manifest: nothing may be deleted any more,
-            and not knowing is not the same as failing.
-    """
-
-    key: Attempt
-    pending: PendingSave
-    began: float
-    proposal: ack.Proposal | RankFailure
-    stager: ArenaStager | None = None
-    writer: ShardWriter | None = None
-    written: Future[Any] | None = None
-    may_exist: bool = False
-
-    @property
-    def place(self) -> str:
-        """Where the ranks meet about it."""
-        return meeting_place(self.key)
-
-    def elapsed_s(self) -> float:
-        """Since it was accepted."""
-        return time.perf_counter() - self.began
-
-
-def meeting_place(attempt: Attempt) -> str:
-    """Where the ranks meet about an attempt; a phase is added for each meeting."""
-    return f"save/{attempt}"
 
 
 class Life:
@@ -96,6 +49,7 @@ class Life:
 
     def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
         self._job, self._run, self._options, self._events = job, run, options, events
+        self._retention = Retention(job, run, options, events, catalog)
         self.catalog = catalog
         self._layouts: dict[str, bytes] = {}
         self._stored_layouts: set[str] = set()
@@ -144,14 +98,6 @@ class Life:
             raise CommitUnknownError(*save.key, self.catalog.newest, unknown)
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
-
-    def _bounded(self, work: Callable[[], None], what: str) -> None:
-        """Do what may hang in somebody's client library, with a deadline of our own."""
-        done: Future[None] = Future()
-        threading.Thread(target=_run_into, args=(work, done), name="dcpsvc-store", daemon=True).start()
-        if not wait([done], self._options.upload_timeout_s).done:
-            raise TimeoutError(f"{what} did not end within {self._options.upload_timeout_s} s")
-        done.result()
 
     def _guarded(self, phase: str, work: Callable[[], T]) -> T | RankFailure:
         """Do this rank's part; what goes wrong becomes a value for the next meeting."""
@@ -227,7 +173,8 @@ class Life:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
         path = self._run.local_path / record.path
-        self._bounded(lambda: upload.upload_shard(self._run.remote, record, path), "the upload of the shard")
+        carry = functools.partial(upload.upload_shard, self._run.remote, record, path)
+        deadline.call(carry, self._options.upload_timeout_s, "the upload of the shard")
         if self._job.coordinates and manifest.layout.digest not in self._stored_layouts:
             upload.put_layout(self._run.remote, layout)
             self._stored_layouts.add(manifest.layout.digest)
@@ -250,53 +197,7 @@ class Life:
         detail = f"world_size={manifest.world_size} root={self._run.remote.url}"
         self._emit(Point.COMMITTED, save, nbytes=manifest.nbytes, seconds=save.elapsed_s(), detail=detail)
         save.pending.resolve(save.pending.committed)
-        self._retain(save)
-        self._trim_local(save)
-
-    def _retain(self, save: Save) -> None:
-        """Delete what the policy lets go. The commit stands whatever happens here."""
-        if isinstance(self._options.keep, Everything):
-            return
-        try:
-            removed = self._job.meet(f"{save.place}/retain", None, lambda _: self._expire(), self._work)
-            for attempt in (Attempt(*pair) for pair in removed):
-                self.catalog.drop(attempt)
-                retain.remove_local(self._run.local, attempt, self._job.rank)
-        except (DcpsvcError, DisagreementError, RuntimeError) as err:
-            self._emit(Point.RETAINED, save, detail=f"incomplete: {err}", level=logging.WARNING)
-        else:
-            self._emit(Point.RETAINED, save, detail=f"removed={[pair[0] for pair in removed]}")
-
-    def _trim_local(self, save: Save) -> None:
-        """The local tier is a cache of the newest commits: it must not fill the disk."""
-        try:
-            retain.trim_local(
-                self._run.local,
-                rank=self._job.rank,
-                world_size=self._job.world_size,
-                keep=self._options.keep_local,
-                newest=save.key,
-            )
-        except StoreError as err:
-            self._emit(Point.RETAINED, save, detail=f"local tier not trimmed: {err}", level=logging.WARNING)
-
-    def _expire(self) -> list[list[Any]]:
-        """Coordinator: decide, and delete from the run root. Damaged commits neither count nor go."""
-        if self.catalog.manifests is None:
-            self.catalog.manifests = list(self._valid_commits())
-        attempts = retain.expired(self._options.keep, self.catalog.manifests, self.catalog.in_use)
-        for attempt in attempts:
-            retain.remove(self._run.remote, attempt)
-            self.catalog.drop(attempt)
-        return [list(attempt) for attempt in attempts]
-
-    def _valid_commits(self) -> list[Manifest]:
-        found: list[Manifest] = []
-        for attempt in discover.committed(self._run.remote):
-            with contextlib.suppress(FormatError, StoreError):  # a damaged commit is for `verify`, not for retention
-                if attempt not in self.catalog.aside:
-                    found.append(discover.valid(self._run.remote, attempt))
-        return found
+        self._retention.run(save)
 
     def _forget_previous(self, save: Save) -> None:
         """Every rank has come to this meeting, so all have left those of the save before."""
@@ -336,12 +237,3 @@ class Life:
 
     def _emit(self, name: Point, save: Save, **details: Any) -> None:
         self._events.emit(name, step=save.key.step, attempt=save.key.attempt, **details)
-
-
-def _run_into(work: Callable[[], None], done: Future[None]) -> None:
-    try:
-        work()
-    except BaseException as err:  # noqa: BLE001 - it is raised where the future is read
-        done.set_exception(err)
-    else:
-        done.set_result(None)

@@ -14,8 +14,8 @@ import torch
 from dcpsvc.errors import RankFailure, StateError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
-from dcpsvc.life import Save, meeting_place
 from dcpsvc.pending import PendingSave
+from dcpsvc.save import Save, meeting_place
 from dcpsvc.stages import ack, shard
 from dcpsvc.stages.stage import Arena, ArenaStager, Snapshot
 from dcpsvc.state import claims, division

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dcpsvc.errors import SaveError
-    from dcpsvc.life import Life, Save
+    from dcpsvc.life import Life
+    from dcpsvc.save import Save
 
 
 class Uploader:

@@ -1,0 +1,82 @@
+"""Retention after a commit: one decision for all ranks, carried out on both tiers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dcpsvc.errors import DcpsvcError, FormatError, StoreError
+from dcpsvc.events import Point
+from dcpsvc.format.keys import Attempt
+from dcpsvc.policies import Everything
+from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.stages import discover, retain
+
+if TYPE_CHECKING:
+    from dcpsvc.catalog import Catalog
+    from dcpsvc.config import Options
+    from dcpsvc.events import Events
+    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.opening import OpenRun
+    from dcpsvc.ranks.job import Job
+    from dcpsvc.save import Save
+
+
+class Retention:
+    """Runs on the uploader thread, after each commit."""
+
+    def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
+        self._job, self._run, self._options, self._events, self._catalog = job, run, options, events, catalog
+        self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
+
+    def run(self, save: Save) -> None:
+        """Delete what the policy lets go, then trim the local tier. The commit stands whatever happens here."""
+        if not isinstance(self._options.keep, Everything):
+            self._apply_policy(save)
+        self._trim_local(save)
+
+    def _apply_policy(self, save: Save) -> None:
+        try:
+            removed = self._job.meet(f"{save.place}/retain", None, lambda _: self._expire(), self._work)
+            for attempt in (Attempt(*pair) for pair in removed):
+                self._catalog.drop(attempt)
+                retain.remove_local(self._run.local, attempt, self._job.rank)
+        except (DcpsvcError, DisagreementError, RuntimeError) as err:
+            self._emit(save, detail=f"incomplete: {err}", level=logging.WARNING)
+        else:
+            self._emit(save, detail=f"removed={[pair[0] for pair in removed]}")
+
+    def _trim_local(self, save: Save) -> None:
+        """The local tier is a cache of the newest commits: it must not fill the disk."""
+        try:
+            retain.trim_local(
+                self._run.local,
+                rank=self._job.rank,
+                world_size=self._job.world_size,
+                keep=self._options.keep_local,
+                newest=save.key,
+            )
+        except StoreError as err:
+            self._emit(save, detail=f"local tier not trimmed: {err}", level=logging.WARNING)
+
+    def _expire(self) -> list[list[Any]]:
+        """Coordinator: decide, and delete from the run root. Damaged commits neither count nor go."""
+        if self._catalog.manifests is None:
+            self._catalog.manifests = list(self._valid_commits())
+        attempts = retain.expired(self._options.keep, self._catalog.manifests, self._catalog.in_use)
+        for attempt in attempts:
+            retain.remove(self._run.remote, attempt)
+            self._catalog.drop(attempt)
+        return [list(attempt) for attempt in attempts]
+
+    def _valid_commits(self) -> list[Manifest]:
+        found: list[Manifest] = []
+        for attempt in discover.committed(self._run.remote):
+            with contextlib.suppress(FormatError, StoreError):  # a damaged commit is for `verify`, not for retention
+                if attempt not in self._catalog.aside:
+                    found.append(discover.valid(self._run.remote, attempt))
+        return found
+
+    def _emit(self, save: Save, *, detail: str, level: int | None = None) -> None:
+        self._events.emit(Point.RETAINED, step=save.key.step, attempt=save.key.attempt, detail=detail, level=level)
