@@ -42,6 +42,7 @@ class Proposals:
     _lead_s: float = 4 * POLL_S
     _seen: tuple[float, int] | None = None
     _steps_per_s: float = 1.0
+    _agreed: int = -1
     _stopping: bool = False
     _stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -104,7 +105,7 @@ class Proposals:
         self._measure()
         if self._open is not None:
             self._settle(*self._open)
-        elif not self._stopping and self._step >= 0:
+        elif not self._stopping and self._step > self._agreed:
             if self.rendezvous.store.get(self._key("ask", STOP)) is not None:
                 self._propose(STOP)
             elif self.due():
@@ -129,6 +130,7 @@ class Proposals:
         stands = self.rendezvous.store.compare_set(self._key(number, "verdict"), word)
         self._open = None
         if stands == "go":
+            self._agreed = step  # nothing more is proposed until every rank has passed it
             self._stopping = self._stopping or kind == STOP
         else:
             self._lead_s *= 2
