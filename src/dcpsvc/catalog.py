@@ -55,6 +55,7 @@ class Catalog:
         """
         newer = {step: attempt for step, attempt in self.attempts.items() if step > resumed}
         self.aside |= set(newer.values())
+        self.manifests = None
         if damaged:
             for step in newer:
                 del self.attempts[step]

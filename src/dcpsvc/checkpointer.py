@@ -228,7 +228,8 @@ class Checkpointer:
 
         Raises:
             SaveError: The newest save failed.
-            WaitTimeoutError: ``timeout_s`` passed; what was under way is abandoned, and is no checkpoint.
+            WaitTimeoutError: ``timeout_s`` passed; what was under way is abandoned, unless its manifest is being
+                written already.
         """
         if self._closed or os.getpid() != self._pid:
             return
@@ -276,7 +277,7 @@ class Checkpointer:
     def _save_last(self, *, failed: bool) -> None:
         """Save the last complete step, if the model still is what it was then."""
         step = self._last_step
-        if not self._options.save_last or step is None or step == self._saved_step:
+        if not self._options.save_last or step is None or (self._saved_step is not None and step <= self._saved_step):
             return
         if reason := self._last.obstacle(in_a_step=failed):
             detail = f"the last step is not saved: {reason}"

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def call(work: Callable[[], None], timeout_s: float, what: str) -> None:
-    """Run ``work`` on a thread of its own. What it raises is raised here; past the deadline it is left behind.
+T = TypeVar("T")
+
+
+def call(work: Callable[[], T], timeout_s: float, what: str) -> T:
+    """Run ``work`` on a thread of its own. What it gives or raises comes out here; past the deadline it is left behind.
 
     Raises:
         TimeoutError: It did not end in time.
     """
-    done: Future[None] = Future()
+    done: Future[T] = Future()
     threading.Thread(target=_run_into, args=(work, done), name="dcpsvc-store", daemon=True).start()
     if not wait([done], timeout_s).done:
         raise TimeoutError(f"{what} did not end within {timeout_s} s")
-    done.result()
+    return done.result()
 
 
-def _run_into(work: Callable[[], None], done: Future[None]) -> None:
+def _run_into(work: Callable[[], T], done: Future[T]) -> None:
     try:
-        work()
+        result = work()
     except BaseException as err:  # noqa: BLE001 - it is raised where the future is read
         done.set_exception(err)
     else:
-        done.set_result(None)
+        done.set_result(result)

@@ -52,7 +52,6 @@ class Life:
         self._retention = Retention(job, run, options, events, catalog)
         self.catalog = catalog
         self._layouts: dict[str, bytes] = {}
-        self._stored_layouts: set[str] = set()
         self.abandoned = threading.Event()
         self._previous: Save | None = None
         self._sync = Meeting(options.sync_timeout_s)
@@ -93,11 +92,14 @@ class Life:
         created = functools.partial(self._created, save, manifest)
         save.may_exist = isinstance(manifest, Manifest)
         if unknown := commit.publish(
-            self._job, save.place, manifest, self._run.remote, meeting=self._work, created=created
+            self._job, save.place, manifest, self._run.remote, meeting=self._work, within=self._within, created=created
         ):
             raise CommitUnknownError(*save.key, self.catalog.newest, unknown)
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
+
+    def _within(self, work: Callable[[], T]) -> T:
+        return deadline.call(work, self._options.upload_timeout_s, "a call to the store")
 
     def _guarded(self, phase: str, work: Callable[[], T]) -> T | RankFailure:
         """Do this rank's part; what goes wrong becomes a value for the next meeting."""
@@ -173,11 +175,9 @@ class Life:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
         path = self._run.local_path / record.path
-        carry = functools.partial(upload.upload_shard, self._run.remote, record, path)
-        deadline.call(carry, self._options.upload_timeout_s, "the upload of the shard")
-        if self._job.coordinates and manifest.layout.digest not in self._stored_layouts:
-            upload.put_layout(self._run.remote, layout)
-            self._stored_layouts.add(manifest.layout.digest)
+        self._within(functools.partial(upload.upload_shard, self._run.remote, record, path))
+        if self._job.coordinates:
+            self._within(functools.partial(upload.put_layout, self._run.remote, layout))
         save.pending.timings.upload_s = time.perf_counter() - began
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
         return record

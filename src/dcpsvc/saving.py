@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import time
@@ -50,8 +51,9 @@ class Saver:
         An attempt at which the others waited for this rank in vain is passed over: they count it, so it does too.
         """
         attempt = self._name(step)
-        while self._job.rendezvous.was_missed(f"{meeting_place(attempt)}/plan"):
-            attempt = self._name(step)
+        with contextlib.suppress(RuntimeError):  # the ranks' store is gone: the save will say so, not the training step
+            while self._job.rendezvous.was_missed(f"{meeting_place(attempt)}/plan"):
+                attempt = self._name(step)
         self._events.emit(Point.SAVE_ACCEPTED, step=step, attempt=attempt.attempt)
         nothing_yet = RankFailure(self._job.rank, "stage", "Unfinished", "staging did not finish")
         return Save(key=attempt, pending=PendingSave(*attempt), began=began, proposal=nothing_yet)
@@ -123,8 +125,8 @@ def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:
     numbers: dict[str, float] = {}
     for name, value in metrics.items():
         try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):  # a metric never costs a checkpoint
+            numbers[str(name).encode(errors="replace").decode()] = float(value)
+        except Exception:  # noqa: BLE001 - a metric never costs a checkpoint, whatever it is
             logger.warning("metric %s is not recorded: %s is not a number", name, type(value).__name__)
     return {
         "created": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),

@@ -71,9 +71,16 @@ class Proposals:
             self._step = step
             noted = [self._noted.pop(noted) for noted in sorted(self._noted) if noted <= step]
         for number, kind in noted:
-            if self.rendezvous.store.compare_set(self._key(number, "verdict"), "void") == "go":
+            if self._stands(number):
                 return kind
         return None
+
+    def _stands(self, number: int) -> bool:
+        try:
+            return self.rendezvous.store.compare_set(self._key(number, "verdict"), "void") == "go"
+        except RuntimeError as err:  # the store is gone, and with it the other ranks: not a matter for this step
+            logging.getLogger("dcpsvc").warning("an agreed save is left out: %s", err)
+            return False
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):

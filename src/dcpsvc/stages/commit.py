@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import ManifestError, RankFailure, StoreError, StoreNotFoundError
 from dcpsvc.format import manifest as manifests
@@ -10,12 +11,17 @@ from dcpsvc.format.digest import digest
 from dcpsvc.ranks.rendezvous import RefusalError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.ranks.rendezvous import Meeting
     from dcpsvc.storage.base import Store
+
+
+Within = Callable[[Callable[[], Any]], Any]
+
+
+def _at_once(work: Callable[[], Any]) -> Any:
+    return work()
 
 
 def publish(
@@ -25,6 +31,7 @@ def publish(
     store: Store,
     *,
     meeting: Meeting,
+    within: Within,
     created: Callable[[], None],
 ) -> str | None:
     """Commit when every rank holds the same manifest. Uploader thread, every rank.
@@ -35,6 +42,7 @@ def publish(
         mine: The manifest as this rank made it from the acknowledgements.
         store: The run root.
         meeting: Deadlines.
+        within: Runs a store call with a deadline; raises TimeoutError past it.
         created: Called on the coordinator once the manifest is durable.
 
     Returns:
@@ -49,7 +57,7 @@ def publish(
         assert not isinstance(mine, RankFailure)  # noqa: S101 - a failure would have ended the meeting
         if len(set(messages)) > 1:
             raise RefusalError([RankFailure(0, "commit", ManifestError.__name__, "the ranks made different manifests")])
-        unknown = create(store, mine)
+        unknown = create(store, mine, within)
         if unknown is None:
             created()
         return unknown
@@ -59,7 +67,7 @@ def publish(
     return verdict
 
 
-def create(store: Store, manifest: Manifest) -> str | None:
+def create(store: Store, manifest: Manifest, within: Within = _at_once) -> str | None:
     """Write a manifest that nobody has written.
 
     Returns:
@@ -69,22 +77,22 @@ def create(store: Store, manifest: Manifest) -> str | None:
         RefusalError: It does not stand there, and never will.
     """
     try:
-        store.create(manifest.key.manifest, manifest.dumps())
+        within(lambda: store.create(manifest.key.manifest, manifest.dumps()))
     except Exception as err:  # noqa: BLE001 - it may have been written all the same: look
-        return _look(store, manifest, err)
-    return _look(store, manifest, None)
+        return _look(store, manifest, err, within)
+    return _look(store, manifest, None, within)
 
 
-def _look(store: Store, manifest: Manifest, error: Exception | None) -> str | None:
+def _look(store: Store, manifest: Manifest, error: Exception | None, within: Within) -> str | None:
     """What stands under the key decides; where the answer to a write was lost, absence proves nothing."""
     key = manifest.key.manifest
     try:
-        found = store.get(key, max_nbytes=manifests.MAX_NBYTES)
+        found = within(lambda: store.get(key, max_nbytes=manifests.MAX_NBYTES))
     except StoreNotFoundError:
         if isinstance(error, StoreError) and not error.transient:
             raise RefusalError([RankFailure(0, "commit", type(error).__name__, str(error))]) from error
-        return str(error)
-    except StoreError as err:
+        return str(error or f"{key} was written and is not there")
+    except Exception as err:  # noqa: BLE001 - whatever it is, nobody knows what stands there
         return str(error or err)
     if found != manifest.dumps():
         raise RefusalError([RankFailure(0, "commit", StoreError.__name__, f"{key} exists with other content")])

@@ -132,7 +132,8 @@ def _encode_float(value: float) -> Any:
 def _encode_numpy(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value.dtype.kind not in "biuf" or not value.dtype.isnative or value.dtype.itemsize > _MAX_ITEM_NBYTES:
         raise UnsupportedStateError(key, f"NumPy dtype {value.dtype} cannot be stored as a tensor")
-    tensor = torch.from_numpy(np.array(value))
+    whole = isinstance(value, np.ndarray) and value.flags.writeable and value.flags.c_contiguous
+    tensor = torch.from_numpy(value if whole else np.array(value))
     return {"$ndarray" if isinstance(value, np.ndarray) else "$scalar": _add(key, tensor, tensors)}
 
 
