@@ -213,6 +213,7 @@ def save_many(rank, world, root, keep_local):
         for step in range(1, 6):
             ckpt.save(step).wait(BOUND_S)
             ckpt.wait(BOUND_S)
+            dist.barrier()  # nobody trims while somebody counts
             local = root.parent / "local"
             counts.append(len([name for name in files(local) if name.endswith(f"rank-{rank:05d}.safetensors")]))
     return counts
