@@ -2,10 +2,10 @@
 
     python benchmarks/bench_save.py --mib 512 --rounds 5 [--json] [--dir DIRECTORY]
 
-blocked: until the caller may change the state. durable: until the bytes are on disk with fsync. Every tensor is changed
-right after the call returns, and what was saved is compared with what was there: a torn snapshot is an error.
-dcpsvc is measured to its local tier (durable on this node's disk), which is what the others do, and to its commit, which also
-copies the shard to the run root, reads it back, and writes the manifest.
+blocked: until the caller may change the state. durable: until the bytes are on disk with fsync. Every tensor is
+changed right after the call returns, and what was saved is compared with what was there: a torn snapshot is an error.
+dcpsvc is measured to its local tier (durable on this node's disk), which is what the others do, and to its commit, which
+also copies the shard to the run root, reads it back, and writes the manifest.
 """
 
 import argparse
@@ -115,7 +115,7 @@ class DcpAsyncCached(DcpAsync):
 
     def __init__(self, workload, directory):
         super().__init__(workload, directory)
-        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        self.stager = DefaultStager(StagingOptions(*[False] * 4))
 
     def save(self, step):
         self.path = self.directory / str(step)

@@ -25,7 +25,12 @@ def test_the_python_blocks_run_one_after_the_other_and_then_the_commands_do(tmp_
     assert [command[0] for command in ours] == ["ls", "show", "verify"]
     for command in ours:
         done = subprocess.run(
-            [sys.executable, "-m", "dcpsvc", *command], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=50
+            [sys.executable, "-m", "dcpsvc", *command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=50,
         )
         assert "50" in done.stdout
 
