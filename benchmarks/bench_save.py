@@ -4,8 +4,8 @@
 
 blocked: until the caller may change the state. durable: until the bytes are on disk with fsync. Every tensor is
 changed right after the call returns, and what was saved is compared with what was there: a torn snapshot is an error.
-dcpsvc is measured to its local tier (durable on this node's disk), which is what the others do, and to its commit, which
-also copies the shard to the run root, reads it back, and writes the manifest.
+dcpsvc is measured to its local tier (durable on this node's disk), which is what the others do, and to its commit,
+which also copies the shard to the run root, reads it back, and writes the manifest.
 """
 
 import argparse
