@@ -78,7 +78,7 @@ class Checkpointer:
         self._events = Events(rank=self._job.rank, observer=self._options.on_event)
         try:
             self._run = open_run(self._job, remote, self._options.local_dir, self._options.sync_timeout_s)
-        except BaseException:
+        except BaseException:  # whatever it is, no thread stays behind
             self._job.leave()
             raise
         catalog = Catalog({attempt.step: attempt for attempt in self._run.committed})

@@ -109,7 +109,7 @@ class Life:
             return work()
         except DisagreementError:
             raise
-        except BaseException as err:
+        except BaseException as err:  # DCP's own exception is no Exception; all become values for the meeting
             if isinstance(err, (KeyboardInterrupt, GeneratorExit)):
                 raise
             cause = dcp_quirks.cause(err)

@@ -93,7 +93,7 @@ def _join_run(job: Job, remote: Store, local_dir: Path, run_id: str, meeting: Me
         assert opened is not None  # noqa: S101 - a failure would have ended the meeting
         opened.committed = [Attempt(*attempt) for attempt in stock["committed"]]
         _sweep(job, opened, [Attempt(*attempt) for attempt in stock["dead"]])
-    except BaseException:
+    except BaseException:  # whatever it is, the place is given back
         if opened is not None:
             opened.release()
         raise
@@ -111,7 +111,7 @@ def _take_place(job: Job, remote: Store, local_dir: Path, run_id: str) -> OpenRu
         _probe(local, job)
         _probe(remote, job)
         _check_shared(remote, run_id)
-    except BaseException:
+    except BaseException:  # whatever it is, the place is given back
         placelock.release(lock)
         raise
     return OpenRun(run_id, remote, local, local_path, [], lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,12 +68,12 @@ class Every:
         return self.steps is not None and step % self.steps == 0
 
 
-class Keep:
+class Keep(ABC):
     """A rule that names the checkpoints it wants kept. Rules join with ``|``: kept if any rule keeps it."""
 
+    @abstractmethod
     def reasons(self, commits: Sequence[Commit]) -> dict[Hashable, str]:
         """The checkpoints to keep and why, of ``commits`` in ascending step order."""
-        raise NotImplementedError
 
     def __or__(self, other: Keep) -> Keep:
         """Keep what either keeps."""
