@@ -110,7 +110,7 @@ class Checkpointer:
         """Close; an exception that is under way is never replaced by one of ours."""
         try:
             self.close(failed=error is not None)
-        except Exception as ours:
+        except Exception as ours:  # the user's own exception counts more than any of ours
             if error is None:
                 raise
             error.add_note(f"dcpsvc, while closing: {ours}")
@@ -233,9 +233,11 @@ class Checkpointer:
         """
         if self._closed or os.getpid() != self._pid:
             return
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            self._save_last(failed=failed)
             self._uploader.wait(timeout_s)
+            self._save_last(failed=failed)
+            self._uploader.wait(None if ends is None else max(0.0, ends - time.monotonic()))
         finally:
             self._leave()
         if (error := self._uploader.last_error) is not None:

@@ -235,16 +235,27 @@ class NoValidCheckpointError(RestoreError):
 
 
 class RestoreFailedError(RestoreError):
-    """Some rank could not take part in the restore. The same error is raised on every rank."""
+    """Some rank could not take part in the restore. The same error is raised on every rank.
 
-    def __init__(self, where: str, failures: tuple[RankFailure, ...], missing: tuple[int, ...] = ()) -> None:
-        super().__init__(where, failures, missing)
-        self.where, self.failures, self.missing = where, failures, missing
+    ``changed`` says whether the state in memory may have been touched.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        failures: tuple[RankFailure, ...],
+        missing: tuple[int, ...] = (),
+        changed: bool = False,  # noqa: FBT001, FBT002 - positional: that is how an error pickles
+    ) -> None:
+        super().__init__(where, failures, missing, changed)
+        self.where, self.failures, self.missing, self.changed = where, failures, missing, changed
 
     def __str__(self) -> str:
         parts = [str(f) for f in self.failures]
         if self.missing:
             parts.append(f"ranks {self.missing} did not arrive")
+        intact = "nothing in memory was changed"
+        parts.append("the state in memory may be partly changed: do not train on" if self.changed else intact)
         return f"{self.where}: {'; '.join(parts)}"
 
 

@@ -118,5 +118,5 @@ class Events:
         if self._observer is not None:
             try:
                 self._observer(event)
-            except Exception:  # an observer is a stranger's code and must not break a save
+            except (Exception, SystemExit):  # an observer is a stranger's code and must not break a save
                 logger.exception("on_event raised at %s", name)

@@ -71,7 +71,7 @@ class Life:
             error = self._as_save_error(save, err)
         except CommitUnknownError as err:
             error = err
-        except Exception as err:  # noqa: BLE001 - the store of the ranks is gone: nobody is left to agree with
+        except BaseException as err:  # noqa: BLE001 - the ranks' store is gone, or a thread was told to exit
             error = self._as_control_error(save, err)
         else:
             self._finish(save, manifest)
@@ -206,7 +206,7 @@ class Life:
                 self._job.rendezvous.forget(f"{self._previous.place}/{phase}")
         self._previous = save
 
-    def _as_control_error(self, save: Save, err: Exception) -> SaveError:
+    def _as_control_error(self, save: Save, err: BaseException) -> SaveError:
         failure = RankFailure(self._job.rank, "control", type(err).__name__, str(err))
         if save.may_exist:
             return CommitUnknownError(*save.key, self.catalog.newest, str(failure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import stat
@@ -14,6 +15,7 @@ from dcpsvc.errors import (
     RankFailure,
     RootError,
     RunBusyError,
+    StoreError,
     StoreNotFoundError,
     UnsupportedFormatError,
 )
@@ -92,7 +94,10 @@ def _join_run(job: Job, remote: Store, local_dir: Path, run_id: str, meeting: Me
         stock = job.meet("open/ready", message, lambda said: said[0], meeting)
         assert opened is not None  # noqa: S101 - a failure would have ended the meeting
         opened.committed = [Attempt(*attempt) for attempt in stock["committed"]]
-        _sweep(job, opened, [Attempt(*attempt) for attempt in stock["dead"]])
+        try:
+            _sweep(job, opened, [Attempt(*attempt) for attempt in stock["dead"]])
+        except StoreError as err:  # debris is invisible; it must not stop this rank while the others go on
+            logging.getLogger("dcpsvc").warning("debris of an earlier job stays: %s", err)
     except BaseException:  # whatever it is, the place is given back
         if opened is not None:
             opened.release()

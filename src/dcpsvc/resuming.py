@@ -133,7 +133,7 @@ class Resuming:
         assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
         components, saved, wants = loaded
         message = self._apply(components, saved, wants)
-        self._meet(f"{where}/applied", message, lambda _: None, self.work_s)
+        self._meet(f"{where}/applied", message, lambda _: None, self.work_s, changed=True)
         return restore.summary(saved, list(components), sorted(skip), self.job.world_size)
 
     def _read(self, attempt: Attempt, skip: Collection[str]) -> tuple[dict[str, Component], Saved, list[Want]]:
@@ -151,16 +151,15 @@ class Resuming:
         try:
             states.apply(components, saved, wants)
         except Exception as err:  # noqa: BLE001 - load_state_dict() is the user's code; the other ranks must hear of it
-            text = f"{err} (the state in memory is partly changed: do not train on)"
-            return RankFailure(self.job.rank, "apply", type(err).__name__, text)
+            return RankFailure(self.job.rank, "apply", type(err).__name__, str(err))
         return None
 
-    def _meet(self, where: str, message: Any, decide: Any, timeout_s: float) -> Any:
+    def _meet(self, where: str, message: Any, decide: Any, timeout_s: float, *, changed: bool = False) -> Any:
         meeting = Meeting(timeout_s, silence_s=self.timeout_s)
         try:
             return self.job.meet(f"{self.place}/{where}", message, decide, meeting)
         except DisagreementError as err:
-            raise RestoreFailedError(self.remote.url, err.failures, err.missing) from None
+            raise RestoreFailedError(self.remote.url, err.failures, err.missing, changed) from None
 
 
 def _choice(

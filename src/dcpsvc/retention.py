@@ -6,11 +6,11 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import DcpsvcError, FormatError, StoreError
+from dcpsvc.errors import FormatError, StoreError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
 from dcpsvc.policies import Everything
-from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.ranks.rendezvous import Meeting
 from dcpsvc.stages import discover, retain
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Retention:
             for attempt in (Attempt(*pair) for pair in removed):
                 self._catalog.drop(attempt)
                 retain.remove_local(self._run.local, attempt, self._job.rank)
-        except (DcpsvcError, DisagreementError, RuntimeError) as err:
+        except Exception as err:  # noqa: BLE001 - whatever it is, the commit stands and the next one tries again
             self._emit(save, detail=f"incomplete: {err}", level=logging.WARNING)
         else:
             self._emit(save, detail=f"removed={[pair[0] for pair in removed]}")
@@ -57,7 +57,7 @@ class Retention:
                 keep=self._options.keep_local,
                 newest=save.key,
             )
-        except StoreError as err:
+        except Exception as err:  # noqa: BLE001 - a cache that could not be trimmed fails nothing
             self._emit(save, detail=f"local tier not trimmed: {err}", level=logging.WARNING)
 
     def _expire(self) -> list[list[Any]]:

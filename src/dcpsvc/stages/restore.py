@@ -264,7 +264,7 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
             planner=_WantPlanner(reader, wants),
             no_dist=True,
         )
-    except BaseException as err:
+    except BaseException as err:  # DCP wraps what happened in one of its own
         cause = dcp_quirks.cause(err)
         if cause is err:
             raise
