@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.pending import PendingSave
     from dcpsvc.state.collected import Collected
+    from dcpsvc.storage.base import Store
 
 
 class Checkpointer:
@@ -60,7 +61,7 @@ class Checkpointer:
     rank calls ``resume``, ``step``, ``save`` and ``close`` alike. Works without a process group too.
 
     Args:
-        root: The run root: a directory that all ranks share, or any fsspec URL.
+        root: The run root: a directory that all ranks share, any fsspec URL, or a :class:`~dcpsvc.storage.base.Store`.
         state: Names to modules, optimizers, Statefuls, tensors, JSON-like values, :class:`PerRank`,
             :class:`Rng`. Kept, and read anew at each save.
         **options: See :class:`~dcpsvc.config.Options`.
@@ -70,7 +71,7 @@ class Checkpointer:
         RootError: On every rank, if any rank cannot use the run root or its local tier.
     """
 
-    def __init__(self, root: str | os.PathLike[str], state: MutableMapping[str, Any], **options: Any) -> None:
+    def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
         self._options = _options(options)
         self._state = AppState(state)
         remote = open_store(root, self._options.storage_options)

@@ -11,10 +11,8 @@ import functools
 import logging
 import threading
 import time
-from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import deadline
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
@@ -99,7 +97,8 @@ class Life:
         return manifest
 
     def _within(self, work: Callable[[], T]) -> T:
-        return deadline.call(work, self._options.upload_timeout_s, "a call to the store")
+        clock = self._job.rendezvous.clock
+        return clock.bounded(work, self._options.upload_timeout_s, "a call to the store")
 
     def _guarded(self, phase: str, work: Callable[[], T]) -> T | RankFailure:
         """Do this rank's part; what goes wrong becomes a value for the next meeting."""
@@ -125,28 +124,24 @@ class Life:
 
     def _layout(self, save: Save, agreement: ack.Agreement) -> bytes:
         """The layout's bytes; then the gate opens and DCP writes."""
-        proposal, stager = save.proposal, save.stager
+        proposal, shard = save.proposal, save.shard
         assert isinstance(proposal, ack.Proposal)  # noqa: S101 - a failure would have ended the meeting
-        assert stager is not None  # noqa: S101
+        assert shard is not None  # noqa: S101
         self._job.group.renew(agreement.generation)
         if agreement.gather:
             self._layouts = {digest(proposal.part): ack.gather_layout(self._job, proposal.part).dumps()}
         self._emit(Point.PLAN_AGREED, save)
-        stager.open()
+        shard.open()
         return self._layouts[digest(proposal.part)]
 
     def _write(self, save: Save) -> ShardRecord:
-        writer, written = save.writer, save.written
-        assert writer is not None  # noqa: S101 - staging succeeded, or the meeting would have ended
-        assert written is not None  # noqa: S101
-        if not wait([written], self._options.upload_timeout_s).done:
-            raise TimeoutError(f"the local disk did not take the shard within {self._options.upload_timeout_s} s")
-        written.result()
-        assert writer.record is not None  # noqa: S101 - the future resolved
-        save.pending.timings.write_s = writer.seconds
-        save.pending.timings.shard_nbytes = writer.record.nbytes
-        self._emit(Point.SHARD_WRITTEN, save, nbytes=writer.record.nbytes, seconds=writer.seconds)
-        return writer.record
+        shard = save.shard
+        assert shard is not None  # noqa: S101 - staging succeeded, or the meeting would have ended
+        record = shard.record(self._options.upload_timeout_s)
+        save.pending.timings.write_s = shard.seconds
+        save.pending.timings.shard_nbytes = record.nbytes
+        self._emit(Point.SHARD_WRITTEN, save, nbytes=record.nbytes, seconds=shard.seconds)
+        return record
 
     def _commit_locally(
         self, save: Save, agreement: ack.Agreement, records: list[ShardRecord], layout: Any
@@ -222,8 +217,8 @@ class Life:
 
     def _fail(self, save: Save, error: SaveError) -> None:
         self._previous = None  # its verdict stays on the store, for ranks that come late
-        if save.stager is not None:
-            save.stager.refuse(error)
+        if save.shard is not None:
+            save.shard.refuse(error)
         if isinstance(error, CommitUnknownError):
             self.catalog.unknown[save.key.step] = save.key
         else:

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from dcpsvc.errors import RankFailure
     from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.pending import PendingSave
     from dcpsvc.stages import ack
-    from dcpsvc.stages.shard import ShardWriter
-    from dcpsvc.stages.stage import ArenaStager
+
+
+class Shard(Protocol):
+    """This rank's shard on its way to the local disk."""
+
+    @property
+    def seconds(self) -> float:
+        """Writing and syncing."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Nobody reads the staged bytes any more."""
+        ...
+
+    def open(self) -> None:
+        """Every rank has arrived and agrees: write."""
+        ...
+
+    def refuse(self, error: BaseException) -> None:
+        """The save has ended: what is not written yet never is."""
+        ...
+
+    def record(self, timeout_s: float) -> ShardRecord:
+        """Wait until it is durable on the local tier; raises what went wrong."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,9 +49,8 @@ class Save:
         pending: What the training loop holds.
         began: When it was accepted, on the performance counter.
         proposal: What this rank brings to the ranks; a failure if it could not stage.
-        stager: Holds the gate; None if staging failed.
-        writer: Holds the record once written.
-        written: DCP's future.
+        shard: None if staging failed.
+        dropped: Why this save is given up; empty while it is wanted.
         may_exist: From here on the coordinator may have written the manifest: nothing may be deleted any more,
             and not knowing is not the same as failing.
     """
@@ -37,9 +59,8 @@ class Save:
     pending: PendingSave
     began: float
     proposal: ack.Proposal | RankFailure
-    stager: ArenaStager | None = None
-    writer: ShardWriter | None = None
-    written: Future[Any] | None = None
+    shard: Shard | None = None
+    dropped: str = ""
     may_exist: bool = False
 
     @property

@@ -23,12 +23,12 @@ from dcpsvc.state import claims, division
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from concurrent.futures import Future
 
     from dcpsvc.events import Events
     from dcpsvc.life import Life
     from dcpsvc.opening import OpenRun
     from dcpsvc.ranks.job import Job
+    from dcpsvc.save import Shard
     from dcpsvc.state.app import AppState
     from dcpsvc.state.collected import Collected
 
@@ -43,7 +43,7 @@ class Saver:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
         self._arena = Arena()
         self._tries: dict[int, int] = {}
-        self._writing: Future[Any] | None = None
+        self._last_shard: Shard | None = None
 
     def accept(self, step: int, began: float) -> Save:
         """A new attempt at a step, named alike by all ranks that come to it.
@@ -90,7 +90,7 @@ class Saver:
         shares = division.shares(collected, rank, world_size)
         documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
         about = {"step": str(save.key.step), "attempt": save.key.attempt, "rank": str(rank)}
-        if self._writing is not None and not self._writing.done():
+        if self._last_shard is not None and not self._last_shard.ended:
             self._arena = Arena()  # the disk hangs on the last one
         snapshot = Snapshot(self._arena, shares, documents, about)
         self._begin_shard(save, snapshot)
@@ -108,16 +108,13 @@ class Saver:
 
     def _begin_shard(self, save: Save, snapshot: Snapshot) -> None:
         key = save.key.shard(self._job.rank)
-        save.stager = ArenaStager(snapshot)
-        save.writer = shard.ShardWriter(self._run.local_path / key, snapshot.image, rank=self._job.rank, key=key)
-        save.written = shard.begin(
+        self._last_shard = save.shard = shard.begin(
             snapshot.tensors,
-            stager=save.stager,
+            stager=ArenaStager(snapshot),
             placement=snapshot.placement,
-            writer=save.writer,
+            writer=shard.ShardWriter(self._run.local_path / key, snapshot.image, rank=self._job.rank, key=key),
             process_group=self._job.dcp_group,
         )
-        self._writing = save.written
 
 
 def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as dist
 
@@ -22,6 +22,32 @@ logger = logging.getLogger("dcpsvc")
 
 _ordinals = itertools.count()
 _BEATS_PER_TIMEOUT = 6
+
+
+class Gathering(Protocol):
+    """A group of all ranks for collectives of our own; see :class:`~dcpsvc.ranks.c10d.Group`."""
+
+    @property
+    def generation(self) -> int:
+        """Which group this is."""
+        ...
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether an operation timed out in it."""
+        ...
+
+    def renew(self, generation: int) -> None:
+        """Be in the given generation."""
+        ...
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """What every rank gave, in rank order."""
+        ...
+
+    def close(self) -> None:
+        """Leave."""
+        ...
 
 
 @dataclass(slots=True)
@@ -40,9 +66,9 @@ class Job:
     world_size: int
     incarnation: str
     rendezvous: Rendezvous
-    group: Group
-    dcp_group: dist.ProcessGroup | None
-    _heart: _Heart
+    group: Gathering
+    dcp_group: dist.ProcessGroup | None = None
+    heart: Heart | None = None
 
     @classmethod
     def join(cls, sync_timeout_s: float) -> Job:
@@ -60,7 +86,7 @@ class Job:
         group = Group(rank=rank, world_size=world_size, namespace=incarnation, timeout_s=sync_timeout_s)
         group.renew(0)
         dcp_group = group_for_dcp(sync_timeout_s)
-        heart = _Heart(rendezvous, sync_timeout_s / _BEATS_PER_TIMEOUT)
+        heart = Heart(rendezvous, sync_timeout_s / _BEATS_PER_TIMEOUT)
         return cls(rank, world_size, incarnation, rendezvous, group, dcp_group, heart)
 
     @property
@@ -86,7 +112,8 @@ class Job:
 
     def leave(self) -> None:
         """Stop the heartbeat and drop the group. Waits for nobody."""
-        self._heart.stop()
+        if self.heart is not None:
+            self.heart.stop()
         self.group.close()
 
 
@@ -99,7 +126,7 @@ def _next_place(rendezvous: Rendezvous) -> Rendezvous:
     return rendezvous
 
 
-class _Heart:
+class Heart:
     """Tells the others, every few seconds, that this process is alive: also while a long upload runs."""
 
     def __init__(self, rendezvous: Rendezvous, interval_s: float) -> None:

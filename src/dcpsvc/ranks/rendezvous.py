@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from dcpsvc import deadline
 from dcpsvc.errors import RankFailure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
 
 
 class KeyValue(Protocol):
@@ -42,7 +45,7 @@ class KeyValue(Protocol):
 
 
 class Clock(Protocol):
-    """Time that only moves forward."""
+    """Time that only moves forward, and work that must end in time."""
 
     def now(self) -> float:
         """Seconds."""
@@ -50,6 +53,12 @@ class Clock(Protocol):
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
+        ...
+
+    def bounded(
+        self, work: Callable[[], T], timeout_s: float, what: str, given_up: Callable[[], str] | None = None
+    ) -> T:
+        """See :func:`dcpsvc.deadline.call`."""
         ...
 
 
@@ -63,6 +72,12 @@ class SystemClock:
     def sleep(self, seconds: float) -> None:
         """Wait."""
         time.sleep(seconds)
+
+    def bounded(
+        self, work: Callable[[], T], timeout_s: float, what: str, given_up: Callable[[], str] | None = None
+    ) -> T:
+        """On a thread that is left behind past the deadline."""
+        return deadline.call(work, timeout_s, what, given_up)
 
 
 class DisagreementError(Exception):
@@ -171,7 +186,7 @@ class Rendezvous:
     def _collect(self, place: str, meeting: Meeting) -> tuple[list[Any], list[RankFailure], list[int]]:
         messages: dict[int, Any] = {}
         life = _SignsOfLife(self, meeting.silence_s)
-        deadline = self.clock.now() + meeting.timeout_s
+        ends = self.clock.now() + meeting.timeout_s
         pause = _Pause(self.clock)
         while len(messages) < self.world_size:
             arrived = self._arrivals(place, [rank for rank in range(self.world_size) if rank not in messages])
@@ -180,7 +195,7 @@ class Rendezvous:
                 return [], failures, []
             messages |= arrived
             absent = [rank for rank in range(self.world_size) if rank not in messages]
-            if absent and self.clock.now() >= deadline:
+            if absent and self.clock.now() >= ends:
                 return [], [], absent
             if dead := life.silent(absent):
                 return [], [], dead
@@ -196,11 +211,11 @@ class Rendezvous:
 
     def _read_verdict(self, place: str, where: str, meeting: Meeting, began: float) -> Any:
         life = _SignsOfLife(self, meeting.silence_s)
-        deadline = self.clock.now() + meeting.timeout_s
+        ends = self.clock.now() + meeting.timeout_s
         pause = _Pause(self.clock)
         key = f"{place}/verdict"
         while (text := self.store.get(key)) is None:
-            if self.clock.now() >= deadline or life.silent([0]):
+            if self.clock.now() >= ends or life.silent([0]):
                 text = self.store.compare_set(key, _no([], self._absent(place)))
                 break
             pause.take()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future as TorchFuture
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import StorageMeta
-    from torch.distributed.checkpoint.staging import AsyncStager
 
     from dcpsvc.format.shardfile import Piece, Placement
 
@@ -130,19 +130,64 @@ class ShardWriter(StorageWriter):
         return False
 
 
+class GatedStager(AsyncStager, Protocol):
+    """A stager whose future resolves when all ranks agree."""
+
+    def open(self) -> None:
+        """Let DCP write."""
+        ...
+
+    def refuse(self, error: BaseException) -> None:
+        """Nothing will be written."""
+        ...
+
+
+class DcpShard:
+    """This rank's shard on its way to the local disk: DCP's thread waits at the gate, then writes."""
+
+    def __init__(self, stager: GatedStager, writer: ShardWriter, written: Future[Any]) -> None:
+        self._stager, self._writer, self._written = stager, writer, written
+
+    @property
+    def seconds(self) -> float:
+        """Writing and syncing."""
+        return self._writer.seconds
+
+    @property
+    def ended(self) -> bool:
+        """Nobody reads the arena any more."""
+        return self._written.done()
+
+    def open(self) -> None:
+        """Every rank has arrived and agrees."""
+        self._stager.open()
+
+    def refuse(self, error: BaseException) -> None:
+        """The save has ended; does nothing where the gate was opened."""
+        self._stager.refuse(error)
+
+    def record(self, timeout_s: float) -> ShardRecord:
+        """The shard is durable on the local tier when this returns; DCP's own errors come out as they are.
+
+        Raises:
+            TimeoutError: The disk did not take it in time.
+        """
+        if not wait([self._written], timeout_s).done:
+            raise TimeoutError(f"the local disk did not take the shard within {timeout_s} s")
+        self._written.result()
+        assert self._writer.record is not None  # noqa: S101 - the future resolved
+        return self._writer.record
+
+
 def begin(
     tensors: Mapping[str, torch.Tensor],
     *,
-    stager: AsyncStager,
+    stager: GatedStager,
     placement: Placement,
     writer: ShardWriter,
     process_group: dist.ProcessGroup | None,
-) -> Future[Any]:
-    """Stage now, write when the stager's future resolves.
-
-    Returns:
-        Resolves when the shard is durable on the local tier (``writer.record`` is set then), or fails.
-    """
+) -> DcpShard:
+    """Stage now, on this thread; write on DCP's thread when the stager's future resolves."""
     dcp_quirks.quiet()
     response = async_save(
         dict(tensors),
@@ -152,7 +197,8 @@ def begin(
         async_stager=stager,
         no_dist=True,
     )
-    return response if isinstance(response, Future) else response.upload_completion
+    written = response if isinstance(response, Future) else response.upload_completion
+    return DcpShard(stager, writer, written)
 
 
 def _write(path: Path, image: memoryview) -> bytes:

@@ -28,7 +28,7 @@ _NO_PLACE = frozenset({"data", "dir", "generic", "git", "github", "gist", "http"
 
 
 def open_store(
-    url: str | os.PathLike[str],
+    url: str | os.PathLike[str] | Store,
     storage_options: Mapping[str, Any] | None = None,
     *,
     stop: threading.Event | None = None,
@@ -39,7 +39,8 @@ def open_store(
     call.
 
     Args:
-        url: A path, ``file:///path``, ``memory://name``, ``s3://bucket/prefix``, or a URL fsspec knows.
+        url: A path, ``file:///path``, ``memory://name``, ``s3://bucket/prefix``, a URL fsspec knows, or a store of your
+            own.
         storage_options: What fsspec takes for that protocol, such as ``endpoint_url``, ``key`` and ``secret``.
         stop: Once set, nothing is tried again.
 
@@ -49,7 +50,8 @@ def open_store(
     # tenacity is not needed to only import this module.
     from dcpsvc.storage.retry import RetryingStore
 
-    return RetryingStore(_open(os.fspath(url), storage_options or {}), stop=stop)
+    store = _open(os.fspath(url), storage_options or {}) if isinstance(url, str | os.PathLike) else url
+    return RetryingStore(store, stop=stop)
 
 
 def _open(url: str, options: Mapping[str, Any]) -> Store:
