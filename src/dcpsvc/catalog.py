@@ -22,6 +22,7 @@ class Catalog:
         aside: Commits that neither count for retention nor are deleted by it: damaged, or newer than the one that was
             resumed by name.
         unknown: Attempts that may or may not be committed, by step.
+        leftovers: Attempts of this job that failed; what is left of them goes with the next commit.
         manifests: Coordinator: valid commits, ascending; read at the first retention.
     """
 
@@ -29,6 +30,7 @@ class Catalog:
     in_use: dict[Hashable, str] = field(default_factory=dict)
     aside: set[Attempt] = field(default_factory=set)
     unknown: dict[int, Attempt] = field(default_factory=dict)
+    leftovers: set[Attempt] = field(default_factory=set)
     manifests: list[Manifest] | None = None
 
     @property

@@ -78,11 +78,11 @@ class Checkpointer:
         self._job = _join(remote.url, self._options.sync_timeout_s)
         self._events = Events(rank=self._job.rank, observer=self._options.on_event)
         try:
-            self._run = open_run(self._job, remote, self._options.local_dir, self._options.sync_timeout_s)
+            self._run = open_run(self._job, remote, self._options.local_dir, self._options)
         except BaseException:  # whatever it is, no thread stays behind
             self._job.leave()
             raise
-        catalog = Catalog({attempt.step: attempt for attempt in self._run.committed})
+        catalog = Catalog({attempt.step: attempt for attempt in self._run.settled.committed})
         self._life = Life(self._job, self._run, self._options, self._events, catalog)
         self._uploader = Uploader(self._life, self._let_go)
         self._saver = Saver(self._job, self._run, self._state, self._life, self._events)

@@ -14,6 +14,7 @@
     |-- SaveError                   one attempt to save one step did not become a checkpoint
     |   |-- SaveFailedError         ranks failed, or disagreed about what to save
     |   |-- RanksMissingError       ranks did not arrive before the deadline
+    |   |-- FencedError             a newer job has taken the run root over; this one must end
     |   |-- CommitUnknownError      the commit may or may not have happened; only the store can tell
     |   `-- StepExistsError         the step is already committed
     |-- RestoreError                a checkpoint cannot be read back
@@ -176,6 +177,18 @@ class RanksMissingError(SaveError):
             f"step {self.step} (attempt {self.attempt}): ranks {self.missing} did not arrive in {self.phase} "
             f"within {self.waited_s:.1f} s, ranks {self.present} did{note}; {self.intact}"
         )
+
+
+class FencedError(SaveError):
+    """A newer job has taken the run root over: nothing that this one saves will count. The same on every rank."""
+
+    def __init__(self, step: int, attempt: str, newest: int | None, reason: str) -> None:
+        super().__init__(step, attempt, newest)
+        self.reason = reason
+        self.args = (step, attempt, newest, reason)
+
+    def __str__(self) -> str:
+        return f"step {self.step} (attempt {self.attempt}) is refused: {self.reason}; end this job; {self.intact} as far as it knows"
 
 
 class CommitUnknownError(SaveError):

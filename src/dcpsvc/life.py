@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
+    FencedError,
     RankFailure,
     RanksMissingError,
     SaveError,
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from dcpsvc.catalog import Catalog
     from dcpsvc.config import Options
     from dcpsvc.events import Events
-    from dcpsvc.opening import OpenRun
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
+    from dcpsvc.settling import OpenRun
 
 T = TypeVar("T")
 
@@ -209,6 +210,8 @@ class Life:
 
     def _as_save_error(self, save: Save, err: DisagreementError) -> SaveError:
         newest = self.catalog.newest
+        if fenced := [failure.text for failure in err.failures if failure.error == FencedError.__name__]:
+            return FencedError(*save.key, newest, fenced[0])
         if err.failures:
             return SaveFailedError(*save.key, newest, err.failures)
         if err.phase == "commit":
@@ -219,16 +222,21 @@ class Life:
         self._previous = None  # its verdict stays on the store, for ranks that come late
         if save.shard is not None:
             save.shard.refuse(error)
-        if isinstance(error, CommitUnknownError):
-            self.catalog.unknown[save.key.step] = save.key
-        else:
-            shard = save.key.shard(self._job.rank)
-            upload.discard([self._run.local, self._run.remote], shard)
-            upload.discard([self._run.local], save.key.manifest)
         mine = [f for f in getattr(error, "failures", ()) if f.rank == self._job.rank]
         level = logging.ERROR if mine else logging.WARNING if self._job.coordinates else logging.DEBUG
         self._emit(Point.SAVE_FAILED, save, detail=str(error), level=level)
+        self._tidy(save, error)
         save.pending.resolve(save.pending.committed, error)
+
+    def _tidy(self, save: Save, error: SaveError) -> None:
+        """A failed attempt is deleted; one that broke off when all shards were durable may be finished by a restart."""
+        if isinstance(error, CommitUnknownError):
+            self.catalog.unknown[save.key.step] = save.key
+            return
+        self.catalog.leftovers.add(save.key)
+        broke_off = isinstance(error, RanksMissingError) or self.abandoned.is_set()
+        if not (broke_off and save.pending.local.done()):
+            self._retention.discard(save.key)
 
     def _emit(self, name: Point, save: Save, **details: Any) -> None:
         self._events.emit(name, step=save.key.step, attempt=save.key.attempt, **details)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import (
     CorruptShardError,
-    FormatError,
     LayoutError,
     ManifestError,
     NoSuchStepError,
@@ -97,21 +96,14 @@ class Resuming:
                 return Resumed(attempt, summary, tuple(rejected))
 
     def _choose(self, step: int | None, tried: Sequence[Attempt], _: object) -> dict[str, Any]:
-        """Coordinator: the newest commit that looks whole and was not tried; one LIST, then newest first."""
-        everything = discover.committed(self.remote)
-        wanted = [attempt for attempt in everything if attempt not in tried and step in {None, attempt.step}]
-        candidates = discover.newest_first(self.remote, wanted)
-        rejected: list[str] = []
-        passed: list[Attempt] = []
-        for attempt in candidates:
-            try:
-                discover.valid(self.remote, attempt)
-            except FormatError as err:
-                rejected.append(f"step {attempt.step}: {err}")
-                passed.append(attempt)
-            else:
-                return _choice(attempt, rejected, passed, everything)
-        return _choice(None, rejected, passed, everything)
+        """Coordinator: decide for all."""
+        choice = discover.choose(self.remote, step, tried)
+        return {
+            "attempt": choice.attempt and list(choice.attempt),
+            "rejected": choice.rejected,
+            "passed": choice.passed,
+            "all": choice.steps,
+        }
 
     def _check_fresh(self, step: int | None, rejected: list[str], everything: list[int]) -> None:
         """Nothing was chosen: fine where nothing was ever committed and nothing was asked for."""
@@ -160,14 +152,3 @@ class Resuming:
             return self.job.meet(f"{self.place}/{where}", message, decide, meeting)
         except DisagreementError as err:
             raise RestoreFailedError(self.remote.url, err.failures, err.missing, changed) from None
-
-
-def _choice(
-    attempt: Attempt | None, rejected: list[str], passed: list[Attempt], everything: list[Attempt]
-) -> dict[str, Any]:
-    return {
-        "attempt": attempt and list(attempt),
-        "rejected": rejected,
-        "passed": [list(p) for p in passed],
-        "all": sorted({a.step for a in everything}),
-    }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from dcpsvc import fence
 from dcpsvc.errors import FormatError, StoreError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
@@ -14,13 +15,17 @@ from dcpsvc.ranks.rendezvous import Meeting
 from dcpsvc.stages import discover, retain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcpsvc.catalog import Catalog
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.format.manifest import Manifest
-    from dcpsvc.opening import OpenRun
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
+    from dcpsvc.settling import OpenRun
+
+T = TypeVar("T")
 
 
 class Retention:
@@ -29,12 +34,51 @@ class Retention:
     def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
         self._job, self._run, self._options, self._events, self._catalog = job, run, options, events, catalog
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
+        self._swept = False
 
     def run(self, save: Save) -> None:
-        """Delete what the policy lets go, then trim the local tier. The commit stands whatever happens here."""
+        """Delete what the policy lets go and what is no checkpoint, then trim the local tier. The commit stands."""
+        self._clear_leftovers(save)
         if not isinstance(self._options.keep, Everything):
             self._apply_policy(save)
         self._trim_local(save)
+
+    def discard(self, attempt: Attempt) -> None:
+        """Delete an attempt of this job that failed: each rank from its own disk, the coordinator from the run root.
+
+        What cannot be deleted is debris, never a checkpoint, and goes with a later commit.
+        """
+        with contextlib.suppress(StoreError):
+            retain.remove_local(self._run.local, attempt, self._job.rank)
+        if self._job.coordinates:
+            with contextlib.suppress(StoreError, TimeoutError):
+                self._within(lambda: retain.discard(self._run.remote, attempt, self._is_owner))
+
+    def _is_owner(self) -> bool:
+        return not fence.successor(self._run.remote, self._run.settled.epoch)
+
+    def _within(self, work: Callable[[], T]) -> T:
+        clock = self._job.rendezvous.clock
+        return clock.bounded(work, self._options.upload_timeout_s, "a call to the store")
+
+    def _clear_leftovers(self, save: Save) -> None:
+        """A commit was just confirmed with a larger step: nobody will finish these any more."""
+        for attempt in sorted(self._catalog.leftovers):
+            if attempt.step <= save.key.step:
+                self.discard(attempt)
+                self._catalog.leftovers.discard(attempt)
+        if self._job.coordinates and not self._swept:
+            self._swept = True
+            try:
+                self._within(self._sweep)
+            except Exception as err:  # noqa: BLE001 - debris is invisible; the next start sees it again
+                self._emit(save, detail=f"debris stays: {err}", level=logging.WARNING)
+
+    def _sweep(self) -> None:
+        """Once, in the background: attempts of earlier jobs that never became checkpoints, from whatever disk."""
+        settled = self._run.settled
+        for attempt in retain.debris(self._run.remote, settled.epoch, settled.committed):
+            retain.remove(self._run.remote, attempt)
 
     def _apply_policy(self, save: Save) -> None:
         try:

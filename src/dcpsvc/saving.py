@@ -14,7 +14,6 @@ import torch
 
 from dcpsvc.errors import RankFailure, StateError
 from dcpsvc.events import Point
-from dcpsvc.format.keys import Attempt
 from dcpsvc.pending import PendingSave
 from dcpsvc.save import Save, meeting_place
 from dcpsvc.stages import ack, shard
@@ -25,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcpsvc.events import Events
+    from dcpsvc.format.keys import Attempt
     from dcpsvc.life import Life
-    from dcpsvc.opening import OpenRun
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Shard
+    from dcpsvc.settling import OpenRun
     from dcpsvc.state.app import AppState
     from dcpsvc.state.collected import Collected
 
@@ -61,7 +61,7 @@ class Saver:
     def _name(self, step: int) -> Attempt:
         number = self._tries.get(step, 0)
         self._tries[step] = number + 1
-        return Attempt(step, f"{self._job.incarnation}-{number}")
+        return self._run.settled.epoch.attempt(step, number)
 
     def stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
         """Copy this rank's share; DCP's thread then waits at the gate. A failure becomes the save's own.

@@ -6,7 +6,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import WaitTimeoutError
+from dcpsvc.errors import FencedError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,9 @@ class Uploader:
             raise WaitTimeoutError(timeout_s or 0.0, (self._current,))
 
     def raise_if_spent(self, budget: int) -> None:
-        """Raise the last failure once there were ``budget`` in a row; then count anew."""
+        """Raise the last failure once there were ``budget`` in a row, and count anew; that of a replaced job always."""
+        if isinstance(self.last_error, FencedError):
+            raise self.last_error
         if self.consecutive_failures >= budget and self.last_error is not None:
             error, self.last_error, self.consecutive_failures = self.last_error, None, 0
             raise error

@@ -150,11 +150,16 @@ class Training:
         return {name: _hash(buffer) for name, buffer in self.core.named_buffers()}
 
 
-def checkpointer(root: Any, state: dict[str, Any], *, local: Any = None, **options: Any) -> dcpsvc.Checkpointer:
-    """A Checkpointer with its local tier beside the run root, and patient unless told otherwise."""
+def checkpointer(
+    root: Any, state: dict[str, Any], *, local: Any = None, store: Any = None, **options: Any
+) -> dcpsvc.Checkpointer:
+    """A Checkpointer with its local tier beside the run root, and patient unless told otherwise.
+
+    A store of the test's own stands for the run root where there is one.
+    """
     place = Path(root)
     options.setdefault("sync_timeout_s", SYNC_S)
-    return dcpsvc.Checkpointer(place, state, local=local or place.parent / "local", **options)
+    return dcpsvc.Checkpointer(store or place, state, local=local or place.parent / "local", **options)
 
 
 def committed(root: Any) -> list[int]:

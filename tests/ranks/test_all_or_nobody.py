@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 import dcpsvc
 from dcpsvc import Point
+from dcpsvc.errors import StoreAccessError
+from dcpsvc.storage.posix import PosixStore
 from tests.ranks.harness import die, die_at, raised_by, run_ranks, values
 from tests.ranks.models import Training, checkpointer, committed, files, step_files
 
@@ -415,16 +417,56 @@ def put_the_manifests_back(root, _):
     (root / "moved").rename(root / "manifests")
 
 
-def test_a_store_that_cannot_say_whether_the_manifest_is_there_makes_no_checkpoint_and_deletes_nothing(tmp_path):
+def test_a_store_that_cannot_say_who_owns_the_root_makes_no_checkpoint(tmp_path):
     root = tmp_path / "run"
     results = values(run_ranks(2, fail_to_commit, root, put_a_file_over_the_manifests, put_the_manifests_back))
 
     for first, second, third in results:
         assert (first, third) == (None, None)
+        assert second.type == "SaveFailedError"
+        assert [(rank, phase) for rank, phase, _ in failures(second)] == [(0, "commit")]
+    assert committed(root) == [1, 3]
+    assert step_files(root, 2) == []
+
+
+class Blind(PosixStore):
+    """Takes the manifest of step 2, or only says so, and refuses to show it."""
+
+    takes = True
+
+    def create(self, key, data):
+        return super().create(key, data) if self.takes or not self._is_it(key) else True
+
+    def get(self, key, *, max_nbytes):
+        if self._is_it(key):
+            raise StoreAccessError("get", key, "not today")
+        return super().get(key, max_nbytes=max_nbytes)
+
+    def _is_it(self, key):
+        return key.startswith("manifests/step-000000000002.")
+
+
+class Forgetful(Blind):
+    takes = False
+
+
+def save_on_a_blind_store(rank, world, root, kind):
+    training = Training("ddp", rank)
+    with checkpointer(root, training.state, store=kind(root)) as ckpt:
+        return [attempt(ckpt, step) for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("kind", [Blind, Forgetful])
+def test_a_store_that_cannot_say_whether_the_manifest_is_there_deletes_nothing(tmp_path, kind):
+    root = tmp_path / "run"
+    results = values(run_ranks(2, save_on_a_blind_store, root, kind))
+
+    for first, second, third in results:
+        assert (first, third) == (None, None)
         assert second.type == "CommitUnknownError"
         assert second["step"] == 2
-    assert committed(root) == [1, 3]
-    assert len(step_files(root, 2)) == 2
+    assert committed(root) == ([1, 2, 3] if kind.takes else [1, 3])
+    assert len(step_files(root, 2)) == (3 if kind.takes else 2)
 
 
 # --- ranks that die -------------------------------------------------------------------------------
@@ -562,7 +604,7 @@ def test_two_nodes_have_one_coordinator_and_write_each_path_once(tmp_path):
             mine = [Path(name).name for name in step_files(local, step) if "/data/" in name]
             assert mine == shards[2 * node : 2 * node + 2]
             assert [name for name in step_files(local, step) if "/manifests/" in name]
-    assert len(files(root / "manifests")) == 2
+    assert len(list((root / "manifests").glob("*.json"))) == 2
     assert files(root / "probes") == []
     assert {found.world_size for found in dcpsvc.list_checkpoints(root)} == {4}
     values(run_ranks(4, resume_here, root))

@@ -104,7 +104,7 @@ def save_until_killed(rank, world, root, point):
     ckpt.save(2).wait(30)
 
 
-@pytest.mark.parametrize("point", [Point.PLAN_AGREED, Point.SHARD_WRITTEN, Point.ACKED_LOCAL, Point.UPLOADED])
+@pytest.mark.parametrize("point", [Point.PLAN_AGREED, Point.SHARD_WRITTEN])
 def test_a_step_whose_save_was_killed_is_saved_again_by_the_next_job_and_the_debris_is_gone(tmp_path, point):
     root, local = tmp_path / "run", tmp_path / "local"
     dead = run_ranks(2, save_until_killed, root, str(point))
@@ -124,12 +124,59 @@ def test_a_step_whose_save_was_killed_is_saved_again_by_the_next_job_and_the_deb
 
 def test_debris_of_ranks_that_no_longer_exist_is_collected_too(tmp_path):
     root, local = tmp_path / "run", tmp_path / "local"
-    run_ranks(3, save_until_killed, root, str(Point.UPLOADED))
+    run_ranks(3, save_until_killed, root, str(Point.SHARD_WRITTEN))
     assert step_files(local, 2)
 
     values(run_ranks(1, save_steps, root, (3,)))
 
     assert step_files(root, 2) == []
+    assert step_files(local, 2) == []
+
+
+# --- R19 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", [Point.ACKED_LOCAL, Point.UPLOADED])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_upload_cut_short_is_finished_under_its_attempt_by_a_job_of_any_size_on_that_disk(tmp_path, point, world):
+    root = tmp_path / "run"
+    run_ranks(2, save_until_killed, root, str(point))
+    (journal,) = [name for name in step_files(tmp_path / "local", 2) if name.endswith(".json")]
+
+    found = values(run_ranks(world, resume, root))
+
+    assert [each["step"] for each in found] == [2] * world
+    assert committed(root) == [1, 2]
+    assert f"step-000000000002.{dcpsvc.latest(root).attempt}.json" in journal
+    assert [found.state for found in dcpsvc.list_checkpoints(root)] == ["committed"] * 2
+
+
+def test_on_an_empty_disk_the_newest_commit_is_resumed_and_the_debris_at_the_root_goes_with_the_next_one(tmp_path):
+    root = tmp_path / "run"
+    run_ranks(2, save_until_killed, root, str(Point.UPLOADED))
+    assert step_files(root, 2)
+    shutil.rmtree(tmp_path / "local")
+
+    assert [each["step"] for each in values(run_ranks(2, resume, root))] == [1, 1]
+    values(run_ranks(2, save_steps, root, (2,)))
+
+    assert [(found.step, found.state) for found in dcpsvc.list_checkpoints(root)] == [
+        (1, "committed"),
+        (2, "committed"),
+    ]
+    assert len(step_files(root, 2)) == 3
+
+
+def test_a_local_shard_that_rotted_before_its_upload_is_not_committed(tmp_path):
+    root, local = tmp_path / "run", tmp_path / "local"
+    run_ranks(2, save_until_killed, root, str(Point.ACKED_LOCAL))
+    for name in step_files(root, 2):
+        (root / name).unlink()
+    flip_byte(find(local, 2, SHARD))
+
+    assert [each["step"] for each in values(run_ranks(2, resume, root))] == [1, 1]
+
+    assert committed(root) == [1]
     assert step_files(local, 2) == []
 
 

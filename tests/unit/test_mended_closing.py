@@ -79,7 +79,7 @@ def wait_until_free(lock: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def test_a_save_abandoned_by_close_keeps_its_place_until_it_has_ended_and_is_never_committed(
+def test_a_save_abandoned_by_close_keeps_its_place_until_it_has_ended_and_the_next_start_finishes_it(
     tmp_path: Path, hanging: type[Hanging], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ckpt = checkpointer(tmp_path, {"x": torch.ones(2)}, save_last=False)
@@ -98,13 +98,13 @@ def test_a_save_abandoned_by_close_keeps_its_place_until_it_has_ended_and_is_nev
     with pytest.raises(SaveFailedError, match="closed before the save ended"):
         pending.wait(BOUND_S)
     assert dcpsvc.list_checkpoints(tmp_path / "root") == []
-    assert not list((tmp_path / "local").rglob("*.safetensors"))
+    assert list((tmp_path / "local").rglob("*.safetensors"))
 
     monkeypatch.undo()
-    with checkpointer(tmp_path, {"x": torch.ones(2)}) as again:
-        assert again.resume() == 0
-        again.save(1).wait(BOUND_S)
-    assert committed(tmp_path) == [1]
+    with checkpointer(tmp_path, {"x": torch.zeros(2)}) as again:
+        assert committed(tmp_path) == [1]
+        assert again.resume() == 1
+        assert torch.equal(again.state["x"], torch.ones(2))
 
 
 def test_an_upload_that_hangs_longer_than_its_timeout_fails_its_save_and_training_goes_on(

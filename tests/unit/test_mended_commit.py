@@ -53,7 +53,7 @@ class Faults:
     blind: type[Exception] | None = None
 
     def create(self, key: str, data: bytes) -> bool:
-        if not key.startswith(keys.MANIFESTS):
+        if keys.attempt_of(key) is None:
             return super().create(key, data)
         made = super().create(key, data) if self.stores else True
         if self.raises:
@@ -61,7 +61,7 @@ class Faults:
         return made
 
     def get(self, key: str, *, max_nbytes: int) -> bytes:
-        if self.blind and key.startswith(keys.MANIFESTS):
+        if self.blind and keys.attempt_of(key) is not None:
             raise error(self.blind)
         return super().get(key, max_nbytes=max_nbytes)
 
@@ -135,7 +135,7 @@ def checkpointer_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 
 def manifests(root: Path) -> list[str]:
-    return sorted(path.name for path in root.glob("manifests/*"))
+    return sorted(path.name for path in root.glob("manifests/*.json"))
 
 
 def shards(root: Path) -> list[str]:

@@ -4,6 +4,8 @@
 
     run.json
     manifests/step-000000000500.<attempt>.json
+    manifests/epochs/00000007.<token>.json            one start of a job has taken the run root over
+    manifests/epochs/00000007.<token>.inherited.json  what was committed then
     layouts/<digest>.json
     data/step-000000000500.<attempt>/rank-00003.safetensors
     tombstones/step-000000000500.<attempt>.json
@@ -17,6 +19,7 @@ from typing import NamedTuple
 
 RUN = "run.json"
 MANIFESTS = "manifests/"
+EPOCHS = f"{MANIFESTS}epochs/"
 LAYOUTS = "layouts/"
 DATA = "data/"
 TOMBSTONES = "tombstones/"
@@ -33,11 +36,46 @@ _FOLDER = re.compile(rf"{DATA}{_NAME}/")
 _LAYOUT = re.compile(rf"{LAYOUTS}(?P<digest>[0-9a-f]{{32}})\.json")
 
 
+_EPOCH = re.compile(rf"{EPOCHS}(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})(?P<inherited>\.inherited)?\.json")
+_OF_EPOCH = re.compile(r"(?P<number>[1-9][0-9]{0,7})-(?P<token>[0-9a-f]{8})-[0-9]+")
+
+
+class Epoch(NamedTuple):
+    """One start of a job, as the owner of a run root. The largest owns it."""
+
+    number: int
+    token: str
+
+    @property
+    def claim(self) -> str:
+        """Key of the note that this job has taken over."""
+        return f"{EPOCHS}{self.number:08d}.{self.token}.json"
+
+    @property
+    def inheritance(self) -> str:
+        """Key of the list of what was committed when it took over."""
+        return f"{EPOCHS}{self.number:08d}.{self.token}.inherited.json"
+
+    def attempt(self, step: int, number: int) -> Attempt:
+        """The ``number``-th try of this job to save a step."""
+        return Attempt(step, f"{self.number}-{self.token}-{number}")
+
+
+NO_EPOCH = Epoch(0, "")
+"""Of attempts that no job of ours has named."""
+
+
 class Attempt(NamedTuple):
     """One try to save one step. Sorts by step."""
 
     step: int
     attempt: str
+
+    @property
+    def epoch(self) -> Epoch:
+        """The start of the job that made it."""
+        match = _OF_EPOCH.fullmatch(self.attempt)
+        return Epoch(int(match["number"]), match["token"]) if match else NO_EPOCH
 
     def __str__(self) -> str:
         return f"step-{self.step:012d}.{self.attempt}"
@@ -73,6 +111,12 @@ def attempt_of(key: str) -> Attempt | None:
         if match := pattern.fullmatch(key):
             return Attempt(int(match["step"]), match["attempt"])
     return None
+
+
+def epoch_of(key: str) -> tuple[Epoch, bool] | None:
+    """The epoch a claim or an inheritance belongs to, and whether it is an inheritance; None for other keys."""
+    match = _EPOCH.fullmatch(key)
+    return (Epoch(int(match["number"]), match["token"]), match["inherited"] is not None) if match else None
 
 
 def rank_of(key: str) -> int | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from dcpsvc.errors import ManifestError
 from dcpsvc.format import keys
-from dcpsvc.format.digest import BLOCK_NBYTES, digest, table_nbytes
-from dcpsvc.format.parse import Fields, compact, dump
+from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
+from dcpsvc.format.parse import Fields
+from dcpsvc.format.seal import check_seal, seal
 
 FORMAT = 1
 """Version of every file in a run root."""
@@ -141,11 +142,6 @@ class Manifest:
         )
 
 
-def seal(document: dict[str, Any]) -> bytes:
-    """The document with a digest over all of it: a flipped bit anywhere is noticed."""
-    return dump(document | {"digest": digest(compact(document))})
-
-
 def loads(path: str, data: bytes) -> Manifest:
     """Parse and validate a manifest read from the key ``path``.
 
@@ -158,7 +154,7 @@ def loads(path: str, data: bytes) -> Manifest:
         raise fields.fail(f"format version {version}, this package reads {FORMAT}")
     if (block := fields.get("block_nbytes", int)) != BLOCK_NBYTES:
         raise fields.fail(f"block size {block}, this package reads {BLOCK_NBYTES}")
-    _check_seal(fields)
+    check_seal(fields)
     layout = fields.child("layout")
     manifest = Manifest(
         run_id=fields.text("run_id", bool),
@@ -172,17 +168,6 @@ def loads(path: str, data: bytes) -> Manifest:
     )
     _check(fields, path, manifest)
     return manifest
-
-
-def _check_seal(fields: Fields) -> None:
-    said = fields.text("digest", _DIGEST.fullmatch)
-    content = {name: value for name, value in fields.items() if name != "digest"}
-    try:
-        found = digest(compact(content))
-    except (ValueError, RecursionError) as err:
-        raise fields.fail(f"cannot be a manifest: {err}") from err
-    if found != said:
-        raise fields.fail(f"its content has checksum {found}, it says {said}")
 
 
 def _check(fields: Fields, path: str, manifest: Manifest) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import ManifestError, RankFailure, StoreError, StoreNotFoundError
+from dcpsvc import fence
+from dcpsvc.errors import FencedError, ManifestError, RankFailure, StoreError, StoreNotFoundError
 from dcpsvc.format import manifest as manifests
 from dcpsvc.format.digest import digest
 from dcpsvc.ranks.rendezvous import RefusalError
@@ -57,7 +58,8 @@ def publish(
         assert not isinstance(mine, RankFailure)  # noqa: S101 - a failure would have ended the meeting
         if len(set(messages)) > 1:
             raise RefusalError([RankFailure(0, "commit", ManifestError.__name__, "the ranks made different manifests")])
-        unknown = create(store, mine, within)
+        _check_owner(store, mine, within)
+        unknown = create(store, mine, within) or _confirm(store, mine, within)
         if unknown is None:
             created()
         return unknown
@@ -65,6 +67,41 @@ def publish(
     message = mine if isinstance(mine, RankFailure) else digest(mine.dumps())
     verdict: str | None = job.meet(f"{place}/commit", message, write, meeting)
     return verdict
+
+
+def _check_owner(store: Store, manifest: Manifest, within: Within) -> None:
+    """Before anything is written: a job that was replaced must not even try."""
+    try:
+        theirs = within(lambda: fence.successor(store, manifest.key.epoch))
+    except Exception as err:
+        raise RefusalError([RankFailure(0, "commit", type(err).__name__, str(err))]) from err
+    if theirs:
+        raise _replaced(store, manifest, theirs)
+
+
+def _confirm(store: Store, manifest: Manifest, within: Within) -> str | None:
+    """After it was written: it counts unless a newer job has listed the commits without it.
+
+    Returns:
+        None if it counts; else why nobody can tell yet.
+
+    Raises:
+        RefusalError: It does not, and never will.
+    """
+    try:
+        theirs = within(lambda: fence.verdict(store, manifest.key))
+    except Exception as err:  # noqa: BLE001 - whatever it is, nobody knows who owns the run root
+        return f"the manifest stands, but whether a newer job has taken over is not known: {err}"
+    if theirs is None:
+        return "a newer job is taking the run root over at this moment"
+    if theirs:
+        raise _replaced(store, manifest, theirs)
+    return None
+
+
+def _replaced(store: Store, manifest: Manifest, theirs: str) -> RefusalError:
+    ours = fence.describe(store, manifest.key.epoch)
+    return RefusalError([RankFailure(0, "commit", FencedError.__name__, f"{ours} was replaced by {theirs}")])
 
 
 def create(store: Store, manifest: Manifest, within: Within = _at_once) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from dcpsvc import fence
 from dcpsvc.errors import (
     CorruptShardError,
     FormatError,
@@ -20,7 +21,7 @@ from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.manifest import Manifest
@@ -61,13 +62,27 @@ class Checkpoint:
 
 
 def committed(store: Store) -> list[Attempt]:
-    """Every attempt that has a manifest, ascending by step: one LIST, and no manifest is read.
+    """Every attempt whose manifest counts, ascending by step, those of one step by epoch.
+
+    One LIST and no manifest is read; the newest inheritance is, if there are commits from before it.
 
     Raises:
         StoreError: The listing failed. That is never "no checkpoints".
     """
-    found = [keys.attempt_of(entry.key) for entry in store.list(keys.MANIFESTS)]
-    return sorted(attempt for attempt in found if attempt is not None)
+    return _manifests(store)[0]
+
+
+def _manifests(store: Store) -> tuple[list[Attempt], list[Attempt]]:
+    """Attempts that have a manifest: those that count, and those of jobs that had been replaced."""
+    entries = store.list(keys.MANIFESTS)
+    found = [attempt for entry in entries if (attempt := keys.attempt_of(entry.key)) is not None]
+    found.sort(key=lambda attempt: (attempt.step, attempt.epoch.number, attempt.attempt))
+    newest = max((epoch[0] for entry in entries if (epoch := keys.epoch_of(entry.key)) and epoch[1]), default=None)
+    if newest is None or all(attempt.epoch >= newest for attempt in found):
+        return found, []
+    inheritance = fence.newest_inheritance(store, entries)
+    fenced = [attempt for attempt in found if inheritance is not None and not inheritance.counts(attempt)]
+    return [attempt for attempt in found if attempt not in fenced], fenced
 
 
 def read_manifest(store: Store, attempt: Attempt) -> Manifest:
@@ -90,14 +105,18 @@ def read_layout(store: Store, found: Manifest) -> Layout:
 
 
 def newest_first(store: Store, attempts: Iterable[Attempt]) -> list[Attempt]:
-    """By step, largest first; several commits of one step by when they were made. Reads only such manifests."""
+    """By step, largest first; several commits of one step by epoch, then by when they were made, which is read."""
     by_step: dict[int, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
         by_step[attempt.step].append(attempt)
     ordered: list[Attempt] = []
     for step in sorted(by_step, reverse=True):
         same = by_step[step]
-        ordered += same if len(same) == 1 else sorted(same, key=lambda one: _created(store, one), reverse=True)
+        ordered += (
+            same
+            if len(same) == 1
+            else sorted(same, key=lambda one: (one.epoch.number, _created(store, one)), reverse=True)
+        )
     return ordered
 
 
@@ -135,15 +154,55 @@ def valid(store: Store, attempt: Attempt) -> Manifest:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which commit to load.
+
+    Attributes:
+        attempt: None if there is none.
+        rejected: What newer ones lack, a line each.
+        passed: Those.
+        steps: Everything that is committed, whole or not.
+    """
+
+    attempt: Attempt | None
+    rejected: tuple[str, ...]
+    passed: tuple[Attempt, ...]
+    steps: tuple[int, ...]
+
+
+def choose(store: Store, step: int | None, tried: Collection[Attempt] = ()) -> Choice:
+    """The newest commit that looks whole and was not tried, or that of ``step``. One LIST, then newest first."""
+    everything = committed(store)
+    steps = tuple(sorted({attempt.step for attempt in everything}))
+    wanted = [attempt for attempt in everything if attempt not in tried and step in {None, attempt.step}]
+    rejected: list[str] = []
+    passed: list[Attempt] = []
+    for attempt in newest_first(store, wanted):
+        try:
+            valid(store, attempt)
+        except FormatError as err:
+            rejected.append(f"step {attempt.step}: {err}")
+            passed.append(attempt)
+        else:
+            return Choice(attempt, tuple(rejected), tuple(passed), steps)
+    return Choice(None, tuple(rejected), tuple(passed), steps)
+
+
 def listing(store: Store) -> list[Checkpoint]:
     """Everything of ours below a run root, ascending by step; files with other names are ignored."""
     entries = store.list(keys.DATA)
     sizes = {entry.key: entry.nbytes for entry in entries}
     layouts = {entry.key: entry.nbytes for entry in store.list(keys.LAYOUTS)}
-    manifests = committed(store)
+    manifests, fenced = _manifests(store)
     found = [_describe(store, attempt, sizes, layouts) for attempt in manifests]
-    found += _without_manifest(entries, set(manifests))
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.created or _LONG_AGO, checkpoint.attempt))
+    found += [_incomplete(attempt, "a newer job had taken the run root over", sizes) for attempt in fenced]
+    found += _without_manifest(entries, {*manifests, *fenced})
+    return sorted(found, key=_age)
+
+
+def _age(checkpoint: Checkpoint) -> tuple[int, int, datetime, str]:
+    return checkpoint.step, checkpoint.key.epoch.number, checkpoint.created or _LONG_AGO, checkpoint.attempt
 
 
 def _get(store: Store, key: str, max_nbytes: int, error: type[FormatError]) -> bytes:

@@ -9,11 +9,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from dcpsvc import policies
-from dcpsvc.format.keys import DATA, TOMBSTONES, Attempt, attempt_of, rank_of
+from dcpsvc.format.keys import DATA, MANIFESTS, TOMBSTONES, Attempt, Epoch, attempt_of, rank_of
 from dcpsvc.format.parse import compact
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.policies import Keep
@@ -34,7 +34,7 @@ def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Hashable
 
 def remove(store: Store, attempt: Attempt) -> None:
     """Delete one checkpoint of a run root. From the second line on it does not exist; cut short, it is resumable."""
-    store.create(attempt.tombstone, compact({"step": attempt.step, "attempt": attempt.attempt}))
+    store.create(attempt.tombstone, _note(attempt))
     store.delete(attempt.manifest)
     remove_data(store, attempt)
     store.delete(attempt.tombstone)
@@ -46,6 +46,27 @@ def remove_data(store: Store, attempt: Attempt) -> None:
         store.delete(entry.key)
 
 
+def discard(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
+    """Delete what an attempt that failed left in a run root; says whether that was done. Coordinator.
+
+    A newer job may be finishing this very attempt. It looks for a tombstone after its manifest; we look for its claim
+    after our tombstone. So one of the two steps back, whatever the order.
+    """
+    store.create(attempt.tombstone, _note(attempt))
+    removed = owned()
+    if removed:
+        remove_data(store, attempt)
+    store.delete(attempt.tombstone)
+    return removed
+
+
+def debris(store: Store, epoch: Epoch, inherited: Collection[Attempt]) -> list[Attempt]:
+    """Attempts of jobs before ``epoch`` that did not become checkpoints and never will. One LIST of all shards."""
+    keys = [entry.key for prefix in (DATA, MANIFESTS) for entry in store.list(prefix)]
+    attempts = {attempt for key in keys if (attempt := attempt_of(key)) is not None}
+    return sorted(one for one in attempts if one.epoch.number > 0 and one.epoch < epoch and one not in inherited)
+
+
 def finish_removals(store: Store) -> list[Attempt]:
     """Complete the deletions that a run which ended had begun; say which."""
     begun = [attempt_of(entry.key) for entry in store.list(TOMBSTONES)]
@@ -53,6 +74,11 @@ def finish_removals(store: Store) -> list[Attempt]:
     for attempt in attempts:
         remove(store, attempt)
     return attempts
+
+
+def is_condemned(store: Store, attempt: Attempt) -> bool:
+    """Whether somebody has begun to delete it."""
+    return any(entry.key == attempt.tombstone for entry in store.list(TOMBSTONES))
 
 
 def trim_local(store: Store, *, rank: int, world_size: int, keep: int, newest: Attempt) -> None:
@@ -76,3 +102,7 @@ def remove_local(store: Store, attempt: Attempt, rank: int) -> None:
     """Delete this rank's part of a checkpoint from its node's local tier."""
     store.delete(attempt.manifest)
     store.delete(attempt.shard(rank))
+
+
+def _note(attempt: Attempt) -> bytes:
+    return compact({"step": attempt.step, "attempt": attempt.attempt})

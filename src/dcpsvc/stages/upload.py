@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import CorruptShardError, StoreError
+from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef
 from dcpsvc.storage.shards import VerifiedShard
@@ -26,6 +26,22 @@ def upload_shard(store: Store, record: ShardRecord, path: Path) -> None:
     """
     store.put_file(record.path, path)
     VerifiedShard([store], record).verify()
+
+
+def ensure_shard(store: Store, record: ShardRecord, path: Path) -> None:
+    """Like :func:`upload_shard`, but sends nothing if the whole shard is there already.
+
+    Raises:
+        StoreError: The store does not take it, or the file is neither there nor here.
+        CorruptShardError: What the store gives back is not what the record says.
+    """
+    try:
+        if store.size(record.path) == record.nbytes:
+            VerifiedShard([store], record).verify()
+            return
+    except (StoreNotFoundError, CorruptShardError):  # not there, or not whole
+        pass
+    upload_shard(store, record, path)
 
 
 def put_layout(store: Store, data: bytes) -> LayoutRef:

@@ -1,0 +1,113 @@
+"""Who owns a run root: the job that claimed it last. What an older one writes afterwards does not count.
+
+A job claims an epoch larger than any other, lists what is committed, and writes that list down: its inheritance. A
+reader counts a manifest of an older epoch only if the newest inheritance names it. A job that commits looks for
+a newer claim after the manifest is written: if there is none, whoever claims later lists later and inherits it; if
+there is one, the newer inheritance decides. So two jobs never disagree about a commit, whatever the order
+of their writes, on any store whose listings show what was written before. Conditional writes are not needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from dcpsvc.errors import FormatError, RunBusyError, StoreError, StoreNotFoundError
+from dcpsvc.format import epochs
+from dcpsvc.format.epochs import Claim, Inheritance
+from dcpsvc.format.keys import EPOCHS, Epoch, epoch_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from dcpsvc.format.keys import Attempt
+    from dcpsvc.storage.base import Entry, Store
+
+_TRIES = 16
+_KEPT = 3
+"""Epochs whose files stay, for people who wonder what happened."""
+
+
+def claim(store: Store, describe: Callable[[int], Claim]) -> Claim:
+    """Take a run root over. Coordinator.
+
+    Args:
+        store: The run root.
+        describe: Makes the claim with a number.
+
+    Raises:
+        RunBusyError: Other jobs claim it all the time.
+    """
+    number = _largest(store).number
+    for _ in range(_TRIES):
+        mine = describe(number + 1)
+        store.create(mine.epoch.claim, mine.dumps())
+        largest = max(_largest(store), mine.epoch)
+        if largest == mine.epoch:
+            return mine
+        number = largest.number
+    raise RunBusyError(store.url, f"other jobs claim it again and again, the last one with epoch {number}")
+
+
+def inherit(store: Store, epoch: Epoch, attempts: Iterable[Attempt]) -> None:
+    """Write down what counts of the time before; older epochs' files go, but for the last few."""
+    store.create(epoch.inheritance, Inheritance(epoch=epoch, attempts=frozenset(attempts)).dumps())
+    for key, (older, _) in _epochs(store.list(EPOCHS)):
+        if older.number < epoch.number - _KEPT:
+            store.delete(key)
+
+
+def successor(store: Store, epoch: Epoch) -> str:
+    """Who has taken over since, for people; empty if nobody has. One LIST of a few names."""
+    newest = _largest(store)
+    if newest <= epoch:
+        return ""
+    return describe(store, newest)
+
+
+def describe(store: Store, epoch: Epoch) -> str:
+    """An epoch's claim, for people."""
+    try:
+        return str(epochs.load_claim(epoch.claim, store.get(epoch.claim, max_nbytes=epochs.MAX_NBYTES)))
+    except (StoreError, FormatError):  # who it is matters less than that it is
+        return f"job {epoch.token} (epoch {epoch.number})"
+
+
+def newest_inheritance(store: Store, entries: Iterable[Entry]) -> Inheritance | None:
+    """The newest inheritance among ``entries``; None where no job of ours has taken the place over.
+
+    One that is damaged is passed over: then the one before decides, or none.
+    """
+    found = sorted((epoch for _, (epoch, inherited) in _epochs(entries) if inherited), reverse=True)
+    for epoch in found:
+        try:
+            return epochs.load_inheritance(
+                epoch.inheritance, store.get(epoch.inheritance, max_nbytes=epochs.MAX_NBYTES)
+            )
+        except (FormatError, StoreNotFoundError) as err:
+            logging.getLogger("dcpsvc").warning("an inheritance is passed over: %s", err)
+    return None
+
+
+def verdict(store: Store, attempt: Attempt) -> str | None:
+    """Whether a manifest that was just written counts: empty if it does, else who has taken over.
+
+    None: a newer job has, and has not yet said what it inherits.
+    """
+    entries = store.list(EPOCHS)
+    newer = max((epoch for _, (epoch, _) in _epochs(entries)), default=attempt.epoch)
+    if newer <= attempt.epoch:
+        return ""
+    inheritance = newest_inheritance(store, entries)
+    if inheritance is None or inheritance.epoch <= attempt.epoch:
+        return None
+    return "" if inheritance.counts(attempt) else describe(store, newer)
+
+
+def _largest(store: Store) -> Epoch:
+    return max((epoch for _, (epoch, _) in _epochs(store.list(EPOCHS))), default=Epoch(0, ""))
+
+
+def _epochs(entries: Iterable[Entry]) -> list[tuple[str, tuple[Epoch, bool]]]:
+    named = ((entry.key, epoch_of(entry.key)) for entry in entries)
+    return [(key, epoch) for key, epoch in named if epoch is not None]

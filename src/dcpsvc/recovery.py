@@ -1,0 +1,145 @@
+"""Finishing an upload that was cut short: the local tier's manifests are the journal.
+
+A manifest lies on a local tier exactly if every rank's shard was durable on its node. So a job that finds one newer
+than the newest commit carries the shards that are not at the run root yet, under the same attempt, and commits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from dcpsvc import fence
+from dcpsvc.errors import CorruptShardError, FencedError, FormatError, ManifestError, RankFailure, StoreError
+from dcpsvc.format import keys
+from dcpsvc.format import manifest as manifests
+from dcpsvc.format.keys import Attempt
+from dcpsvc.ranks.rendezvous import RefusalError
+from dcpsvc.stages import commit, discover, retain, upload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dcpsvc.format.keys import Epoch
+    from dcpsvc.format.manifest import ShardRecord
+    from dcpsvc.ranks.job import Job
+    from dcpsvc.ranks.rendezvous import Meeting
+    from dcpsvc.tiers import Tiers
+
+
+def holdings(tiers: Tiers) -> list[dict[str, Any]]:
+    """What this rank sees on its local tier: attempts, the shards of each, and their world size if it is complete."""
+    shards: dict[Attempt, list[int]] = {}
+    for entry in tiers.local.list(keys.DATA):
+        attempt, rank = keys.attempt_of(entry.key), keys.rank_of(entry.key)
+        if attempt is not None and rank is not None:
+            shards.setdefault(attempt, []).append(rank)
+    journal = _journal(tiers)
+    attempts = {*shards, *journal}
+    return [
+        {"attempt": list(one), "shards": shards.get(one, []), "world_size": journal.get(one, 0)}
+        for one in sorted(attempts)
+    ]
+
+
+def _journal(tiers: Tiers) -> dict[Attempt, int]:
+    """Attempts with a manifest on this disk, and their world size."""
+    found: dict[Attempt, int] = {}
+    for entry in tiers.local.list(keys.MANIFESTS):
+        attempt = keys.attempt_of(entry.key)
+        if attempt is None:
+            continue
+        try:
+            manifest = discover.read_manifest(tiers.local, attempt)
+        except FormatError:  # a torn journal entry is no journal entry
+            continue
+        if manifest.run_id == tiers.run_id:
+            found[attempt] = manifest.world_size
+    return found
+
+
+class Recovery:
+    """One attempt's upload, finished by the ranks of another start of the job.
+
+    Args:
+        job: The ranks.
+        tiers: Both tiers.
+        epoch: This job's claim.
+        place: Where the ranks meet about it.
+        meeting: Deadlines; an upload is part of it.
+    """
+
+    def __init__(self, job: Job, tiers: Tiers, epoch: Epoch, place: str, meeting: Meeting) -> None:
+        self._job, self._tiers, self._epoch, self._place, self._meeting = job, tiers, epoch, place, meeting
+
+    @staticmethod
+    def plans(
+        held: Sequence[Sequence[dict[str, Any]]], candidates: Sequence[Attempt], world_size: int
+    ) -> list[dict[str, Any]]:
+        """Who carries which shard of each candidate. Coordinator; pure.
+
+        A shard that lies on no disk may be at the run root already: somebody looks.
+        """
+        plans: list[dict[str, Any]] = []
+        for attempt in candidates:
+            mine = {rank: one for rank, holding in enumerate(held) for one in holding if one["attempt"] == [*attempt]}
+            journals = [rank for rank in sorted(mine) if mine[rank]["world_size"]]
+            if not journals:
+                continue
+            shards = range(mine[journals[0]]["world_size"])
+            holders = {shard: [rank for rank in sorted(mine) if shard in mine[rank]["shards"]] for shard in shards}
+            carriers = [holders[shard][0] if holders[shard] else shard % world_size for shard in shards]
+            plans.append({"attempt": list(attempt), "journal": journals[0], "carriers": carriers})
+        return plans
+
+    def run(self, plan: dict[str, Any]) -> None:
+        """Carry, prove, commit. Every rank.
+
+        Raises:
+            DisagreementError: It cannot be finished, the same on every rank; or ranks are missing.
+        """
+        attempt = Attempt(*plan["attempt"])
+        text = self._then("journal", lambda: self._read(attempt) if plan["journal"] == self._job.rank else None)
+        text = self._meet("journal", text, lambda texts: texts[plan["journal"]])
+        done = self._then("recover", lambda: self._carry(attempt, text, plan))
+        self._meet("carried", done, lambda _: self._commit(attempt, text))
+
+    def _read(self, attempt: Attempt) -> str:
+        return self._tiers.local.get(attempt.manifest, max_nbytes=manifests.MAX_NBYTES).decode()
+
+    def _carry(self, attempt: Attempt, text: str, plan: dict[str, Any]) -> None:
+        manifest = manifests.loads(attempt.manifest, text.encode())
+        for record, carrier in zip(manifest.shards, plan["carriers"], strict=True):
+            if carrier == self._job.rank:
+                self._carry_shard(record)
+        if plan["journal"] == self._job.rank:
+            layout = self._tiers.local.get(manifest.layout.path, max_nbytes=manifest.layout.nbytes)
+            if upload.put_layout(self._tiers.remote, layout) != manifest.layout:
+                raise CorruptShardError(manifest.layout.path, "the local layout is not the manifest's")
+
+    def _carry_shard(self, record: ShardRecord) -> None:
+        work = functools.partial(upload.ensure_shard, self._tiers.remote, record, self._tiers.local_path / record.path)
+        self._job.rendezvous.clock.bounded(work, self._meeting.timeout_s, f"the upload of {record.path}")
+
+    def _commit(self, attempt: Attempt, text: str) -> None:
+        """Coordinator. A tombstone that appears now is of a job that was replaced and is deleting: step back."""
+        remote, manifest = self._tiers.remote, manifests.loads(attempt.manifest, text.encode())
+        self._check_owner()
+        if unknown := commit.create(remote, manifest):
+            raise RefusalError([RankFailure(0, "recover", ManifestError.__name__, unknown)])
+        if retain.is_condemned(remote, attempt):
+            remote.delete(attempt.manifest)
+            raise RefusalError([RankFailure(0, "recover", StoreError.__name__, f"{attempt} is being deleted")])
+
+    def _check_owner(self) -> None:
+        if theirs := fence.successor(self._tiers.remote, self._epoch):
+            raise RefusalError([RankFailure(0, "recover", FencedError.__name__, f"replaced by {theirs}")])
+
+    def _then(self, phase: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+            return RankFailure(self._job.rank, phase, type(err).__name__, str(err))
+
+    def _meet(self, where: str, message: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        return self._job.meet(f"{self._place}/{where}", message, decide, self._meeting)
