@@ -23,6 +23,7 @@ class Catalog:
             resumed by name.
         unknown: Attempts that may or may not be committed, by step.
         leftovers: Attempts of this job that failed; what is left of them goes with the next commit.
+        newest_local: Newest step whose shards are all durable on the ranks' local tiers.
         manifests: Coordinator: valid commits, ascending; read at the first retention.
     """
 
@@ -31,6 +32,7 @@ class Catalog:
     aside: set[Attempt] = field(default_factory=set)
     unknown: dict[int, Attempt] = field(default_factory=dict)
     leftovers: set[Attempt] = field(default_factory=set)
+    newest_local: int | None = None
     manifests: list[Manifest] | None = None
 
     @property

@@ -6,29 +6,41 @@ uploader (meets the ranks, uploads, commits, deletes), a heartbeat, and a watche
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
-import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, Self
 
+from dcpsvc.admission import Admission
+from dcpsvc.announcing import Announcer
+from dcpsvc.atexit import at_exit
 from dcpsvc.catalog import Catalog
+from dcpsvc.commands import LiveCommands
 from dcpsvc.config import Options
-from dcpsvc.errors import ClosedError, ConfigError, DcpsvcError, RootError, StepExistsError
+from dcpsvc.control import Control
+from dcpsvc.errors import (
+    ClosedError,
+    ConfigError,
+    DcpsvcError,
+    FencedError,
+    RootError,
+    WaitTimeoutError,
+)
 from dcpsvc.events import Events, Point
 from dcpsvc.format.keys import MAX_STEP
 from dcpsvc.laststep import LastStep
 from dcpsvc.life import Life
 from dcpsvc.opening import open_run
-from dcpsvc.pending import Statistics, StepOutcome
+from dcpsvc.pending import StepOutcome
+from dcpsvc.preemption import EXIT_STOPPED, Preemption
 from dcpsvc.ranks.job import Job
-from dcpsvc.ranks.proposals import STOP, Proposals
+from dcpsvc.ranks.proposals import QUIT, SAVE, STOP, Proposals
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.resuming import Resuming
+from dcpsvc.saves import Saves
 from dcpsvc.saving import Saver
+from dcpsvc.standing import Standing
 from dcpsvc.state.app import AppState
 from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
@@ -37,8 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, MutableMapping
     from types import TracebackType
 
-    from dcpsvc.pending import PendingSave
-    from dcpsvc.state.collected import Collected
+    from dcpsvc.pending import PendingSave, Statistics
     from dcpsvc.storage.base import Store
 
 
@@ -82,24 +93,38 @@ class Checkpointer:
         except BaseException:  # whatever it is, no thread stays behind
             self._job.leave()
             raise
-        catalog = Catalog({attempt.step: attempt for attempt in self._run.settled.committed})
-        self._life = Life(self._job, self._run, self._options, self._events, catalog)
+        self._catalog = Catalog({attempt.step: attempt for attempt in self._run.settled.committed})
+        self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
         self._uploader = Uploader(self._life, self._let_go)
-        self._saver = Saver(self._job, self._run, self._state, self._life, self._events)
+        saver = Saver(self._job, self._run, self._state, self._life, self._events)
+        admission = Admission(self._job, self._options, self._uploader)
+        self._saves = Saves(admission, saver, self._uploader, self._catalog, self._events)
         self._last = LastStep(self._state, self._job.rank)
-        self._last_step: int | None = None
-        self._saved_step: int | None = None
-        self._resumed_from: int | None = None
+        self._preemption = _preemption(self._options, self._job.rank)
+        self._proposals = Proposals(
+            self._job.rendezvous, self._seconds_due, self._preemption.wanted, lambda: self._preemption.requested
+        )
+        self._announcer = Announcer(self._job, self._run, self._options, self._events)
+        self._standing = Standing(
+            run=self._run, world_size=self._job.world_size, catalog=self._catalog, saves=self._saves,
+            uploader=self._uploader, last=self._last, proposals=self._proposals, announcer=self._announcer,
+        )  # fmt: skip
+        self._commands = LiveCommands(self._proposals, self._standing.status)
         self._resumes = 0
-        self._blocked_s = 0.0
-        self._stopping = False
+        self._stopping = ""
         self._closed = False
         self._pid = os.getpid()
-        self._save_began = time.monotonic()
-        self._proposals = Proposals(self._job.rendezvous, self._seconds_due)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Everything stands: watch, listen, and be closed in the end."""
+        self._preemption.install()
         self._proposals.start()
-        _at_exit(self)
-        self._announce()
+        self._control = Control(self._run.run_id, self._job.rank, self._commands)
+        at_exit(self)
+        self._announcer.opened(self._catalog.newest, None)
+        if self._catalog.newest is None:
+            self._announcer.check_schedule(0)
 
     def __enter__(self) -> Self:
         """Nothing to do: the constructor opened everything."""
@@ -146,18 +171,13 @@ class Checkpointer:
             options.sync_timeout_s, options.upload_timeout_s,
         )  # fmt: skip
         found = resuming.run(step, skip)
+        self._announcer.resumed(found)
         if found is None:
-            self._events.emit(
-                Point.RESUMED, step=0, detail=f"fresh start: nothing is committed at {self._run.remote.url}"
-            )
             return 0
-        rejected = f"; not used: {'; '.join(found.rejected)}" if found.rejected else ""
-        self._events.emit(
-            Point.RESUMED, step=found.attempt.step, attempt=found.attempt.attempt, detail=found.summary + rejected
-        )
         self._set_aside(found.attempt.step, explicit=step is not None)
-        self._life.catalog.in_use[found.attempt] = "resumed from"
-        self._resumed_from = self._last_step = self._saved_step = found.attempt.step
+        self._catalog.in_use[found.attempt] = "resumed from"
+        self._standing.resumed_from = found.attempt.step
+        self._last.begin_at(found.attempt.step)
         return found.attempt.step
 
     def step(self, step: int, *, metrics: Mapping[str, float] | None = None) -> StepOutcome:
@@ -173,17 +193,22 @@ class Checkpointer:
         self._check_open()
         self._uploader.raise_if_spent(self._options.failure_budget)
         self._check_step(step)
-        if self._last_step is not None and step <= self._last_step:
-            raise ConfigError(f"step({step}) after step {self._last_step}: steps must grow")
-        self._last_step = step
+        if self._last.step is not None and step <= self._last.step:
+            raise ConfigError(f"step({step}) after step {self._last.step}: steps must grow")
+        self._last.step = step
         agreed = self._proposals.at(step)
-        self._stopping = self._stopping or agreed == STOP
+        if agreed in {STOP, QUIT}:
+            self._stop(agreed)
         every = self._options.every
-        due = agreed is not None or (every is not None and every.due(step))
-        pending = self.save(step, metrics=metrics) if due and step != self._saved_step else None
-        if pending is None and self._options.save_last:
+        due = agreed in {SAVE, STOP} or (agreed != QUIT and every is not None and every.due(step))
+        pending = None
+        if due and step != self._last.saved:
+            pending = self._save(step, metrics, must=agreed is not None)
+        if agreed is not None:
+            self._commands.tell(step, agreed, pending)
+        if self._last.unsaved == step:
             self._last.note(metrics)
-        return StepOutcome(step=step, pending=pending, should_stop=self._stopping)
+        return StepOutcome(step=step, pending=pending, should_stop=bool(self._stopping))
 
     def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> PendingSave:
         """Snapshot the state as of now and let it become a checkpoint in the background. Every rank.
@@ -202,12 +227,12 @@ class Checkpointer:
         """
         self._check_open()
         self._check_step(step)
-        return self._save(step, metrics or {}, values=None)
+        return self._save(step, metrics, must=False)
 
     def request_stop(self) -> None:
         """Have the job save and stop a few steps from now: ``step()`` will say so on every rank. Any rank or thread."""
         self._check_open()
-        self._proposals.ask_to_stop()
+        self._proposals.ask(STOP, "request_stop()")
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until every accepted save is committed or has failed, and its retention has run. Any thread.
@@ -220,8 +245,8 @@ class Checkpointer:
     def close(self, timeout_s: float | None = None, *, failed: bool = False) -> None:
         """Save the last step if it is not saved, finish what is under way, and leave. Collective; training thread.
 
-        Bounded by the timeouts of the options, or by ``timeout_s``. Further calls do nothing, nor does a call in a
-        forked child.
+        Bounded by the timeouts of the options, by ``timeout_s``, and after a preemption by ``grace_s``: what is on all
+        local disks by then is finished by the next start. Further calls do nothing, nor does a call in a forked child.
 
         Args:
             timeout_s: Longest wait for what is under way.
@@ -230,70 +255,79 @@ class Checkpointer:
         Raises:
             SaveError: The newest save failed.
             WaitTimeoutError: ``timeout_s`` passed; what was under way is abandoned, unless its manifest is being
-                written already.
+                written already. What is on all local disks is finished by the next start.
         """
         if self._closed or os.getpid() != self._pid:
             return
-        ends = None if timeout_s is None else time.monotonic() + timeout_s
         try:
-            self._uploader.wait(timeout_s)
-            self._save_last(failed=failed)
-            self._uploader.wait(None if ends is None else max(0.0, ends - time.monotonic()))
+            self._finish(timeout_s, failed=failed)
+            error = self._uploader.last_error
         finally:
             self._leave()
-        if (error := self._uploader.last_error) is not None:
+        if error is not None:
             raise error
+
+    @property
+    def exit_code(self) -> int:
+        """0, or :data:`EXIT_STOPPED` if the job was asked to stop before its end: for ``sys.exit()``."""
+        return EXIT_STOPPED if self._stopping else 0
 
     def statistics(self) -> Statistics:
         """Counters so far. Any thread."""
-        uploader = self._uploader
-        return Statistics(
-            accepted=uploader.accepted,
-            committed=uploader.committed,
-            failed=uploader.failed,
-            consecutive_failures=uploader.consecutive_failures,
-            blocked_s=self._blocked_s,
-            nbytes=uploader.nbytes,
-            newest=self._life.catalog.newest,
-            resumed_from=self._resumed_from,
-        )
+        return self._standing.statistics()
 
-    def _save(self, step: int, metrics: Mapping[str, float], values: Collected | None) -> PendingSave:
-        began = time.perf_counter()
-        self._uploader.wait(None)  # one at a time in DCP; bounded by the timeouts of its stages
-        waited_s = time.perf_counter() - began
-        if (committed := self._life.catalog.taken(step)) is not None:
-            raise StepExistsError(step, committed.attempt, self._life.catalog.newest)
-        save = self._saver.accept(step, began)
-        self._save_began = time.monotonic()
+    def _save(self, step: int, metrics: Mapping[str, float] | None, *, must: bool) -> PendingSave:
+        self._saves.check_new(step)
+        pending = self._saves.begin(step, metrics or {}, must=must, timeout_s=self._preemption.left_s())
+        if pending.state != "skipped":
+            self._last.save_begun(step)
+        return pending
+
+    def _stop(self, agreed: str) -> None:
+        """All ranks end after this step."""
+        told = self._proposals.agreed
+        self._stopping = str(told or agreed)
+        if told is not None and told.urgent:
+            self._preemption.noticed(told.why)
+        self._last.wanted = agreed == STOP
+
+    def _finish(self, timeout_s: float | None, *, failed: bool) -> None:
+        """Until everything is committed, or as far as the time goes."""
+        bounds = [bound for bound in (timeout_s, self._preemption.left_s()) if bound is not None]
+        bounds += [0.0] if self._commands.aborted else []
+        ends = time.monotonic() + min(bounds) if bounds else None
         try:
-            self._saver.stage(save, metrics, values)
-        finally:
-            timings = save.pending.timings
-            timings.blocked_s, timings.waited_s = save.elapsed_s(), waited_s
-            self._blocked_s += timings.blocked_s
-            self._saved_step = step
-            self._last.forget()
-            self._uploader.accept(save)
-        return save.pending
+            self._uploader.wait(_left_s(ends))
+            self._save_last(failed=failed)
+            self._uploader.wait(_left_s(ends))
+        except WaitTimeoutError as err:
+            if self._preemption.left_s() is None and not self._commands.aborted:
+                raise
+            self._announcer.cut_short(err.pending, self._catalog.newest_local)
 
     def _save_last(self, *, failed: bool) -> None:
         """Save the last complete step, if the model still is what it was then."""
-        step = self._last_step
-        if not self._options.save_last or step is None or (self._saved_step is not None and step <= self._saved_step):
+        step = self._last.unsaved
+        if not self._options.save_last or step is None or isinstance(self._uploader.last_error, FencedError):
             return
         if reason := self._last.obstacle(in_a_step=failed):
             detail = f"the last step is not saved: {reason}"
             self._events.emit(Point.SAVE_FAILED, step=step, detail=detail, level=logging.WARNING)
         else:
-            self._save(step, self._last.metrics, values=self._last.values)
+            left_s = self._preemption.left_s()
+            self._saves.begin(step, self._last.metrics, values=self._last.values, must=True, timeout_s=left_s)
+            self._last.save_begun(step)
 
     def _seconds_due(self) -> bool:
         every = self._options.every
-        return every is not None and every.seconds is not None and time.monotonic() - self._save_began >= every.seconds
+        return (
+            every is not None
+            and every.seconds is not None
+            and time.monotonic() - self._saves.last_began >= every.seconds
+        )
 
     def _set_aside(self, resumed: int, *, explicit: bool) -> None:
-        newer = self._life.catalog.set_aside(resumed, damaged=not explicit)
+        newer = self._catalog.set_aside(resumed, damaged=not explicit)
         if explicit and newer and self._job.coordinates:
             logging.getLogger("dcpsvc").warning(
                 "resumed from step %s by name; newer commits stay, and these steps cannot be saved again here: %s. "
@@ -309,30 +343,21 @@ class Checkpointer:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
             raise ConfigError(f"step={step!r} must be an int in 0..{MAX_STEP}")
 
-    def _announce(self) -> None:
-        every = self._options.every
-        schedule = "only on save() and at the end" if every is None else repr(every)
-        detail = (
-            f"root={self._run.remote.url} local={self._run.local_path} run_id={self._run.run_id} "
-            f"world_size={self._job.world_size} newest={self._life.catalog.newest} saves: {schedule}"
-        )
-        self._events.emit(Point.OPENED, detail=detail)
-
     def _leave(self) -> None:
         """Say goodbye so that nobody's store disappears under a peer; then stop every thread."""
         self._closed = True
         self._last.close()
+        left_s = self._preemption.left_s()
+        patience_s = self._options.sync_timeout_s if left_s is None else min(self._options.sync_timeout_s, left_s + 2.0)
         with contextlib.suppress(DisagreementError, RuntimeError):  # a peer that is gone cannot be waited for
-            self._job.meet(
-                "close", None, lambda _: None, Meeting(self._options.sync_timeout_s, self._options.sync_timeout_s)
-            )
-            self._job.linger("close", self._options.sync_timeout_s)
+            self._job.meet("close", None, lambda _: None, Meeting(patience_s, patience_s))
+            self._job.linger("close", patience_s)
         self._proposals.stop()
         self._uploader.stop()
-        statistics = self.statistics()
-        self._events.emit(
-            Point.CLOSED, step=statistics.newest, detail=f"{statistics.committed} committed, {statistics.failed} failed"
-        )
+        self._commands.close()
+        self._control.close()
+        self._preemption.uninstall()
+        self._announcer.closed(self.statistics(), self._stopping, self._last.step)
 
     def _let_go(self) -> None:
         """The uploader has ended: nobody uses the group, the heartbeat and this rank's place any more."""
@@ -347,19 +372,12 @@ class Checkpointer:
             logging.getLogger("dcpsvc").error("at exit: %s", err)  # noqa: TRY400 - nobody reads a traceback here
 
 
-def _at_exit(checkpointer: Checkpointer) -> None:
-    """Close at the end of the interpreter, while its threads still work.
+def _left_s(ends: float | None) -> float | None:
+    return None if ends is None else max(0.0, ends - time.monotonic())
 
-    A plain atexit hook comes too late to begin a save: thread pools have been told to end by then.
-    """
-    reference = weakref.ref(checkpointer)
 
-    def close() -> None:
-        if (alive := reference()) is not None:
-            alive.close_at_exit()
-
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(close)
+def _preemption(options: Options, rank: int) -> Preemption:
+    return Preemption(options.stop_signals, options.stop_file, options.grace_s, rank=rank)
 
 
 def _options(given: dict[str, Any]) -> Options:

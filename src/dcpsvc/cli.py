@@ -1,13 +1,15 @@
 """The command ``dcpsvc``: thin over :mod:`dcpsvc.tools`. Imports torch only where a command needs it.
 
-Exit codes: 0 all is well; 1 a checkpoint is damaged, missing, or the demo failed; 2 wrong usage;
-3 the run root cannot be used.
+Exit codes: 0 all is well; 1 a checkpoint is damaged or missing, a save failed, or the demo or drill did; 2 wrong
+usage; 3 the run root cannot be used; 4 no live job of this run on this host.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -15,12 +17,14 @@ import click
 from dcpsvc.errors import DcpsvcError, RootError, StoreAccessError, StoreError
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
-from dcpsvc.tools import showing, tables, verifying
+from dcpsvc.tools import live, showing, tables, verifying
 
 if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
 
-EXIT_DAMAGED, EXIT_UNUSABLE = 1, 3
+EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_NOT_LIVE = 1, 3, 4
+
+_SECONDS = click.FloatRange(min=0, min_open=True)
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 _options = click.option(
@@ -31,15 +35,25 @@ _options = click.option(
     metavar="KEY=VALUE",
     help="Passed to fsspec, e.g. -o endpoint_url=http://127.0.0.1:9000 (repeatable).",
 )
+_timeout = click.option(
+    "--timeout",
+    "timeout_s",
+    type=_SECONDS,
+    default=3600.0,
+    show_default=True,
+    metavar="S",
+    help="Longest wait for the answer, in seconds; what was asked stands all the same.",
+)
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 well, 1 damaged or missing, 2 usage, 3 root unusable.",
+    epilog="Exit codes: 0 well, 1 damaged, missing or not saved, 2 usage, 3 root unusable, 4 no live job of this run "
+    "on this host.",
 )
 @click.version_option(package_name="dcpsvc")
 def cli() -> None:
-    """List, show and verify the checkpoints of a training run; see it survive a kill -9 (demo)."""
+    """List, show and verify the checkpoints of a training run; control a live job; rehearse its end (demo, drill)."""
 
 
 @cli.command("ls")
@@ -104,6 +118,95 @@ def verify_command(root: str, step: int | None, options: tuple[str, ...], as_jso
     sys.exit(0 if all(finding.intact for finding in findings) else EXIT_DAMAGED)
 
 
+@cli.command("status")
+@click.argument("root")
+@_options
+@_json
+def status_command(root: str, options: tuple[str, ...], as_json: bool) -> None:
+    """Show how the live job of the run at ROOT is doing: its ranks on this host.
+
+    Example: dcpsvc status s3://bucket/runs/exp42
+    """
+    found = live.ranks(live.run_id(root, _parse(options)))
+    if not found:
+        raise live.NoLiveJobError(root)
+    if as_json:
+        _print_json([rank.document() for rank in found])
+    else:
+        tables.print_status(found)
+
+
+@cli.command("save")
+@click.argument("root")
+@_timeout
+@_options
+@_json
+def save_command(root: str, timeout_s: float, options: tuple[str, ...], as_json: bool) -> None:
+    """Have the live job of the run at ROOT save; returns when that is committed.
+
+    Works on any host of the job. Example: dcpsvc save ./runs/exp42
+    """
+    _ask({"command": "save"}, root, timeout_s, options, as_json=as_json)
+
+
+@cli.command("stop")
+@click.argument("root")
+@click.option("--no-save", is_flag=True, help="Stop without a save; what is in flight is finished.")
+@click.option("--abort", is_flag=True, help="Stop without a save, and abandon what is in flight.")
+@_timeout
+@_options
+@_json
+def stop_command(
+    root: str, no_save: bool, abort: bool, timeout_s: float, options: tuple[str, ...], as_json: bool
+) -> None:
+    """Have the live job of the run at ROOT save and stop; returns when that save is committed.
+
+    Works on any host of the job. Example: dcpsvc stop ./runs/exp42
+    """
+    if no_save and abort:
+        raise click.UsageError("--abort never saves: give one of --no-save and --abort")
+    asked = {"command": "abort"} if abort else {"command": "stop", "save": not no_save}
+    _ask(asked, root, timeout_s, options, as_json=as_json)
+
+
+@cli.group("drill")
+def drill_group() -> None:
+    """Rehearse what a cluster does to a job, with the job's own command."""
+
+
+@drill_group.command("sigterm", context_settings={"allow_interspersed_args": False})
+@click.option("--root", help="The job's run root. Default: the first one that the command opens on this host.")
+@click.option("--after-step", "after_steps", type=click.IntRange(min=1), default=3, show_default=True, metavar="N")
+@click.option("--signal", "name", type=click.Choice(["TERM", "USR1"]), default="TERM", show_default=True)
+@click.option("--to", type=click.Choice(["rank", "launcher"]), default="rank", show_default=True, help="Who gets it.")
+@click.option("--grace", "grace_s", type=_SECONDS, default=30.0, show_default=True, metavar="S")
+@click.option("--start", "start_s", type=_SECONDS, default=600.0, show_default=True, metavar="S")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@_options
+@_json
+def drill_sigterm_command(
+    name: str, command: tuple[str, ...], options: tuple[str, ...], as_json: bool, **choices: Any
+) -> None:
+    """Run COMMAND, and after N steps send one of its ranks SIGTERM, as a preemption does; then judge what is left.
+
+    The job has S seconds (--grace) to save and to end, before it is killed; it must make its first steps within
+    --start. Exits with 1 if work would be lost, or the job does not end. Example: dcpsvc drill sigterm -- torchrun
+    --nproc-per-node 2 train.py
+    """
+    from dcpsvc.tools import drill
+
+    plan = drill.Drill(command=command, signum=drill.SIGNALS[name], storage_options=_parse(options), **choices)
+    try:
+        verdict = drill.run(plan, sys.stderr.buffer if as_json else None, lambda line: click.echo(line, err=True))
+    except OSError as err:
+        raise click.UsageError(f"{command[0]}: {err.strerror or err}") from err
+    if as_json:
+        _print_json(verdict.document())
+    else:
+        tables.print_verdict(verdict)
+    sys.exit(0 if verdict.passed else EXIT_DAMAGED)
+
+
 @cli.command("demo")
 @click.option("--root", help="Where the checkpoints go: a directory or URL. Default: inside --dir.")
 @click.option("--parallel", type=click.Choice(["fsdp", "ddp", "none"]), default="fsdp", show_default=True)
@@ -136,11 +239,11 @@ def main() -> NoReturn:
         sys.exit(err.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except DcpsvcError as err:
+    except (DcpsvcError, live.LiveError) as err:
         click.echo(f"dcpsvc: {err}", err=True)
         if remedy := _remedy(err):
             click.echo(f"        {remedy}", err=True)
-        sys.exit(EXIT_UNUSABLE if isinstance(err, RootError | StoreError) else EXIT_DAMAGED)
+        sys.exit(next((code for kind, code in _EXITS.items() if isinstance(err, kind)), EXIT_DAMAGED))
     sys.exit(0)
 
 
@@ -162,25 +265,35 @@ def _parse(options: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
+def _ask(asked: dict[str, Any], root: str, timeout_s: float, options: tuple[str, ...], *, as_json: bool) -> None:
+    began = time.monotonic()
+    rank = live.speaker(root, _parse(options))
+    answer = live.command(rank, asked, timeout_s, lambda step: click.echo(f"all ranks act after step {step}", err=True))
+    if as_json:
+        _print_json(answer)
+    else:
+        tables.print_answer(answer, time.monotonic() - began)
+
+
 def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=1))
 
 
 def _finding(finding: verifying.Finding) -> dict[str, Any]:
-    return {
-        "step": finding.step,
-        "attempt": finding.attempt,
-        "nbytes": finding.nbytes,
-        "intact": finding.intact,
-        "problems": list(finding.problems),
-    }
+    return asdict(finding) | {"intact": finding.intact}
 
 
-_REMEDIES: dict[type[DcpsvcError], str] = {
+_EXITS: dict[type[Exception], int] = {
+    RootError: EXIT_UNUSABLE,
+    StoreError: EXIT_UNUSABLE,
+    live.NoLiveJobError: EXIT_NOT_LIVE,
+}
+_REMEDIES: dict[type[Exception], str] = {
     RootError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
     StoreAccessError: "Check permissions and credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=... -o secret=...).",
+    live.NoLiveJobError: "Ask on a host of the job, as the job's user.",
 }
 
 
-def _remedy(err: DcpsvcError) -> str:
+def _remedy(err: Exception) -> str:
     return next((text for kind, text in _REMEDIES.items() if isinstance(err, kind)), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,18 @@ class Options:
     """Longest time a shard may take to reach the local disk, and again to reach the run root. A rank that
     stops giving signs of life is noticed after ``sync_timeout_s`` all the same."""
 
+    backpressure: Literal["wait", "skip", "drop-oldest"] = "wait"
+    """What ``save()`` does while ``max_inflight`` saves are under way: wait for the oldest, leave this one out, or
+    give the oldest up. All ranks do the same. The last save and one that a stop asks for always wait."""
+
+    max_inflight: int = 1
+    """Saves under way at once. Each holds host memory of the size of this rank's shard until it is on the local disk,
+    and disk space until it is committed."""
+
+    staging_nbytes: int | None = None
+    """Host memory that staging may take on this rank. A shard that does not fit is written straight from the state
+    before ``save()`` returns: slower, and the same bytes. None: what the machine has free."""
+
     max_consecutive_failures: int = 3
     """Failed saves in a row that training survives; the next ``step()`` raises the last one."""
 
@@ -56,6 +69,20 @@ class Options:
 
     save_last: bool = True
     """Save the last step when the Checkpointer closes, if it is not saved yet."""
+
+    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
+    """Signals that ask the job to save and stop: on any one rank, for all. Taken only in the main thread; a handler of
+    yours is called as well. The second such signal acts as if this were not here."""
+
+    stop_file: str | os.PathLike[str] | None = None
+    """A file whose touching, on any node, asks the same."""
+
+    grace_s: float = 25.0
+    """After a stop was asked for: time until the process must have ended. The local commit comes first; an upload that
+    does not fit is finished by the next start on this disk. torchrun kills 30 s after SIGTERM."""
+
+    total_steps: int | None = None
+    """Steps the training will take, if known: to say at the start whether a save will ever be due."""
 
     on_event: Callable[[Event], None] | None = None
     """Called with every life-cycle event of this rank, on whichever thread it happens. Must not block."""
@@ -69,8 +96,14 @@ class Options:
             )
         if not is_count(self.keep_local):
             raise ConfigError(f"keep_local={self.keep_local!r} must be an int of at least 1")
-        if self.on_failure not in ("continue", "raise"):
-            raise ConfigError(f"on_failure={self.on_failure!r} must be 'continue' or 'raise'")
+        if not is_count(self.max_inflight):
+            raise ConfigError(f"max_inflight={self.max_inflight!r} must be an int of at least 1")
+        _one_of("on_failure", self.on_failure, ("continue", "raise"))
+        _one_of("backpressure", self.backpressure, ("wait", "skip", "drop-oldest"))
+        _positive("grace_s", self.grace_s)
+        _count_or_none("staging_nbytes", self.staging_nbytes)
+        _count_or_none("total_steps", self.total_steps)
+        _signals(self.stop_signals)
         _instance("every", self.every, (Every, type(None)), "an Every(...), or None")
         _instance("keep", self.keep, Keep, "a policy such as Latest(3)")
 
@@ -92,6 +125,21 @@ class Options:
 def _positive(name: str, value: float) -> None:
     if not is_number(value) or not 0 < value < math.inf:
         raise ConfigError(f"{name}={value!r} must be a number of seconds above 0")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} must be {' or '.join(map(repr, known))}")
+
+
+def _count_or_none(name: str, value: int | None) -> None:
+    if value is not None and not is_count(value):
+        raise ConfigError(f"{name}={value!r} must be an int of at least 1, or None")
+
+
+def _signals(names: object) -> None:
+    if not isinstance(names, tuple) or not all(name in signal.Signals.__members__ for name in names):
+        raise ConfigError(f"stop_signals={names!r} must be a tuple of names such as 'SIGTERM'")
 
 
 def _instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:

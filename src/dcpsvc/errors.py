@@ -15,6 +15,7 @@
     |   |-- SaveFailedError         ranks failed, or disagreed about what to save
     |   |-- RanksMissingError       ranks did not arrive before the deadline
     |   |-- FencedError             a newer job has taken the run root over; this one must end
+    |   |-- SaveSkippedError        left out, or given up for a newer one, as backpressure= says; no failure
     |   |-- CommitUnknownError      the commit may or may not have happened; only the store can tell
     |   `-- StepExistsError         the step is already committed
     |-- RestoreError                a checkpoint cannot be read back
@@ -27,6 +28,7 @@
     |   `-- CorruptShardError       bytes that do not match their checksum, or are missing
     |-- StoreError                  the run root's store said no
     |   |-- StoreNotFoundError
+    |   |-- StoreObjectError        an object that is not what it should be
     |   |-- StoreAccessError        credentials or permissions
     |   |-- StoreFullError          no space left
     |   `-- StoreUnavailableError   transient: worth another try
@@ -188,7 +190,22 @@ class FencedError(SaveError):
         self.args = (step, attempt, newest, reason)
 
     def __str__(self) -> str:
-        return f"step {self.step} (attempt {self.attempt}) is refused: {self.reason}; end this job; {self.intact} as far as it knows"
+        return (
+            f"step {self.step} (attempt {self.attempt}) is refused: {self.reason}; end this job; "
+            f"{self.intact} as far as it knows"
+        )
+
+
+class SaveSkippedError(SaveError):
+    """Saves come faster than they can be stored, and ``backpressure`` says to leave some out. Alike on every rank."""
+
+    def __init__(self, step: int, attempt: str, newest: int | None, reason: str) -> None:
+        super().__init__(step, attempt, newest)
+        self.reason = reason
+        self.args = (step, attempt, newest, reason)
+
+    def __str__(self) -> str:
+        return f"step {self.step} (attempt {self.attempt}) is left out: {self.reason}; {self.intact}"
 
 
 class CommitUnknownError(SaveError):
@@ -317,6 +334,10 @@ class StoreError(DcpsvcError):
 
 class StoreNotFoundError(StoreError):
     """No object under that key."""
+
+
+class StoreObjectError(StoreError):
+    """What lies under that key is no object of ours: too large, too short, no regular file."""
 
 
 class StoreAccessError(StoreError):

@@ -20,6 +20,7 @@ class Point(StrEnum):
     """Labelled points, in the order of life."""
 
     OPENED = "opened"
+    RECOVERED = "recovered"
     RESUMED = "resumed"
     SAVE_ACCEPTED = "save-accepted"
     STAGED = "staged"
@@ -31,11 +32,12 @@ class Point(StrEnum):
     MANIFEST_CREATED = "manifest-created"
     COMMITTED = "committed"
     RETAINED = "retained"
+    SAVE_SKIPPED = "save-skipped"
     SAVE_FAILED = "save-failed"
     CLOSED = "closed"
 
 
-_INFO = {Point.OPENED, Point.RESUMED, Point.COMMITTED, Point.CLOSED}
+_INFO = {Point.OPENED, Point.RECOVERED, Point.RESUMED, Point.COMMITTED, Point.CLOSED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,14 @@ of their writes, on any store whose listings show what was written before. Condi
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import FormatError, RunBusyError, StoreError, StoreNotFoundError
+from dcpsvc.errors import FormatError, RootError, RunBusyError, StoreError, StoreNotFoundError
 from dcpsvc.format import epochs
 from dcpsvc.format.epochs import Claim, Inheritance
-from dcpsvc.format.keys import EPOCHS, Epoch, epoch_of
+from dcpsvc.format.keys import EPOCHS, MAX_EPOCH, Epoch, epoch_of
+from dcpsvc.storage.conflict import holds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,12 +38,15 @@ def claim(store: Store, describe: Callable[[int], Claim]) -> Claim:
         describe: Makes the claim with a number.
 
     Raises:
-        RunBusyError: Other jobs claim it all the time.
+        RunBusyError: Other jobs claim it all the time, or the numbers are used up.
+        StoreError: It cannot be written, or does not read back as it was written.
     """
     number = _largest(store).number
     for _ in range(_TRIES):
+        if number >= MAX_EPOCH:
+            raise RunBusyError(store.url, f"epoch {number} is the last there can be; use another run root")
         mine = describe(number + 1)
-        store.create(mine.epoch.claim, mine.dumps())
+        _write(store, mine.epoch.claim, mine.dumps())
         largest = max(_largest(store), mine.epoch)
         if largest == mine.epoch:
             return mine
@@ -50,25 +55,46 @@ def claim(store: Store, describe: Callable[[int], Claim]) -> Claim:
 
 
 def inherit(store: Store, epoch: Epoch, attempts: Iterable[Attempt]) -> None:
-    """Write down what counts of the time before; older epochs' files go, but for the last few."""
-    store.create(epoch.inheritance, Inheritance(epoch=epoch, attempts=frozenset(attempts)).dumps())
+    """Write down what counts of the time before; older epochs' files go, but for the last few.
+
+    Raises:
+        StoreError: It cannot be written, or does not read back as it was written.
+    """
+    _write(store, epoch.inheritance, Inheritance(epoch=epoch, attempts=frozenset(attempts)).dumps())
     for key, (older, _) in _epochs(store.list(EPOCHS)):
         if older.number < epoch.number - _KEPT:
             store.delete(key)
 
 
+def _write(store: Store, key: str, data: bytes) -> None:
+    """A claim or inheritance that were damaged would be passed over, so none may be."""
+    store.create(key, data)
+    if not holds(store, key, data):
+        raise StoreError("create", key, "does not read back as it was written")
+
+
 def successor(store: Store, epoch: Epoch) -> str:
-    """Who has taken over since, for people; empty if nobody has. One LIST of a few names."""
-    newest = _largest(store)
-    if newest <= epoch:
-        return ""
-    return describe(store, newest)
+    """Who has taken over since, for people; empty if nobody has. One LIST of a few names.
+
+    Raises:
+        RootError: The claim itself is gone: somebody has moved or emptied the run root.
+    """
+    newest = _newest(store.list(EPOCHS), epoch, store.url)
+    return "" if newest == epoch else describe(store, newest)
+
+
+def _newest(entries: Iterable[Entry], mine: Epoch, where: str) -> Epoch:
+    claims = [epoch for _, (epoch, inherited) in _epochs(entries) if not inherited]
+    newest = max(claims, default=mine)
+    if newest < mine or not claims:
+        raise RootError(where, f"the claim of epoch {mine.number} is gone: was the run root moved or emptied?")
+    return newest
 
 
 def describe(store: Store, epoch: Epoch) -> str:
     """An epoch's claim, for people."""
     try:
-        return str(epochs.load_claim(epoch.claim, store.get(epoch.claim, max_nbytes=epochs.MAX_NBYTES)))
+        return str(epochs.load_claim(epoch.claim, store.get(epoch.claim, max_nbytes=epochs.MAX_CLAIM_NBYTES)))
     except (StoreError, FormatError):  # who it is matters less than that it is
         return f"job {epoch.token} (epoch {epoch.number})"
 
@@ -89,19 +115,33 @@ def newest_inheritance(store: Store, entries: Iterable[Entry]) -> Inheritance | 
     return None
 
 
-def verdict(store: Store, attempt: Attempt) -> str | None:
-    """Whether a manifest that was just written counts: empty if it does, else who has taken over.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a manifest that was just written counts.
 
-    None: a newer job has, and has not yet said what it inherits.
+    Attributes:
+        counts: None if nobody knows yet: a newer job has not said what it inherits.
+        theirs: Who has taken over; empty if nobody has.
+    """
+
+    counts: bool | None
+    theirs: str
+
+
+def verdict(store: Store, attempt: Attempt) -> Verdict:
+    """See :class:`Verdict`. Only the inheritance of the newest claimant is final.
+
+    Raises:
+        RootError: The claim of the attempt's own epoch is gone.
     """
     entries = store.list(EPOCHS)
-    newer = max((epoch for _, (epoch, _) in _epochs(entries)), default=attempt.epoch)
-    if newer <= attempt.epoch:
-        return ""
+    newer = _newest(entries, attempt.epoch, store.url)
+    if newer == attempt.epoch:
+        return Verdict(counts=True, theirs="")
     inheritance = newest_inheritance(store, entries)
-    if inheritance is None or inheritance.epoch <= attempt.epoch:
-        return None
-    return "" if inheritance.counts(attempt) else describe(store, newer)
+    if inheritance is None or inheritance.epoch != newer:
+        return Verdict(counts=None, theirs=describe(store, newer))
+    return Verdict(counts=inheritance.counts(attempt), theirs=describe(store, newer))
 
 
 def _largest(store: Store) -> Epoch:

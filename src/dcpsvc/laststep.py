@@ -24,6 +24,11 @@ class LastStep:
 
     An exception in the middle of step N+1 finds the model as it was after N, unless the optimizer has run; the
     generators, the loader and the counters have moved on, so copies of those are kept.
+
+    Attributes:
+        step: The last step told, or resumed; None before the first.
+        saved: The last step that a save was begun for, or that was resumed.
+        wanted: Whether it is to be saved at the end.
     """
 
     def __init__(self, state: AppState, rank: int) -> None:
@@ -32,6 +37,9 @@ class LastStep:
         self._versions: tuple[int, ...] = ()
         self._watched: list[Optimizer] = []
         self._hooks: list[RemovableHandle] = []
+        self.step: int | None = None
+        self.saved: int | None = None
+        self.wanted = True
         self.metrics: dict[str, float] = {}
         self.values: Collected | None = None
 
@@ -46,9 +54,20 @@ class LastStep:
         except Exception as err:  # noqa: BLE001 - a step that saves nothing must not fail; the save reports it
             logging.getLogger("dcpsvc").debug("values of the last step are not kept: %s", err)
 
-    def forget(self) -> None:
+    def begin_at(self, step: int) -> None:
+        """Training continues after this step, which is a checkpoint."""
+        self.step = self.saved = step
+
+    def save_begun(self, step: int) -> None:
         """The step is being saved."""
-        self.values = None
+        self.saved, self.values = step, None
+
+    @property
+    def unsaved(self) -> int | None:
+        """The last step, if no save was begun for it and it is wanted."""
+        if not self.wanted or self.step is None or (self.saved is not None and self.step <= self.saved):
+            return None
+        return self.step
 
     def obstacle(self, *, in_a_step: bool) -> str:
         """Why the state no longer is what it was when the step was noted; empty if it can be saved.

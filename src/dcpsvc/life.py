@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dcpsvc import deadline
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
@@ -21,6 +22,7 @@ from dcpsvc.errors import (
     RanksMissingError,
     SaveError,
     SaveFailedError,
+    SaveSkippedError,
 )
 from dcpsvc.events import Point
 from dcpsvc.format.digest import digest
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CLOSED = "the Checkpointer was closed before the save ended"
+
 
 class Life:
     """Runs saves one after the other; owned by the uploader thread."""
@@ -53,6 +57,7 @@ class Life:
         self._layouts: dict[str, bytes] = {}
         self.abandoned = threading.Event()
         self._previous: Save | None = None
+        self._replaced_by = ""
         self._sync = Meeting(options.sync_timeout_s)
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
 
@@ -81,32 +86,48 @@ class Life:
     def _to_commit(self, save: Save) -> Manifest:
         agreement = ack.agree(self._job, save.place, save.proposal, self._sync)
         self._forget_previous(save)
-        layout = self._guarded("plan", lambda: self._layout(save, agreement))
-        record = self._then("write", layout, lambda _: self._write(save))
+        layout = self._guarded(save, "plan", lambda: self._layout(save, agreement))
+        record = self._then(save, "write", layout, lambda _: self._write(save))
         records = self._acknowledged(save, "local", record)
-        manifest = self._then("ack", records, lambda found: self._commit_locally(save, agreement, found, layout))
-        record = self._then("upload", manifest, lambda found: self._upload(save, found, layout))
+        manifest = self._then(save, "ack", records, lambda found: self._commit_locally(save, agreement, found, layout))
+        record = self._then(save, "upload", manifest, lambda found: self._upload(save, found, layout))
         records = self._acknowledged(save, "remote", record)
-        manifest = self._then("ack", records, lambda _: self._acked_remote(save, manifest))
+        manifest = self._then(save, "ack", records, lambda _: self._acked_remote(save, manifest))
         created = functools.partial(self._created, save, manifest)
         save.may_exist = isinstance(manifest, Manifest)
-        if unknown := commit.publish(
+        published = commit.publish(
             self._job, save.place, manifest, self._run.remote, meeting=self._work, within=self._within, created=created
-        ):
-            raise CommitUnknownError(*save.key, self.catalog.newest, unknown)
+        )
+        if published.unknown:
+            raise CommitUnknownError(*save.key, self.catalog.newest, published.unknown)
+        self._replaced_by = published.replaced
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
 
-    def _within(self, work: Callable[[], T]) -> T:
+    def _within(self, work: Callable[[], T], given_up: Callable[[], str] | None = None) -> T:
         clock = self._job.rendezvous.clock
-        return clock.bounded(work, self._options.upload_timeout_s, "a call to the store")
+        return clock.bounded(work, self._options.upload_timeout_s, "a call to the store", given_up)
 
-    def _guarded(self, phase: str, work: Callable[[], T]) -> T | RankFailure:
-        """Do this rank's part; what goes wrong becomes a value for the next meeting."""
+    def _why_given_up(self, save: Save) -> str:
+        return save.dropped or (_CLOSED if self.abandoned.is_set() else "")
+
+    def _given_up(self, save: Save, phase: str) -> RankFailure | None:
+        if not (reason := self._why_given_up(save)):
+            return None
+        kind = SaveSkippedError if save.dropped else ClosedError
+        return RankFailure(self._job.rank, phase, kind.__name__, reason)
+
+    def _guarded(self, save: Save, phase: str, work: Callable[[], T]) -> T | RankFailure:
+        """Do this rank's part, unless nobody wants it any more."""
+        given_up = self._given_up(save, phase)
+        return self._tried(save, phase, work) if given_up is None else given_up
+
+    def _tried(self, save: Save, phase: str, work: Callable[[], T]) -> T | RankFailure:
+        """What goes wrong becomes a value for the next meeting."""
         try:
-            if self.abandoned.is_set():
-                raise ClosedError("the Checkpointer was closed before the save ended")  # noqa: TRY301
             return work()
+        except deadline.GivenUpError as err:
+            return self._given_up(save, phase) or RankFailure(self._job.rank, phase, type(err).__name__, str(err))
         except DisagreementError:
             raise
         except BaseException as err:  # DCP's own exception is no Exception; all become values for the meeting
@@ -115,13 +136,14 @@ class Life:
             cause = dcp_quirks.cause(err)
             return RankFailure(self._job.rank, phase, type(cause).__name__, str(cause) or "no message")
 
-    def _then(self, phase: str, before: Any, work: Callable[[Any], T]) -> T | RankFailure:
-        return before if isinstance(before, RankFailure) else self._guarded(phase, lambda: work(before))
+    def _then(self, save: Save, phase: str, before: Any, work: Callable[[Any], T]) -> T | RankFailure:
+        return before if isinstance(before, RankFailure) else self._guarded(save, phase, lambda: work(before))
 
     def _acknowledged(
         self, save: Save, phase: str, record: ShardRecord | RankFailure
     ) -> list[ShardRecord] | RankFailure:
-        return self._guarded("ack", lambda: ack.acknowledge(self._job, save.place, phase, record, self._work))
+        mine = record if isinstance(record, RankFailure) else self._given_up(save, phase) or record
+        return self._tried(save, "ack", lambda: ack.acknowledge(self._job, save.place, phase, mine, self._work))
 
     def _layout(self, save: Save, agreement: ack.Agreement) -> bytes:
         """The layout's bytes; then the gate opens and DCP writes."""
@@ -161,6 +183,7 @@ class Life:
         )
         upload.put_layout(self._run.local, layout)
         self._run.local.create(manifest.key.manifest, manifest.dumps())
+        self.catalog.newest_local = max(save.key.step, self.catalog.newest_local or 0)
         save.pending.timings.local_s = save.elapsed_s()
         save.pending.timings.nbytes = manifest.nbytes
         self._emit(Point.ACKED_LOCAL, save, nbytes=manifest.nbytes, seconds=save.elapsed_s())
@@ -171,7 +194,8 @@ class Life:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
         path = self._run.local_path / record.path
-        self._within(functools.partial(upload.upload_shard, self._run.remote, record, path))
+        given_up = functools.partial(self._why_given_up, save)
+        self._within(functools.partial(upload.upload_shard, self._run.remote, record, path), given_up)
         if self._job.coordinates:
             self._within(functools.partial(upload.put_layout, self._run.remote, layout))
         save.pending.timings.upload_s = time.perf_counter() - began
@@ -193,7 +217,8 @@ class Life:
         detail = f"world_size={manifest.world_size} root={self._run.remote.url}"
         self._emit(Point.COMMITTED, save, nbytes=manifest.nbytes, seconds=save.elapsed_s(), detail=detail)
         save.pending.resolve(save.pending.committed)
-        self._retention.run(save)
+        if not self._replaced_by:  # else it is the newer job's to delete
+            self._retention.run(save)
 
     def _forget_previous(self, save: Save) -> None:
         """Every rank has come to this meeting, so all have left those of the save before."""
@@ -212,6 +237,8 @@ class Life:
         newest = self.catalog.newest
         if fenced := [failure.text for failure in err.failures if failure.error == FencedError.__name__]:
             return FencedError(*save.key, newest, fenced[0])
+        if err.failures and all(failure.error == SaveSkippedError.__name__ for failure in err.failures):
+            return SaveSkippedError(*save.key, newest, err.failures[0].text)
         if err.failures:
             return SaveFailedError(*save.key, newest, err.failures)
         if err.phase == "commit":
@@ -222,21 +249,30 @@ class Life:
         self._previous = None  # its verdict stays on the store, for ranks that come late
         if save.shard is not None:
             save.shard.refuse(error)
-        mine = [f for f in getattr(error, "failures", ()) if f.rank == self._job.rank]
-        level = logging.ERROR if mine else logging.WARNING if self._job.coordinates else logging.DEBUG
-        self._emit(Point.SAVE_FAILED, save, detail=str(error), level=level)
+        self._tell(save, error)
         self._tidy(save, error)
         save.pending.resolve(save.pending.committed, error)
+
+    def _tell(self, save: Save, error: SaveError) -> None:
+        mine = [f for f in getattr(error, "failures", ()) if f.rank == self._job.rank]
+        skipped = isinstance(error, SaveSkippedError)
+        loud = logging.INFO if skipped else logging.WARNING
+        level = logging.ERROR if mine else loud if self._job.coordinates else logging.DEBUG
+        self._emit(Point.SAVE_SKIPPED if skipped else Point.SAVE_FAILED, save, detail=str(error), level=level)
 
     def _tidy(self, save: Save, error: SaveError) -> None:
         """A failed attempt is deleted; one that broke off when all shards were durable may be finished by a restart."""
         if isinstance(error, CommitUnknownError):
             self.catalog.unknown[save.key.step] = save.key
             return
+        if isinstance(error, FencedError):
+            return  # this job is over; what it left is the newer one's
         self.catalog.leftovers.add(save.key)
-        broke_off = isinstance(error, RanksMissingError) or self.abandoned.is_set()
+        left = any(failure.error == ClosedError.__name__ for failure in getattr(error, "failures", ()))
+        broke_off = isinstance(error, RanksMissingError) or left or self.abandoned.is_set()
         if not (broke_off and save.pending.local.done()):
             self._retention.discard(save.key)
 
     def _emit(self, name: Point, save: Save, **details: Any) -> None:
+        save.phase = name
         self._events.emit(name, step=save.key.step, attempt=save.key.attempt, **details)

@@ -7,7 +7,7 @@ import secrets
 import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from dcpsvc import placelock
 from dcpsvc.errors import (
@@ -24,11 +24,14 @@ from dcpsvc.storage.posix import PosixStore
 from dcpsvc.tiers import Tiers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from dcpsvc.config import Options
     from dcpsvc.ranks.job import Job
     from dcpsvc.storage.base import Store
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,16 +51,21 @@ def open_run(job: Job, remote: Store, local_dir: Path, options: Options) -> Plac
     Raises:
         RootError: On every rank, when any rank cannot: unwritable, not shared, another format, in use.
     """
-    sync_s = options.sync_timeout_s
-    meeting = Meeting(options.upload_timeout_s, silence_s=sync_s)  # a slow store is no missing rank
+    meeting = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)  # a slow store is no missing rank
+
+    def within(work: Callable[[], T]) -> T:
+        return job.rendezvous.clock.bounded(work, options.upload_timeout_s, "opening the run root")
+
     try:
-        found = job.meet("open/root", None, lambda _: _find_run(remote), Meeting(options.upload_timeout_s, sync_s))
-        return _join_run(job, remote, local_dir, found["run_id"], meeting)
+        run_id = job.meet("open/root", None, lambda _: within(lambda: _find_run(remote)), meeting)
+        path = local_dir / run_id
+        tiers = Tiers(run_id=run_id, remote=remote, local=PosixStore(path), local_path=path)
+        return _join_run(job, tiers, within, meeting)
     except DisagreementError as err:
         raise _as_root_error(remote.url, err) from None
 
 
-def _find_run(remote: Store) -> dict[str, Any]:
+def _find_run(remote: Store) -> str:
     """Coordinator: the run's identity, created if this is the first job here."""
     try:
         found = run.loads(remote.url, remote.get(keys.RUN, max_nbytes=run.MAX_NBYTES))
@@ -66,17 +74,15 @@ def _find_run(remote: Store) -> dict[str, Any]:
         found = run.Run(run_id=secrets.token_hex(6), created=created)
         if not remote.create(keys.RUN, found.dumps()):
             found = run.loads(remote.url, remote.get(keys.RUN, max_nbytes=run.MAX_NBYTES))
-    return {"run_id": found.run_id}
+    return found.run_id
 
 
-def _join_run(job: Job, remote: Store, local_dir: Path, run_id: str, meeting: Meeting) -> Place:
+def _join_run(job: Job, tiers: Tiers, within: Callable[[Callable[[], None]], None], meeting: Meeting) -> Place:
     message: RankFailure | None = None
-    tiers, lock = (
-        Tiers(run_id=run_id, remote=remote, local=PosixStore(local_dir / run_id), local_path=local_dir / run_id),
-        -1,
-    )
+    lock = -1
     try:
         lock = _take_place(job, tiers)
+        within(lambda: _try_out(job, tiers))
     except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         message = RankFailure(job.rank, "open", type(err).__name__, str(err))
     try:
@@ -86,8 +92,9 @@ def _join_run(job: Job, remote: Store, local_dir: Path, run_id: str, meeting: Me
         placelock.release(lock)
         raise
     return Place(
-        run_id=run_id, remote=remote, local=tiers.local, local_path=tiers.local_path, settled=settled, lock=lock
-    )
+        run_id=tiers.run_id, remote=tiers.remote, local=tiers.local, local_path=tiers.local_path,
+        settled=settled, lock=lock,
+    )  # fmt: skip
 
 
 def _take_place(job: Job, tiers: Tiers) -> int:
@@ -95,15 +102,13 @@ def _take_place(job: Job, tiers: Tiers) -> int:
     local_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_owner(local_dir)
     tiers.local_path.mkdir(exist_ok=True)
-    lock = placelock.take(tiers.local_path / f"rank-{job.rank:05d}.lock")
-    try:
-        _probe(tiers.local, job)
-        _probe(tiers.remote, job)
-        _check_shared(tiers.remote, tiers.run_id)
-    except BaseException:  # whatever it is, the place is given back
-        placelock.release(lock)
-        raise
-    return lock
+    return placelock.take(tiers.local_path / f"rank-{job.rank:05d}.lock")
+
+
+def _try_out(job: Job, tiers: Tiers) -> None:
+    _probe(tiers.local, job)
+    _probe(tiers.remote, job)
+    _check_shared(tiers.remote, tiers.run_id)
 
 
 def _check_owner(local_dir: Path) -> None:

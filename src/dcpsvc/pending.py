@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from dcpsvc.errors import WaitTimeoutError
+from dcpsvc.errors import SaveSkippedError, WaitTimeoutError
 
 
 @dataclass(slots=True)
@@ -56,10 +56,11 @@ class PendingSave:
 
     @property
     def state(self) -> str:
-        """``pending``, ``committed`` or ``failed``."""
+        """``pending``, ``committed``, ``skipped`` or ``failed``."""
         if not self.committed.done():
             return "pending"
-        return "failed" if self.committed.exception() else "committed"
+        error = self.committed.exception()
+        return "committed" if error is None else "skipped" if isinstance(error, SaveSkippedError) else "failed"
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until the checkpoint is committed. Any thread.
@@ -104,7 +105,7 @@ class StepOutcome:
     @property
     def saved(self) -> bool:
         """Whether a save was begun."""
-        return self.pending is not None
+        return self.pending is not None and self.pending.state != "skipped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,7 @@ class Statistics:
         accepted: Saves begun.
         committed: Saves that became checkpoints.
         failed: Saves that did not.
+        skipped: Saves that were left out, or given up for newer ones, as ``backpressure`` says.
         consecutive_failures: Since the last commit.
         blocked_s: Training time lost in ``save()``, all saves together.
         nbytes: Committed, all ranks.
@@ -125,6 +127,7 @@ class Statistics:
     accepted: int
     committed: int
     failed: int
+    skipped: int
     consecutive_failures: int
     blocked_s: float
     nbytes: int

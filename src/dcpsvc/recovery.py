@@ -6,11 +6,10 @@ than the newest commit carries the shards that are not at the run root yet, unde
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import fence
-from dcpsvc.errors import CorruptShardError, FencedError, FormatError, ManifestError, RankFailure, StoreError
+from dcpsvc.errors import CorruptShardError, FormatError, ManifestError, RankFailure, RunBusyError, StoreError
 from dcpsvc.format import keys
 from dcpsvc.format import manifest as manifests
 from dcpsvc.format.keys import Attempt
@@ -21,10 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dcpsvc.format.keys import Epoch
-    from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.ranks.job import Job
     from dcpsvc.ranks.rendezvous import Meeting
     from dcpsvc.tiers import Tiers
+
+T = TypeVar("T")
+
+_OF_A_MEETING = 0.9
+"""A rank that is too slow says so before the others take it for missing."""
 
 
 def holdings(tiers: Tiers) -> list[dict[str, Any]]:
@@ -58,6 +61,35 @@ def _journal(tiers: Tiers) -> dict[Attempt, int]:
     return found
 
 
+def plans(
+    held: Sequence[Sequence[dict[str, Any]]], candidates: Sequence[Attempt], world_size: int
+) -> list[dict[str, Any]]:
+    """Who carries which shard of each candidate. Coordinator; pure.
+
+    A rank carries its own shard if it sees it; the others are spread over those that see them. A shard that lies on no
+    disk may be at the run root already: somebody looks.
+    """
+    made: list[dict[str, Any]] = []
+    for attempt in candidates:
+        mine = [(rank, one) for rank, holding in enumerate(held) for one in holding if one["attempt"] == [*attempt]]
+        journals = [(rank, one["world_size"]) for rank, one in mine if one["world_size"]]
+        if journals:
+            holders: dict[int, list[int]] = {}
+            for rank, one in mine:
+                for shard in one["shards"]:
+                    holders.setdefault(shard, []).append(rank)
+            journal, size = journals[0]
+            carriers = [_carrier(shard, holders.get(shard, []), world_size) for shard in range(size)]
+            made.append({"attempt": list(attempt), "journal": journal, "carriers": carriers})
+    return made
+
+
+def _carrier(shard: int, holders: list[int], world_size: int) -> int:
+    if shard in holders:
+        return shard
+    return holders[shard % len(holders)] if holders else shard % world_size
+
+
 class Recovery:
     """One attempt's upload, finished by the ranks of another start of the job.
 
@@ -72,26 +104,6 @@ class Recovery:
     def __init__(self, job: Job, tiers: Tiers, epoch: Epoch, place: str, meeting: Meeting) -> None:
         self._job, self._tiers, self._epoch, self._place, self._meeting = job, tiers, epoch, place, meeting
 
-    @staticmethod
-    def plans(
-        held: Sequence[Sequence[dict[str, Any]]], candidates: Sequence[Attempt], world_size: int
-    ) -> list[dict[str, Any]]:
-        """Who carries which shard of each candidate. Coordinator; pure.
-
-        A shard that lies on no disk may be at the run root already: somebody looks.
-        """
-        plans: list[dict[str, Any]] = []
-        for attempt in candidates:
-            mine = {rank: one for rank, holding in enumerate(held) for one in holding if one["attempt"] == [*attempt]}
-            journals = [rank for rank in sorted(mine) if mine[rank]["world_size"]]
-            if not journals:
-                continue
-            shards = range(mine[journals[0]]["world_size"])
-            holders = {shard: [rank for rank in sorted(mine) if shard in mine[rank]["shards"]] for shard in shards}
-            carriers = [holders[shard][0] if holders[shard] else shard % world_size for shard in shards]
-            plans.append({"attempt": list(attempt), "journal": journals[0], "carriers": carriers})
-        return plans
-
     def run(self, plan: dict[str, Any]) -> None:
         """Carry, prove, commit. Every rank.
 
@@ -101,8 +113,8 @@ class Recovery:
         attempt = Attempt(*plan["attempt"])
         text = self._then("journal", lambda: self._read(attempt) if plan["journal"] == self._job.rank else None)
         text = self._meet("journal", text, lambda texts: texts[plan["journal"]])
-        done = self._then("recover", lambda: self._carry(attempt, text, plan))
-        self._meet("carried", done, lambda _: self._commit(attempt, text))
+        done = self._then("recover", lambda: self._within(lambda: self._carry(attempt, text, plan)))
+        self._meet("carried", done, lambda _: self._within(lambda: self._commit(attempt, text)))
 
     def _read(self, attempt: Attempt) -> str:
         return self._tiers.local.get(attempt.manifest, max_nbytes=manifests.MAX_NBYTES).decode()
@@ -110,30 +122,29 @@ class Recovery:
     def _carry(self, attempt: Attempt, text: str, plan: dict[str, Any]) -> None:
         manifest = manifests.loads(attempt.manifest, text.encode())
         for record, carrier in zip(manifest.shards, plan["carriers"], strict=True):
+            if record.path != attempt.shard(record.rank):
+                raise CorruptShardError(record.path, f"is no shard of {attempt}")
             if carrier == self._job.rank:
-                self._carry_shard(record)
+                path = self._tiers.local_path / record.path
+                upload.ensure_shard(self._tiers.remote, record, path)
         if plan["journal"] == self._job.rank:
             layout = self._tiers.local.get(manifest.layout.path, max_nbytes=manifest.layout.nbytes)
             if upload.put_layout(self._tiers.remote, layout) != manifest.layout:
                 raise CorruptShardError(manifest.layout.path, "the local layout is not the manifest's")
 
-    def _carry_shard(self, record: ShardRecord) -> None:
-        work = functools.partial(upload.ensure_shard, self._tiers.remote, record, self._tiers.local_path / record.path)
-        self._job.rendezvous.clock.bounded(work, self._meeting.timeout_s, f"the upload of {record.path}")
+    def _within(self, work: Callable[[], T]) -> T:
+        clock, timeout_s = self._job.rendezvous.clock, self._meeting.timeout_s
+        return clock.bounded(work, _OF_A_MEETING * timeout_s, "finishing an upload")
 
     def _commit(self, attempt: Attempt, text: str) -> None:
-        """Coordinator. A tombstone that appears now is of a job that was replaced and is deleting: step back."""
+        """Coordinator. A tombstone is of a job that was replaced and may be deleting: step back before it counts."""
         remote, manifest = self._tiers.remote, manifests.loads(attempt.manifest, text.encode())
-        self._check_owner()
+        if theirs := fence.successor(remote, self._epoch):
+            raise RefusalError([RankFailure(0, "recover", RunBusyError.__name__, f"replaced by {theirs}")])
+        if attempt in retain.condemned(remote):
+            raise RefusalError([RankFailure(0, "recover", StoreError.__name__, f"{attempt} is being deleted")])
         if unknown := commit.create(remote, manifest):
             raise RefusalError([RankFailure(0, "recover", ManifestError.__name__, unknown)])
-        if retain.is_condemned(remote, attempt):
-            remote.delete(attempt.manifest)
-            raise RefusalError([RankFailure(0, "recover", StoreError.__name__, f"{attempt} is being deleted")])
-
-    def _check_owner(self) -> None:
-        if theirs := fence.successor(self._tiers.remote, self._epoch):
-            raise RefusalError([RankFailure(0, "recover", FencedError.__name__, f"replaced by {theirs}")])
 
     def _then(self, phase: str, work: Callable[[], Any]) -> Any:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import (
     CorruptShardError,
@@ -21,12 +21,14 @@ from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
     from dcpsvc.state.saved import Component, Saved, Want
     from dcpsvc.storage.base import Store
+
+T = TypeVar("T")
 
 _DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShardError)}
 """Failures that another commit does not share, so an older one is tried."""
@@ -77,9 +79,7 @@ class Resuming:
         rejected: list[str] = []
         tried: list[Attempt] = []
         while True:
-            verdict = self._meet(
-                f"choose-{len(tried)}", None, functools.partial(self._choose, step, tried), self.timeout_s
-            )
+            verdict = self._meet(f"choose-{len(tried)}", None, functools.partial(self._choose, step, tried))
             rejected += verdict["rejected"]
             if verdict["attempt"] is None:
                 self._check_fresh(step, rejected, verdict["all"])
@@ -95,9 +95,12 @@ class Resuming:
             else:
                 return Resumed(attempt, summary, tuple(rejected))
 
+    def _within(self, work: Callable[[], T]) -> T:
+        return self.job.rendezvous.clock.bounded(work, self.work_s, "reading a checkpoint")
+
     def _choose(self, step: int | None, tried: Sequence[Attempt], _: object) -> dict[str, Any]:
         """Coordinator: decide for all."""
-        choice = discover.choose(self.remote, step, tried)
+        choice = self._within(lambda: discover.choose(self.remote, step, tried))
         return {
             "attempt": choice.attempt and list(choice.attempt),
             "rejected": choice.rejected,
@@ -117,15 +120,15 @@ class Resuming:
         where = f"load-{attempt}"
         loaded: tuple[dict[str, Component], Saved, list[Want]] | None = None
         try:
-            loaded = self._read(attempt, skip)
+            loaded = self._within(lambda: self._read(attempt, skip))
             message = None
         except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
-        self._meet(f"{where}/read", message, lambda _: None, self.work_s)
+        self._meet(f"{where}/read", message, lambda _: None)
         assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
         components, saved, wants = loaded
         message = self._apply(components, saved, wants)
-        self._meet(f"{where}/applied", message, lambda _: None, self.work_s, changed=True)
+        self._meet(f"{where}/applied", message, lambda _: None, changed=True)
         return restore.summary(saved, list(components), sorted(skip), self.job.world_size)
 
     def _read(self, attempt: Attempt, skip: Collection[str]) -> tuple[dict[str, Component], Saved, list[Want]]:
@@ -146,8 +149,8 @@ class Resuming:
             return RankFailure(self.job.rank, "apply", type(err).__name__, str(err))
         return None
 
-    def _meet(self, where: str, message: Any, decide: Any, timeout_s: float, *, changed: bool = False) -> Any:
-        meeting = Meeting(timeout_s, silence_s=self.timeout_s)
+    def _meet(self, where: str, message: Any, decide: Callable[[list[Any]], Any], *, changed: bool = False) -> Any:
+        meeting = Meeting(self.work_s, silence_s=self.timeout_s)
         try:
             return self.job.meet(f"{self.place}/{where}", message, decide, meeting)
         except DisagreementError as err:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dcpsvc import fence
-from dcpsvc.errors import FormatError, StoreError
+from dcpsvc.errors import FormatError, RootError, StoreError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
 from dcpsvc.policies import Everything
@@ -34,25 +35,30 @@ class Retention:
     def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
         self._job, self._run, self._options, self._events, self._catalog = job, run, options, events, catalog
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
-        self._swept = False
+        self._has_looked = False
 
     def run(self, save: Save) -> None:
         """Delete what the policy lets go and what is no checkpoint, then trim the local tier. The commit stands."""
-        self._clear_leftovers(save)
+        self._clear(save)
         if not isinstance(self._options.keep, Everything):
             self._apply_policy(save)
         self._trim_local(save)
 
     def discard(self, attempt: Attempt) -> None:
-        """Delete an attempt of this job that failed: each rank from its own disk, the coordinator from the run root.
+        """Delete what an attempt of this job left: each rank on its own disk, the coordinator at the run root.
 
         What cannot be deleted is debris, never a checkpoint, and goes with a later commit.
         """
         with contextlib.suppress(StoreError):
             retain.remove_local(self._run.local, attempt, self._job.rank)
         if self._job.coordinates:
-            with contextlib.suppress(StoreError, TimeoutError):
-                self._within(lambda: retain.discard(self._run.remote, attempt, self._is_owner))
+            with contextlib.suppress(StoreError, RootError, TimeoutError):
+                self._within(functools.partial(self._empty, attempt))
+
+    def _empty(self, attempt: Attempt) -> None:
+        """The mark stays until a later commit: until then a newer job might want to finish the attempt."""
+        if retain.condemn(self._run.remote, attempt, self._is_owner):
+            retain.remove_data(self._run.remote, attempt)
 
     def _is_owner(self) -> bool:
         return not fence.successor(self._run.remote, self._run.settled.epoch)
@@ -61,24 +67,25 @@ class Retention:
         clock = self._job.rendezvous.clock
         return clock.bounded(work, self._options.upload_timeout_s, "a call to the store")
 
-    def _clear_leftovers(self, save: Save) -> None:
-        """A commit was just confirmed with a larger step: nobody will finish these any more."""
-        for attempt in sorted(self._catalog.leftovers):
-            if attempt.step <= save.key.step:
-                self.discard(attempt)
+    def _clear(self, save: Save) -> None:
+        """Attempts up to the step that was just committed: whoever claims from now on has no use for them."""
+        try:
+            for attempt in self._debris(save.key.step):
+                retain.remove_local(self._run.local, attempt, self._job.rank)
+                if self._job.coordinates:
+                    self._within(functools.partial(retain.finish_removal, self._run.remote, attempt))
                 self._catalog.leftovers.discard(attempt)
-        if self._job.coordinates and not self._swept:
-            self._swept = True
-            try:
-                self._within(self._sweep)
-            except Exception as err:  # noqa: BLE001 - debris is invisible; the next start sees it again
-                self._emit(save, detail=f"debris stays: {err}", level=logging.WARNING)
+        except Exception as err:  # noqa: BLE001 - debris is invisible; the next commit tries again
+            self._emit(save, detail=f"debris stays: {err}", level=logging.WARNING)
 
-    def _sweep(self) -> None:
-        """Once, in the background: attempts of earlier jobs that never became checkpoints, from whatever disk."""
+    def _debris(self, step: int) -> list[Attempt]:
+        """Of this job, and, looked for once, of earlier ones, from whatever disk."""
         settled = self._run.settled
-        for attempt in retain.debris(self._run.remote, settled.epoch, settled.committed):
-            retain.remove(self._run.remote, attempt)
+        if self._job.coordinates and not self._has_looked:
+            look = functools.partial(retain.debris, self._run.remote, settled.epoch, settled.committed)
+            self._catalog.leftovers |= set(self._within(look))
+            self._has_looked = True
+        return sorted(attempt for attempt in self._catalog.leftovers if attempt.step <= step)
 
     def _apply_policy(self, save: Save) -> None:
         try:
@@ -104,15 +111,17 @@ class Retention:
         except Exception as err:  # noqa: BLE001 - a cache that could not be trimmed fails nothing
             self._emit(save, detail=f"local tier not trimmed: {err}", level=logging.WARNING)
 
-    def _expire(self) -> list[list[Any]]:
+    def _expire(self) -> list[Attempt]:
         """Coordinator: decide, and delete from the run root. Damaged commits neither count nor go."""
         if self._catalog.manifests is None:
-            self._catalog.manifests = list(self._valid_commits())
+            self._catalog.manifests = self._within(self._valid_commits)
         attempts = retain.expired(self._options.keep, self._catalog.manifests, self._catalog.in_use)
+        removed: list[Attempt] = []
         for attempt in attempts:
-            retain.remove(self._run.remote, attempt)
-            self._catalog.drop(attempt)
-        return [list(attempt) for attempt in attempts]
+            if not self._within(functools.partial(retain.remove, self._run.remote, attempt, self._is_owner)):
+                break  # it is the newer job's to decide
+            removed.append(attempt)
+        return removed
 
     def _valid_commits(self) -> list[Manifest]:
         found: list[Manifest] = []

@@ -50,6 +50,7 @@ class Save:
         began: When it was accepted, on the performance counter.
         proposal: What this rank brings to the ranks; a failure if it could not stage.
         shard: None if staging failed.
+        phase: The last labelled point it came to.
         dropped: Why this save is given up; empty while it is wanted.
         may_exist: From here on the coordinator may have written the manifest: nothing may be deleted any more,
             and not knowing is not the same as failing.
@@ -60,6 +61,7 @@ class Save:
     began: float
     proposal: ack.Proposal | RankFailure
     shard: Shard | None = None
+    phase: str = ""
     dropped: str = ""
     may_exist: bool = False
 

@@ -6,19 +6,22 @@ import contextlib
 import logging
 import platform
 import time
+from concurrent.futures import wait
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dcpsvc import preflight
 from dcpsvc.errors import RankFailure, StateError
 from dcpsvc.events import Point
 from dcpsvc.pending import PendingSave
 from dcpsvc.save import Save, meeting_place
 from dcpsvc.stages import ack, shard
-from dcpsvc.stages.stage import Arena, ArenaStager, Snapshot
+from dcpsvc.stages.stage import Arena, Arenas, Gate, Outline, Snapshot, Stream
 from dcpsvc.state import claims, division
+from dcpsvc.state.collected import Collected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,23 +30,42 @@ if TYPE_CHECKING:
     from dcpsvc.format.keys import Attempt
     from dcpsvc.life import Life
     from dcpsvc.ranks.job import Job
-    from dcpsvc.save import Shard
     from dcpsvc.settling import OpenRun
     from dcpsvc.state.app import AppState
-    from dcpsvc.state.collected import Collected
 
 
 logger = logging.getLogger("dcpsvc")
 
 
 class Saver:
-    """Makes snapshots; owns the arena. The save before must have ended when the next begins."""
+    """Makes snapshots; owns the arenas.
 
-    def __init__(self, job: Job, run: OpenRun, state: AppState, life: Life, events: Events) -> None:
+    Args:
+        job: The ranks.
+        run: The tiers.
+        state: What is saved.
+        life: What the saves go on to.
+        events: For the observer.
+        staging_nbytes: Host memory for arenas; None takes a fair share of what the machine has free.
+        max_inflight: Saves on their way at a time.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        run: OpenRun,
+        state: AppState,
+        life: Life,
+        events: Events,
+        *,
+        staging_nbytes: int | None = None,
+        max_inflight: int = 1,
+    ) -> None:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
-        self._arena = Arena()
+        spare = 1  # for a save after one that the disk has not taken in time
+        self._arenas = Arenas(staging_nbytes, max_inflight + spare, preflight.memory_share_nbytes)
         self._tries: dict[int, int] = {}
-        self._last_shard: Shard | None = None
+        self._has_warned = False
 
     def accept(self, step: int, began: float) -> Save:
         """A new attempt at a step, named alike by all ranks that come to it.
@@ -64,7 +86,9 @@ class Saver:
         return self._run.settled.epoch.attempt(step, number)
 
     def stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
-        """Copy this rank's share; DCP's thread then waits at the gate. A failure becomes the save's own.
+        """Copy this rank's share, or leave it where it is; DCP's thread then waits at the gate.
+
+        A failure becomes the save's own. The state may be changed when :meth:`settle` returns.
 
         Args:
             save: As :meth:`accept` made it.
@@ -82,6 +106,32 @@ class Saver:
         except Exception as err:  # noqa: BLE001 - a failed save never breaks the training step; the save reports it
             save.proposal = RankFailure(self._job.rank, "stage", type(err).__name__, str(err) or "no message")
 
+    def settle(self, save: Save) -> None:
+        """Wait until the state may be changed: at once, or when a shard that had no room in memory is written.
+
+        The uploader must have the save. Bounded by the deadlines of its stages.
+        """
+        if save.shard is None or isinstance(save.proposal, RankFailure):
+            return  # nothing of it will be read
+        try:
+            wait([save.pending.staged])
+        except BaseException as err:  # the user's Ctrl-C: what is half written must not see what training does next
+            save.shard.refuse(InterruptedError(f"save() was interrupted by {type(err).__name__}"))
+            raise
+
+    def predicted_nbytes(self) -> int | None:
+        """What this rank would write for a save now, at least: values aside, and optimizers only if they have begun.
+
+        Reads references; copies and hashes nothing. None if the state cannot be read yet.
+        """
+        try:
+            collected = self._state.collect(self._job.rank, values=Collected(self._job.rank))
+            shares = division.shares(collected, self._job.rank, self._job.world_size)
+            return preflight.predicted(share.piece for share in shares)
+        except Exception as err:  # noqa: BLE001 - a save will say what is wrong with it
+            logger.debug("size of a save not known yet: %s", err)
+            return None
+
     def _stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
         began = time.perf_counter()
         rank, world_size = self._job.rank, self._job.world_size
@@ -90,11 +140,9 @@ class Saver:
         shares = division.shares(collected, rank, world_size)
         documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
         about = {"step": str(save.key.step), "attempt": save.key.attempt, "rank": str(rank)}
-        if self._last_shard is not None and not self._last_shard.ended:
-            self._arena = Arena()  # the disk hangs on the last one
-        snapshot = Snapshot(self._arena, shares, documents, about)
-        self._begin_shard(save, snapshot)
-        part = ack.part(snapshot.placement, rank, collected.aliases)
+        outline = Outline(shares, documents, about)
+        is_copied = self._begin_shard(save, outline)
+        part = ack.part(outline.placement, rank, collected.aliases)
         save.proposal = ack.Proposal(
             step=save.key.step,
             said=said,
@@ -103,18 +151,39 @@ class Saver:
             stamp=_stamp(metrics),
         )
         save.pending.timings.stage_s = time.perf_counter() - began
-        save.pending.resolve(save.pending.staged)
-        self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=len(snapshot.image))
+        if is_copied:
+            save.pending.resolve(save.pending.staged)
+        self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=outline.nbytes)
 
-    def _begin_shard(self, save: Save, snapshot: Snapshot) -> None:
-        key = save.key.shard(self._job.rank)
-        self._last_shard = save.shard = shard.begin(
-            snapshot.tensors,
-            stager=ArenaStager(snapshot),
-            placement=snapshot.placement,
-            writer=shard.ShardWriter(self._run.local_path / key, snapshot.image, rank=self._job.rank, key=key),
+    def _begin_shard(self, save: Save, outline: Outline) -> bool:
+        """Hand over to DCP; says whether the state may be changed now."""
+        key, staged = save.key.shard(self._job.rank), self._hold(outline)
+        begun = save.shard = shard.begin(
+            staged.tensors,
+            stager=Gate(staged),
+            placement=outline.placement,
+            writer=shard.ShardWriter(self._run.local_path / key, staged, rank=self._job.rank, key=key),
             process_group=self._job.dcp_group,
         )
+        if isinstance(staged, Snapshot):
+            staged.arena.reader = begun
+        return isinstance(staged, Snapshot)
+
+    def _hold(self, outline: Outline) -> Snapshot | Stream:
+        """Where there is memory for a copy, one is made; else the state itself has to hold still."""
+        arena = self._arenas.take(outline.nbytes)
+        if isinstance(arena, Arena):
+            return Snapshot(outline, arena)
+        window_nbytes = preflight.window_nbytes(arena.spare_nbytes)
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "rank %s: its shard of %s does not fit into the %s of memory there is for staging, so a save writes it "
+                "through a window of %s while training waits; give the machine more memory, or raise staging_nbytes=",
+                self._job.rank,
+                *map(preflight.mebibytes, (outline.nbytes, arena.spare_nbytes, window_nbytes)),
+            )
+        return Stream(outline, window_nbytes)
 
 
 def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -10,23 +10,27 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import fence
-from dcpsvc.errors import StoreError
-from dcpsvc.format import keys
+from dcpsvc.errors import RankFailure, RunBusyError, StoreError
 from dcpsvc.format.epochs import Claim
-from dcpsvc.format.keys import Attempt, Epoch
+from dcpsvc.format.keys import NO_EPOCH, Attempt, Epoch
 from dcpsvc.ranks.rendezvous import DisagreementError
-from dcpsvc.recovery import Recovery, holdings
+from dcpsvc.recovery import Recovery, holdings, plans
 from dcpsvc.stages import discover, retain
 from dcpsvc.tiers import Tiers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcpsvc.ranks.job import Job
     from dcpsvc.ranks.rendezvous import Meeting
+    from dcpsvc.storage.base import Store
 
 logger = logging.getLogger("dcpsvc")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +66,24 @@ def settle(job: Job, tiers: Tiers, meeting: Meeting) -> Settled:
     Raises:
         DisagreementError: The run root cannot be claimed, or ranks are missing; the same on every rank.
     """
-    stock = job.meet("open/claim", holdings(tiers), lambda held: _claim(job, tiers, held), meeting)
+
+    def within(work: Callable[[], T]) -> T:
+        return job.rendezvous.clock.bounded(work, meeting.timeout_s, "a call to the store")
+
+    try:
+        mine: Any = holdings(tiers)
+    except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        mine = RankFailure(job.rank, "open", type(err).__name__, str(err))
+    stock = job.meet("open/claim", mine, lambda held: within(lambda: _claim(job, tiers, held)), meeting)
     epoch = Epoch(*stock["epoch"])
-    recovered = _recover(job, tiers, epoch, stock, meeting)
-    verdict = job.meet("open/inherit", None, lambda _: _inherit(tiers, epoch, recovered), meeting)
+    recovered = _recover(job, tiers, epoch, stock["plans"], meeting)
+    verdict = job.meet("open/inherit", None, lambda _: within(lambda: _inherit(tiers, epoch, recovered)), meeting)
     committed = tuple(Attempt(*pair) for pair in verdict)
-    _sweep(job, tiers, committed, [Attempt(*pair) for pair in stock["dead"]])
+    dead = [Attempt(*pair) for pair in stock["dead"] if Attempt(*pair) not in committed]
+    try:
+        _sweep_local(job, tiers, dead)
+    except StoreError as err:  # debris is invisible; it must not stop this rank while the others go on
+        logger.warning("debris of an earlier job stays: %s", err)
     return Settled(epoch=epoch, committed=committed, recovered=tuple(recovered))
 
 
@@ -79,28 +95,43 @@ def _claim(job: Job, tiers: Tiers, held: list[list[dict[str, Any]]]) -> dict[str
         return Claim(epoch=Epoch(number, job.incarnation), host=socket.gethostname(), pid=os.getpid(), created=now)
 
     epoch = fence.claim(tiers.remote, claim).epoch
-    removed = retain.finish_removals(tiers.remote)
+    marked = retain.condemned(tiers.remote)
     committed = discover.committed(tiers.remote)
+    newest = max((attempt.step for attempt in committed), default=-1)
+    _finish_removals(tiers.remote, marked, committed, newest)
     held_attempts = {Attempt(*one["attempt"]) for holding in held for one in holding}
     dead = {one for one in held_attempts - set(committed) if one.epoch < epoch}
-    newest = max((attempt.step for attempt in committed), default=-1)
-    candidates = [one for one in dead if one.step > newest and one not in removed]
+    latest_epoch = max((attempt.epoch for attempt in committed), default=NO_EPOCH)
+    candidates = [one for one in dead - set(marked) if one.step > newest and one.epoch >= latest_epoch]
+    newest_first = sorted(candidates, key=lambda one: (one.step, one.epoch), reverse=True)
     return {
         "epoch": list(epoch),
         "dead": [list(attempt) for attempt in sorted(dead)],
-        "plans": Recovery.plans(held, sorted(candidates, reverse=True), job.world_size),
+        "plans": plans(held, newest_first, job.world_size),
     }
 
 
-def _recover(job: Job, tiers: Tiers, epoch: Epoch, stock: dict[str, Any], meeting: Meeting) -> list[Attempt]:
+def _finish_removals(remote: Store, marked: list[Attempt], committed: list[Attempt], newest: int) -> None:
+    """Deletions that broke off before the manifest was gone are decided anew, those after it are finished.
+
+    One of an attempt newer than the newest commit waits for a commit: whoever began it may still be at it.
+    """
+    for attempt in marked:
+        if attempt in committed:
+            remote.delete(attempt.tombstone)
+        elif attempt.step <= newest:
+            retain.finish_removal(remote, attempt)
+
+
+def _recover(job: Job, tiers: Tiers, epoch: Epoch, candidates: list[dict[str, Any]], meeting: Meeting) -> list[Attempt]:
     """Finish the newest upload that can be finished. What cannot be is debris: the step is trained again."""
-    for number, plan in enumerate(stock["plans"]):
+    for number, plan in enumerate(candidates):
         recovery = Recovery(job, tiers, epoch, f"open/recover-{number}", meeting)
         attempt = Attempt(*plan["attempt"])
         try:
             recovery.run(plan)
         except DisagreementError as err:
-            if err.missing:
+            if err.missing or any(failure.error == RunBusyError.__name__ for failure in err.failures):
                 raise
             reason = "; ".join(map(str, err.failures))
             logger.log(_loud(job), "the upload of step %s (%s) is not finished: %s", attempt.step, attempt, reason)
@@ -115,29 +146,19 @@ def _inherit(tiers: Tiers, epoch: Epoch, recovered: list[Attempt]) -> list[list[
     if recovered:  # of an epoch whose other attempts may not count any more
         found = sorted({*found, *recovered}, key=lambda one: (one.step, one.epoch.number, one.attempt))
     fence.inherit(tiers.remote, epoch, found)
+    if theirs := fence.successor(tiers.remote, epoch):
+        raise RunBusyError(tiers.remote.url, f"{theirs} has just taken it over")
     return [list(attempt) for attempt in found]
 
 
-def _sweep(job: Job, tiers: Tiers, committed: tuple[Attempt, ...], dead: list[Attempt]) -> None:
-    """Remove what dead attempts left here: each rank its own disk, the coordinator the run root.
+def _sweep_local(job: Job, tiers: Tiers, dead: list[Attempt]) -> None:
+    """Remove what dead attempts left on this disk; at the run root they go with the first commit.
 
-    Debris is invisible, so what cannot be removed now must not stop this rank while the others go on.
+    Nobody can commit them any more: whoever comes first removes the shards of ranks that are no more.
     """
-    try:
-        for entry in tiers.local.list(keys.DATA):
-            attempt = keys.attempt_of(entry.key)
-            if attempt is not None and attempt not in committed and entry.key == attempt.shard(job.rank):
-                retain.remove_local(tiers.local, attempt, job.rank)
-        for (
-            attempt
-        ) in dead:  # nobody can commit these: whoever comes first removes the shards of ranks that are no more
-            if attempt not in committed:
-                retain.remove_data(tiers.local, attempt)
-                tiers.local.delete(attempt.manifest)
-                if job.coordinates:
-                    retain.remove_data(tiers.remote, attempt)
-    except StoreError as err:
-        logger.warning("debris of an earlier job stays: %s", err)
+    for attempt in dead:
+        retain.remove_local(tiers.local, attempt, job.rank)
+        retain.remove_data(tiers.local, attempt)
 
 
 def _loud(job: Job) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+import time
+from collections import deque
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import FencedError, WaitTimeoutError
+from dcpsvc.errors import FencedError, SaveSkippedError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ class Uploader:
         accepted: Saves taken over.
         committed: Saves that became checkpoints.
         failed: Saves that did not.
+        skipped: Saves given up for newer ones.
         consecutive_failures: Since the last commit, or since they were last raised.
         nbytes: Committed, all ranks.
         last_error: Of the newest save, until it has been raised; None if that save was committed.
@@ -30,30 +32,52 @@ class Uploader:
 
     def __init__(self, life: Life, on_end: Callable[[], None]) -> None:
         self._life, self._on_end = life, on_end
-        self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._current = ""
-        self.accepted = self.committed = self.failed = self.consecutive_failures = self.nbytes = 0
+        self._saves: deque[Save] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self.accepted = self.committed = self.failed = self.skipped = self.consecutive_failures = self.nbytes = 0
         self.last_error: SaveError | None = None
         self._thread = threading.Thread(target=self._run, name="dcpsvc-uploader", daemon=True)
         self._thread.start()
 
     def accept(self, save: Save) -> None:
-        """Take a save over from the training thread. The one before must have ended."""
+        """Take a save over from the training thread."""
         self.accepted += 1
-        self._current = f"step {save.key.step}"
-        self._idle.clear()
-        self._queue.put(save)
+        with self._changed:
+            self._saves.append(save)
+            self._changed.notify_all()
+        save.pending.committed.add_done_callback(self._on_change)
 
-    def wait(self, timeout_s: float | None) -> None:
-        """Until nothing is under way. Without a timeout, those of its stages bound it.
+    def _on_change(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def under_way(self) -> tuple[Save, ...]:
+        """Saves that are neither committed nor failed, oldest first. Any thread."""
+        with self._changed:
+            return tuple(save for save in self._saves if not save.pending.committed.done())
+
+    def wait(self, timeout_s: float | None, *, below: int = 1) -> None:
+        """Until nothing is under way, retention included. Without a timeout, those of its stages bound it.
+
+        Args:
+            timeout_s: Longest wait.
+            below: Until fewer saves than this are under way; from 2 on, retention is not waited for.
 
         Raises:
             WaitTimeoutError: Something still is.
         """
-        if not self._idle.wait(timeout_s):
-            raise WaitTimeoutError(timeout_s or 0.0, (self._current,))
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while self._count_under_way(below) >= below:
+                left_s = None if ends is None else ends - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    raise WaitTimeoutError(timeout_s or 0.0, tuple(f"step {save.key.step}" for save in self._saves))
+                self._changed.wait(left_s)
+
+    def _count_under_way(self, below: int) -> int:
+        return len(self._saves) if below == 1 else sum(not save.pending.committed.done() for save in self._saves)
 
     def raise_if_spent(self, budget: int) -> None:
         """Raise the last failure once there were ``budget`` in a row, and count anew; that of a replaced job always."""
@@ -69,20 +93,33 @@ class Uploader:
         What the thread uses is let go by the thread itself, when it has ended.
         """
         self._life.abandoned.set()
-        self._queue.put(None)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
         try:
-            while (save := self._queue.get()) is not None:
+            while (save := self._next()) is not None:
                 try:
                     self._count(save, self._life.live(save))
                 finally:
-                    self._idle.set()
+                    with self._changed:
+                        self._saves.popleft()
+                        self._changed.notify_all()
         finally:
             self._on_end()
 
+    def _next(self) -> Save | None:
+        with self._changed:
+            while not self._saves and not self._stopping:
+                self._changed.wait()
+            return self._saves[0] if self._saves else None
+
     def _count(self, save: Save, error: SaveError | None) -> None:
+        if isinstance(error, SaveSkippedError):
+            self.skipped += 1
+            return
         self.last_error = error
         if error is None:
             self.committed += 1

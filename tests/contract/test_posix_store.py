@@ -22,6 +22,7 @@ from dcpsvc.errors import (
     StoreError,
     StoreFullError,
     StoreNotFoundError,
+    StoreObjectError,
     StoreUnavailableError,
 )
 from dcpsvc.storage.oserror import from_os_error
@@ -256,7 +257,7 @@ def test_a_write_that_runs_out_of_room_leaves_nothing(tmp_path: Path) -> None:
         (errno.ETIMEDOUT, StoreUnavailableError),
         (errno.EAGAIN, StoreUnavailableError),
         (errno.ECONNRESET, StoreUnavailableError),
-        (errno.ENOTDIR, StoreError),
+        (errno.ENOTDIR, StoreObjectError),
         (errno.EINVAL, StoreError),
     ],
 )

@@ -1,8 +1,8 @@
-"""A job may count its steps by tens or begin at a large number: what was agreed on is still done, once, by all."""
+"""However a job counts, and however its watchers are timed: what was asked for is done, once, by all."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,72 +10,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcpsvc import Checkpointer
-from dcpsvc.ranks.c10d import SoloStore
-from dcpsvc.ranks.proposals import SAVE, STOP, Proposals
-from dcpsvc.ranks.rendezvous import Rendezvous
-from tests.unit.watchers import WORLD, Clock
+from dcpsvc.ranks.proposals import QUIT, SAVE, STOP
+from tests.unit.watchers import WORLD, Job, Watched
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-class Job:
-    """All ranks on one store; they look when they are told to."""
-
-    def __init__(self, *, due: bool = False) -> None:
-        self.store = SoloStore()
-        self.ranks = [Proposals(Rendezvous(n, WORLD, self.store, Clock(), "run"), lambda: due) for n in range(WORLD)]
-
-    def at(self, step: int) -> list[str | None]:
-        return [rank.at(step) for rank in self.ranks]
-
-    def look(self, times: int = 1) -> None:
-        for _ in range(times):
-            for rank in (*self.ranks[1:], self.ranks[0]):
-                rank.look()
-
-    def proposed(self, number: int) -> int:
-        return json.loads(self.store.get(f"run/proposals/{number}/what") or "{}")["step"]
-
-
-def stopped_at(job: Job, steps: list[int]) -> list[int]:
-    """The steps at which every rank is told to stop; no step at which only some are."""
-    found = []
-    for step in steps:
-        told = job.at(step)
-        assert told in ([None] * WORLD, [STOP] * WORLD)
-        found += [step] if told[0] else []
-        job.look()
-    return found
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 7, 10, 37, 1000])
 @pytest.mark.parametrize("asking", range(WORLD))
 def test_a_job_that_counts_in_strides_stops_once_at_one_step_of_all(stride: int, asking: int) -> None:
     job = Job()
-    job.ranks[asking].ask_to_stop()
-    assert len(stopped_at(job, list(range(0, 400 * stride, stride)))) == 1
+    job.ranks[asking].ask(STOP)
+    assert [kind for _, kind in job.done(range(0, 400 * stride, stride))] == [STOP]
 
 
-@given(st.lists(st.integers(1, 50), min_size=200, max_size=200))
-def test_whatever_the_strides_a_job_stops_once_at_one_step_of_all(strides: list[int]) -> None:
+@given(st.lists(st.integers(1, 50), min_size=200, max_size=200), st.integers(0, 100))
+def test_whatever_the_strides_a_job_stops_once_at_one_step_of_all(strides: list[int], before: int) -> None:
     job, steps = Job(), [0]
     for stride in strides:
         steps.append(steps[-1] + stride)
-    job.ranks[1].ask_to_stop()
-    (stop,) = stopped_at(job, steps)
-    assert stop in steps
+    assert job.done(steps[:before]) == []
+    job.ranks[1].ask(STOP)
+    assert [kind for _, kind in job.done(steps[before:])] == [STOP]
 
 
 @pytest.mark.parametrize("stride", [1, 10, 37])
 def test_a_due_save_is_made_again_and_again_by_all_ranks_at_the_same_steps(stride: int) -> None:
-    job, saved = Job(due=True), 0
-    for step in range(0, 200 * stride, stride):
-        told = job.at(step)
-        assert told in ([None] * WORLD, [SAVE] * WORLD)
-        saved += told[0] is not None
-        job.look()
-    assert saved > 3
+    job = Job(lambda: True)
+    done = job.done(range(0, 200 * stride, stride))
+    assert {kind for _, kind in done} == {SAVE}
+    assert len(done) > 3
 
 
 @pytest.mark.parametrize("first", [0, 1, 100_001, 10**11])
@@ -83,7 +48,7 @@ def test_the_first_step_of_a_resumed_job_is_not_taken_for_its_speed(first: int) 
     job = Job()
     job.look(10)
     job.at(first)
-    job.ranks[0].ask_to_stop()
+    job.ranks[0].ask(STOP)
     job.look()
     assert first < job.proposed(0) < first + 100
 
@@ -99,3 +64,105 @@ def test_step_says_stop_after_request_stop_and_that_step_is_saved(tmp_path: Path
         assert outcome.pending is not None
         outcome.pending.wait(30)
         assert outcome.pending.step == step
+
+
+# --- any order of everything ------------------------------------------------------------------------
+
+
+class Moody(Watched):
+    """Fails at chosen calls of the watchers, before or after it did what it was asked."""
+
+    def __init__(self, moods: list[int]) -> None:
+        super().__init__()
+        self.moods, self.watching = moods, False
+
+    def set(self, key: str, value: str) -> None:
+        self._mind(lambda: super(Moody, self).set(key, value))
+
+    def get(self, key: str) -> str | None:
+        return self._mind(lambda: super(Moody, self).get(key))
+
+    def compare_set(self, key: str, desired: str) -> str:
+        return self._mind(lambda: super(Moody, self).compare_set(key, desired))
+
+    def _mind(self, call):
+        mood = self.moods.pop() if self.watching and self.moods else 0
+        if mood == 1:
+            raise RuntimeError("connection refused")
+        answer = call()
+        if mood == 2:
+            raise RuntimeError("connection reset")
+        return answer
+
+
+class Anyhow:
+    """A job whose ranks step, look and ask in any order.
+
+    Attributes:
+        done: What each rank did at which step.
+        owed: What each rank asked for and has not seen done.
+    """
+
+    def __init__(self, moods: list[int], stride: int, step_s: float) -> None:
+        self.store, self.stride = Moody(moods), stride
+        self.job = Job(step_s=step_s, store=self.store)
+        self.at = [0] * WORLD
+        self.done: list[dict[int, str]] = [{} for _ in range(WORLD)]
+        self.owed: list[set[str]] = [set() for _ in range(WORLD)]
+
+    def ended(self, n: int) -> bool:
+        return not {STOP, QUIT}.isdisjoint(self.done[n].values())
+
+    def step(self, n: int) -> None:
+        self.at[n] += self.stride
+        if (kind := self.job.ranks[n].at(self.at[n])) is not None:
+            self.done[n][self.at[n]] = kind
+            self.owed[n] -= {SAVE: {SAVE}, STOP: {SAVE, STOP, QUIT}, QUIT: {SAVE, STOP, QUIT}}[kind]
+
+    def look(self, n: int) -> None:
+        self.store.watching = True
+        with contextlib.suppress(RuntimeError):
+            self.job.ranks[n].look()
+        self.store.watching = False
+
+    def ask(self, n: int, kind: str) -> None:
+        self.job.ranks[n].ask(kind)
+        self.owed[n].add(kind)
+
+    def go_on(self, steps: int) -> None:
+        """In step, on a store that works again, until everything asked for must be done."""
+        self.store.moods.clear()
+        for _ in range(steps):
+            for n in range(WORLD):
+                if not self.ended(n) and self.at[n] <= min(self.at):
+                    self.step(n)
+            for n in range(WORLD):
+                self.look(n)
+
+
+ranks = st.integers(0, WORLD - 1)
+kinds = st.sampled_from([SAVE, SAVE, SAVE, STOP, QUIT])
+events = st.one_of(
+    st.tuples(st.just(Anyhow.look), ranks),
+    st.tuples(st.just(Anyhow.look), ranks),
+    st.tuples(st.just(Anyhow.step), ranks),
+    st.tuples(st.just(Anyhow.ask), ranks, kinds),
+)
+moods = st.lists(st.sampled_from([0, 0, 0, 1, 2]), max_size=60)
+
+
+@given(st.lists(events, max_size=120), moods, st.integers(1, 12), st.sampled_from([0.01, 0.2, 5.0]))
+def test_in_any_order_all_ranks_do_the_same_and_nothing_asked_for_is_lost(order, moods, stride, step_s) -> None:
+    everybody = Anyhow(moods, stride, step_s)
+    for event, n, *kind in order:
+        if not everybody.ended(n):
+            event(everybody, n, *kind)
+    everybody.go_on(400)
+
+    first, *others = everybody.done
+    assert others == [first] * (WORLD - 1)
+    assert not any(everybody.owed)
+    asked = {kind[0] for _, _, *kind in order if kind}
+    assert len([kind for kind in first.values() if kind != SAVE]) == (not asked <= {SAVE})
+    for step in everybody.job.agreed(SAVE):
+        assert any(kind == STOP or (kind == SAVE and at >= step) for at, kind in first.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dcpsvc.errors import FormatError
 from dcpsvc.format.keys import Attempt, Epoch, attempt_of, epoch_of
@@ -10,7 +11,11 @@ from dcpsvc.format.manifest import FORMAT
 from dcpsvc.format.parse import Fields
 from dcpsvc.format.seal import check_seal, seal
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 MAX_NBYTES = 64 << 20
+MAX_CLAIM_NBYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +83,15 @@ def load_inheritance(path: str, data: bytes) -> Inheritance:
         FormatError: It is not one.
     """
     fields, epoch = _open(path, data)
-    found = [attempt_of(key) if isinstance(key, str) else None for key in fields.get("inherited", list)]
-    if None in found:
-        raise fields.fail("names something that is no manifest")
-    return Inheritance(epoch=epoch, attempts=frozenset(attempt for attempt in found if attempt is not None))
+    return Inheritance(epoch=epoch, attempts=frozenset(_inherited(fields)))
+
+
+def _inherited(fields: Fields) -> Iterator[Attempt]:
+    for key in fields.get("inherited", list):
+        attempt = attempt_of(key) if isinstance(key, str) else None
+        if attempt is None or attempt.manifest != key:
+            raise fields.fail("names something that is no manifest")
+        yield attempt
 
 
 def _open(path: str, data: bytes) -> tuple[Fields, Epoch]:

@@ -26,6 +26,7 @@ TOMBSTONES = "tombstones/"
 PROBES = "probes/"
 
 MAX_STEP = 10**12 - 1
+MAX_EPOCH = 10**8 - 1
 
 _ATTEMPT = r"[0-9a-z](?:[0-9a-z-]{0,62}[0-9a-z])?"
 _NAME = rf"step-(?P<step>[0-9]{{12}})\.(?P<attempt>{_ATTEMPT})"

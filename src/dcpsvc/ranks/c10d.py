@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from dcpsvc import deadline
+from dcpsvc.ranks.line import Exchange, own
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
+
+
+PATIENCE_S = 5.0
+"""Longest wait for the ranks' store: what the training thread may lose when it falls silent."""
 
 
 class C10dStore:
-    """A c10d store as :class:`~dcpsvc.ranks.rendezvous.KeyValue`.
+    """A c10d store as :class:`~dcpsvc.ranks.rendezvous.KeyValue`, in which no call hangs: see :class:`Exchange`.
 
-    Works on a clone of the job's store where it can be cloned, so that our polling never stands in the way
-    of the training's own connection.
+    Works on connections of its own where the store can be cloned, so that our polling never stands in the way
+    of the training's. Every call raises RuntimeError when the store does not answer within ``timeout_s``.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = PrefixStore("dcpsvc", store)
+    def __init__(self, store: Store, timeout_s: float = PATIENCE_S) -> None:
+        self._exchange = Exchange(PrefixStore("dcpsvc", store), timeout_s)
 
     @classmethod
-    def of_default_group(cls) -> C10dStore:
-        """The store behind ``init_process_group``."""
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public way
-        try:
-            return cls(store.clone())  # type: ignore[attr-defined]
-        except (AttributeError, RuntimeError, NotImplementedError):  # HashStore and custom stores
-            return cls(store)
+    def of_default_group(cls, timeout_s: float = PATIENCE_S) -> C10dStore:
+        """The store behind ``init_process_group``.
+
+        Args:
+            timeout_s: No answer for so long is an error; more than :data:`PATIENCE_S` is not waited.
+
+        Raises:
+            RuntimeError: It cannot be reached.
+        """
+        return cls(_default_store(), min(timeout_s, PATIENCE_S))
 
     def set(self, key: str, value: str) -> None:
         """Write a key."""
-        self._store.set(key, value)
+        self._exchange.call(lambda store: store.set(key, value), f"set {key}")
 
     def get(self, key: str) -> str | None:
-        """Read a key without waiting for it: ``check`` first, because ``get`` blocks."""
-        if not self._store.check([key]):
-            return None
-        return self._store.get(key).decode()
+        """Read a key without waiting for it to be written."""
+        data = self._exchange.call(partial(_read, key), f"get {key}")
+        return None if data is None else data.decode()
 
     def compare_set(self, key: str, desired: str) -> str:
         """Write a key nobody has written; say what stands there now."""
-        return self._store.compare_set(key, "", desired).decode()
+        return self._exchange.call(lambda store: store.compare_set(key, "", desired), f"compare_set {key}").decode()
 
     def delete(self, key: str) -> None:
         """Forget a key, where the store can."""
-        try:
-            self._store.delete_key(key)
-        except (RuntimeError, NotImplementedError):  # a PrefixStore over a store without deletion
-            return
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a PrefixStore over a store without deletion
+            self._exchange.call(lambda store: store.delete_key(key), f"delete {key}")
+
+    def close(self) -> None:
+        """Hang up; further calls raise RuntimeError. Waits for nobody."""
+        self._exchange.close()
+
+
+def _read(key: str, store: Store) -> bytes | None:
+    """``check`` first, because ``get`` waits for the key."""
+    return store.get(key) if store.check([key]) else None
+
+
+def _default_store() -> Store:
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public way
 
 
 class SoloStore:
@@ -82,15 +106,22 @@ class SoloStore:
         with self._lock:
             self._values.pop(key, None)
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 def group_for_dcp(timeout_s: float) -> dist.ProcessGroup | None:
     """The group to name to ``async_save``, which only asks that it has a CPU backend and communicates on none.
 
     None stands for the default group, where that has one. Collective otherwise; call it where all ranks arrived.
+
+    Raises:
+        RuntimeError: Not all ranks could be connected in time.
     """
     if not dist.is_initialized() or "cpu" in dist.get_backend_config():
         return None
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    make = partial(dist.new_group, backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group = _in_time(make, timeout_s)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
@@ -102,24 +133,34 @@ class Group:
 
     def __init__(self, *, rank: int, world_size: int, namespace: str, timeout_s: float) -> None:
         self._rank, self._world_size, self._namespace = rank, world_size, namespace
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout_s = timeout_s
         self._group: dist.ProcessGroup | None = None
         self.generation = -1
         self.poisoned = False
 
     def renew(self, generation: int) -> None:
-        """Be in the given generation; every rank calls it, after a meeting in which all arrived."""
+        """Be in the given generation; every rank calls it, after a meeting in which all arrived.
+
+        Raises:
+            RuntimeError: Not all ranks could be connected in time.
+        """
         if not dist.is_initialized() or (generation == self.generation and not self.poisoned):
             return
         self.generation, self.poisoned = generation, True  # until it stands: a failure here asks for the next one
-        parent = dist.distributed_c10d._get_default_store()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public way
+        self._group = _in_time(partial(self._connected, generation), self._timeout_s)
+        self.poisoned = False
+
+    def _connected(self, generation: int) -> dist.ProcessGroup:
+        """A new group, over a connection of its own: gloo waits for peers inside the store's client."""
+        parent = own(_default_store(), self._timeout_s)
         store = PrefixStore(f"dcpsvc/{self._namespace}/group-{generation}", parent)
         group = dist.ProcessGroup(store, self._rank, self._world_size)
         group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # noqa: SLF001 - as new_group does it
-        backend = dist.ProcessGroupGloo(store, self._rank, self._world_size, self._timeout)
+        timeout = timedelta(seconds=self._timeout_s)
+        backend = dist.ProcessGroupGloo(store, self._rank, self._world_size, timeout)
         backend._set_sequence_number_for_group()  # noqa: SLF001
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)  # noqa: SLF001
-        self._group, self.poisoned = group, False
+        return group
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, in rank order. Bytes, never pickled objects.
@@ -151,3 +192,11 @@ class Group:
     def close(self) -> None:
         """Leave; peers are not waited for."""
         self._group = None
+
+
+def _in_time(connect: Callable[[], T], timeout_s: float) -> T:
+    """Gloo takes five times its timeout to give up on an address that does not answer, and for ever on the store."""
+    try:
+        return deadline.call(connect, timeout_s, "connecting a gloo group of all ranks")
+    except TimeoutError as err:
+        raise RuntimeError(str(err)) from None

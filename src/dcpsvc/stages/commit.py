@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcpsvc import fence
 from dcpsvc.errors import FencedError, ManifestError, RankFailure, StoreError, StoreNotFoundError
@@ -34,7 +34,7 @@ def publish(
     meeting: Meeting,
     within: Within,
     created: Callable[[], None],
-) -> str | None:
+) -> Published:
     """Commit when every rank holds the same manifest. Uploader thread, every rank.
 
     Args:
@@ -46,27 +46,37 @@ def publish(
         within: Runs a store call with a deadline; raises TimeoutError past it.
         created: Called on the coordinator once the manifest is durable.
 
-    Returns:
-        None if it is committed; else why nobody can tell: the store did not answer the coordinator.
-
     Raises:
         DisagreementError: Somebody failed, and nothing was written; or ranks are missing, and only the
             store can tell.
     """
 
-    def write(messages: list[str]) -> str | None:
+    def write(messages: list[str]) -> list[str]:
         assert not isinstance(mine, RankFailure)  # noqa: S101 - a failure would have ended the meeting
         if len(set(messages)) > 1:
             raise RefusalError([RankFailure(0, "commit", ManifestError.__name__, "the ranks made different manifests")])
         _check_owner(store, mine, within)
-        unknown = create(store, mine, within) or _confirm(store, mine, within)
-        if unknown is None:
+        if unknown := create(store, mine, within):
+            return [unknown, ""]
+        published = _confirm(store, mine, within)
+        if not published.unknown:
             created()
-        return unknown
+        return list(published)
 
     message = mine if isinstance(mine, RankFailure) else digest(mine.dumps())
-    verdict: str | None = job.meet(f"{place}/commit", message, write, meeting)
-    return verdict
+    return Published(*job.meet(f"{place}/commit", message, write, meeting))
+
+
+class Published(NamedTuple):
+    """How the one write that counts went.
+
+    Attributes:
+        unknown: Why nobody can tell whether it is committed; empty if it is.
+        replaced: Committed, and a newer job has inherited it: who. This job owns nothing any more.
+    """
+
+    unknown: str
+    replaced: str
 
 
 def _check_owner(store: Store, manifest: Manifest, within: Within) -> None:
@@ -76,32 +86,30 @@ def _check_owner(store: Store, manifest: Manifest, within: Within) -> None:
     except Exception as err:
         raise RefusalError([RankFailure(0, "commit", type(err).__name__, str(err))]) from err
     if theirs:
-        raise _replaced(store, manifest, theirs)
+        raise _replaced(manifest, theirs)
 
 
-def _confirm(store: Store, manifest: Manifest, within: Within) -> str | None:
+def _confirm(store: Store, manifest: Manifest, within: Within) -> Published:
     """After it was written: it counts unless a newer job has listed the commits without it.
-
-    Returns:
-        None if it counts; else why nobody can tell yet.
 
     Raises:
         RefusalError: It does not, and never will.
     """
     try:
-        theirs = within(lambda: fence.verdict(store, manifest.key))
+        verdict = within(lambda: fence.verdict(store, manifest.key))
     except Exception as err:  # noqa: BLE001 - whatever it is, nobody knows who owns the run root
-        return f"the manifest stands, but whether a newer job has taken over is not known: {err}"
-    if theirs is None:
-        return "a newer job is taking the run root over at this moment"
-    if theirs:
-        raise _replaced(store, manifest, theirs)
-    return None
+        return Published(f"the manifest stands, but whether a newer job has taken over is not known: {err}", "")
+    if verdict.counts is None:
+        return Published(f"at this moment {verdict.theirs} is taking the run root over", "")
+    if not verdict.counts:
+        raise _replaced(manifest, verdict.theirs)
+    return Published("", verdict.theirs)
 
 
-def _replaced(store: Store, manifest: Manifest, theirs: str) -> RefusalError:
-    ours = fence.describe(store, manifest.key.epoch)
-    return RefusalError([RankFailure(0, "commit", FencedError.__name__, f"{ours} was replaced by {theirs}")])
+def _replaced(manifest: Manifest, theirs: str) -> RefusalError:
+    epoch = manifest.key.epoch
+    reason = f"this job {epoch.token} (epoch {epoch.number}) was replaced by {theirs}"
+    return RefusalError([RankFailure(0, "commit", FencedError.__name__, reason)])
 
 
 def create(store: Store, manifest: Manifest, within: Within = _at_once) -> str | None:

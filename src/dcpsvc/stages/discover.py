@@ -13,9 +13,8 @@ from dcpsvc.errors import (
     FormatError,
     LayoutError,
     ManifestError,
-    StoreAccessError,
-    StoreError,
     StoreNotFoundError,
+    StoreObjectError,
 )
 from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
@@ -206,12 +205,10 @@ def _age(checkpoint: Checkpoint) -> tuple[int, int, datetime, str]:
 
 
 def _get(store: Store, key: str, max_nbytes: int, error: type[FormatError]) -> bytes:
-    """A file that is missing or too large is damage; a store that cannot be asked is not."""
+    """A file that is missing or cannot be one of ours is damage; a store that says no for other reasons is not."""
     try:
         return store.get(key, max_nbytes=max_nbytes)
-    except StoreError as err:
-        if err.transient or isinstance(err, StoreAccessError):
-            raise
+    except (StoreNotFoundError, StoreObjectError) as err:
         raise error(key, err.reason) from err
 
 

@@ -32,9 +32,30 @@ def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Hashable
     return [key for key in decision.remove if isinstance(key, Attempt)]
 
 
-def remove(store: Store, attempt: Attempt) -> None:
-    """Delete one checkpoint of a run root. From the second line on it does not exist; cut short, it is resumable."""
-    store.create(attempt.tombstone, _note(attempt))
+def condemn(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
+    """Mark an attempt for deletion; says whether it may be deleted now. Coordinator.
+
+    A newer job may be reading, or finishing, this very attempt. It looks at the tombstones after its claim; we look for
+    its claim after our tombstone. So one of the two steps back, whatever the order. If it is we, the mark stays: a
+    mark at something that counts is taken away by the next start.
+    """
+    store.create(attempt.tombstone, compact({"step": attempt.step, "attempt": attempt.attempt}))
+    return owned()
+
+
+def remove(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
+    """Delete one checkpoint from a run root; says whether that was done. Coordinator.
+
+    Once the manifest is gone it does not exist; cut short, it is resumable.
+    """
+    if not condemn(store, attempt, owned):
+        return False
+    finish_removal(store, attempt)
+    return True
+
+
+def finish_removal(store: Store, attempt: Attempt) -> None:
+    """Delete what is left of an attempt that was condemned, and the mark last."""
     store.delete(attempt.manifest)
     remove_data(store, attempt)
     store.delete(attempt.tombstone)
@@ -46,20 +67,6 @@ def remove_data(store: Store, attempt: Attempt) -> None:
         store.delete(entry.key)
 
 
-def discard(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
-    """Delete what an attempt that failed left in a run root; says whether that was done. Coordinator.
-
-    A newer job may be finishing this very attempt. It looks for a tombstone after its manifest; we look for its claim
-    after our tombstone. So one of the two steps back, whatever the order.
-    """
-    store.create(attempt.tombstone, _note(attempt))
-    removed = owned()
-    if removed:
-        remove_data(store, attempt)
-    store.delete(attempt.tombstone)
-    return removed
-
-
 def debris(store: Store, epoch: Epoch, inherited: Collection[Attempt]) -> list[Attempt]:
     """Attempts of jobs before ``epoch`` that did not become checkpoints and never will. One LIST of all shards."""
     keys = [entry.key for prefix in (DATA, MANIFESTS) for entry in store.list(prefix)]
@@ -67,18 +74,10 @@ def debris(store: Store, epoch: Epoch, inherited: Collection[Attempt]) -> list[A
     return sorted(one for one in attempts if one.epoch.number > 0 and one.epoch < epoch and one not in inherited)
 
 
-def finish_removals(store: Store) -> list[Attempt]:
-    """Complete the deletions that a run which ended had begun; say which."""
-    begun = [attempt_of(entry.key) for entry in store.list(TOMBSTONES)]
-    attempts = [attempt for attempt in begun if attempt is not None]
-    for attempt in attempts:
-        remove(store, attempt)
-    return attempts
-
-
-def is_condemned(store: Store, attempt: Attempt) -> bool:
-    """Whether somebody has begun to delete it."""
-    return any(entry.key == attempt.tombstone for entry in store.list(TOMBSTONES))
+def condemned(store: Store) -> list[Attempt]:
+    """Attempts whose deletion somebody has begun."""
+    marked = (attempt_of(entry.key) for entry in store.list(TOMBSTONES))
+    return [attempt for attempt in marked if attempt is not None]
 
 
 def trim_local(store: Store, *, rank: int, world_size: int, keep: int, newest: Attempt) -> None:
@@ -91,7 +90,7 @@ def trim_local(store: Store, *, rank: int, world_size: int, keep: int, newest: A
         attempt, shard_rank = attempt_of(entry.key), rank_of(entry.key)
         if attempt is not None and shard_rank is not None and shard_rank % world_size == rank:
             mine[attempt].append(entry.key)
-    for attempt in sorted(mine)[:-keep]:
+    for attempt in sorted(mine, key=lambda one: (one.step, one.epoch))[:-keep]:
         if attempt != newest:
             store.delete(attempt.manifest)
             for key in mine[attempt]:
@@ -102,7 +101,3 @@ def remove_local(store: Store, attempt: Attempt, rank: int) -> None:
     """Delete this rank's part of a checkpoint from its node's local tier."""
     store.delete(attempt.manifest)
     store.delete(attempt.shard(rank))
-
-
-def _note(attempt: Attempt) -> bytes:
-    return compact({"step": attempt.step, "attempt": attempt.attempt})

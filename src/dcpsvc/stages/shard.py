@@ -6,10 +6,13 @@ part, so there is nothing left to gather. Planner and writer are made anew for e
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import threading
 import time
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -29,9 +32,10 @@ from dcpsvc.format import digest
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.state import dcp_quirks
 from dcpsvc.state.dtypes import dtype_of
+from dcpsvc.storage.oserror import from_os_error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
     from pathlib import Path
 
     import torch.distributed as dist
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.format.shardfile import Piece, Placement
 
-_WRITE_NBYTES = 16 << 20
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class ShardPlanner(SavePlanner):
@@ -74,20 +78,40 @@ class ShardPlanner(SavePlanner):
         return self._staged[write_item.index.fqn]
 
 
+class Body(Protocol):
+    """A shard up to its block table, and how to come by its bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts together."""
+        ...
+
+    def parts(self, resolve: Callable[[str], torch.Tensor]) -> Generator[memoryview]:
+        """In file order, whole blocks each but for the last; ``resolve`` gives a piece by its name in the file."""
+        ...
+
+
 class ShardWriter(StorageWriter):
-    """Writes one shard: the arena as it is, then the block table computed in the same pass.
+    """Writes one shard: its body, then the block table computed in the same pass. On any thread.
 
     Args:
         path: Where to; must not exist.
-        image: The file up to its block table.
+        body: What.
         rank: Global rank.
         key: Run-relative key of the shard.
     """
 
-    def __init__(self, path: Path, image: memoryview, *, rank: int, key: str) -> None:
-        self._path, self._image, self._rank, self._key = path, image, rank, key
+    def __init__(self, path: Path, body: Body, *, rank: int, key: str) -> None:
+        self._path, self._body, self._rank, self._key = path, body, rank, key
+        self._lock = threading.Lock()
+        self._withdrawn = False
         self.record: ShardRecord | None = None
         self.seconds = 0.0
+
+    def withdraw(self) -> None:
+        """Nobody wants the file any more: stop at the next part and leave nothing. A file that is whole stays."""
+        with self._lock:
+            self._withdrawn = self.record is None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Part of DCP's protocol: a writer is never used twice."""
@@ -105,21 +129,68 @@ class ShardWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        """Write, fsync, and make the record. The image holds every item at its place already."""
+        """Write, fsync, and make the record.
+
+        Raises:
+            StoreFullError: The disk is full; nothing of the file is left.
+        """
         began = time.perf_counter()
-        table = _write(self._path, self._image)
-        self.record = ShardRecord(
-            rank=self._rank,
-            path=self._key,
-            nbytes=len(self._image) + len(table),
-            body_nbytes=len(self._image),
-            digest=digest.digest(table),
-        )
+        items = {item.index.fqn: item for item in plan.items}
+        body = self._body.parts(lambda name: cast("torch.Tensor", planner.resolve_data(items[name])))
+        with contextlib.closing(body) as parts, self._new_file() as descriptor:
+            table = _write(descriptor, self._while_wanted(parts))
+            _fsync_directory(self._path.parent)
+            self._finish(table)
         self.seconds = time.perf_counter() - began
         results = [WriteResult(item.index, item.tensor_storage_size() or 0, self._key) for item in plan.items]
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result(results)
         return done
+
+    @contextlib.contextmanager
+    def _new_file(self) -> Generator[int]:
+        """A descriptor to write to; what goes wrong takes the file along."""
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                yield descriptor
+            except BaseException:  # whatever it is, room on a disk that may be full is given back
+                self._remove()
+                raise
+            finally:
+                os.close(descriptor)
+        except OSError as err:
+            if err.errno in _FULL:
+                raise from_os_error("write", str(self._path), err) from err
+            raise
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+            if self._withdrawn:  # whoever tidied up before found the folder in use
+                self._path.parent.rmdir()
+
+    def _while_wanted(self, parts: Iterable[memoryview]) -> Iterator[memoryview]:
+        for part in parts:
+            self._check_wanted()
+            yield part
+
+    def _finish(self, table: bytes) -> None:
+        body_nbytes = self._body.nbytes
+        record = ShardRecord(
+            rank=self._rank,
+            path=self._key,
+            nbytes=body_nbytes + len(table),
+            body_nbytes=body_nbytes,
+            digest=digest.digest(table),
+        )
+        with self._lock:
+            self._check_wanted()
+            self.record = record
+
+    def _check_wanted(self) -> None:
+        if self._withdrawn:
+            raise InterruptedError("the save ended while its shard was being written")
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Nothing is committed here: the manifest is, after every rank's acknowledgement."""
@@ -155,7 +226,7 @@ class DcpShard:
 
     @property
     def ended(self) -> bool:
-        """Nobody reads the arena any more."""
+        """Nobody reads what was staged any more."""
         return self._written.done()
 
     def open(self) -> None:
@@ -163,8 +234,9 @@ class DcpShard:
         self._stager.open()
 
     def refuse(self, error: BaseException) -> None:
-        """The save has ended; does nothing where the gate was opened."""
+        """The save has ended: what is not whole on the disk never will be."""
         self._stager.refuse(error)
+        self._writer.withdraw()
 
     def record(self, timeout_s: float) -> ShardRecord:
         """The shard is durable on the local tier when this returns; DCP's own errors come out as they are.
@@ -201,21 +273,15 @@ def begin(
     return DcpShard(stager, writer, written)
 
 
-def _write(path: Path, image: memoryview) -> bytes:
-    """Write image and table to a new file, durably; return the table."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        tables: list[bytes] = []
-        for begin in range(0, len(image), _WRITE_NBYTES):
-            part = image[begin : begin + _WRITE_NBYTES]
-            tables.append(digest.table(part))
-            _write_all(descriptor, part)
-        table = b"".join(tables)
-        _write_all(descriptor, memoryview(table))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    _fsync_directory(path.parent)
+def _write(descriptor: int, parts: Iterable[memoryview]) -> bytes:
+    """Write the parts and their block table, durably; return the table."""
+    tables: list[bytes] = []
+    for part in parts:
+        tables.append(digest.table(part))
+        _write_all(descriptor, part)
+    table = b"".join(tables)
+    _write_all(descriptor, memoryview(table))
+    os.fsync(descriptor)
     return table
 
 

@@ -11,6 +11,7 @@ from dcpsvc.errors import (
     StoreError,
     StoreFullError,
     StoreNotFoundError,
+    StoreObjectError,
     StoreUnavailableError,
 )
 
@@ -52,9 +53,9 @@ _SENTENCES: dict[int, tuple[type[StoreError], str]] = {
     errno.ENOSPC: (StoreFullError, "no space left"),
     errno.EDQUOT: (StoreFullError, "the disk quota is used up"),
     errno.EFBIG: (StoreError, "the file would be larger than the file system or the process limit allows"),
-    errno.ENOTDIR: (StoreError, "a part of the path is a file where a directory is needed"),
-    errno.EISDIR: (StoreError, "there is a directory where an object is expected"),
-    errno.ELOOP: (StoreError, "there is a symbolic link where an object is expected"),
+    errno.ENOTDIR: (StoreObjectError, "a part of the path is a file where a directory is needed"),
+    errno.EISDIR: (StoreObjectError, "there is a directory where an object is expected"),
+    errno.ELOOP: (StoreObjectError, "there is a symbolic link where an object is expected"),
     errno.ENOSYS: (StoreError, "the file system cannot do what a run root needs, such as hard links"),
     errno.ENOTSUP: (StoreError, "the file system cannot do what a run root needs, such as hard links"),
     errno.ENAMETOOLONG: (StoreError, "the name is too long for this file system"),

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import StoreError, StoreNotFoundError
+from dcpsvc.errors import StoreNotFoundError, StoreObjectError
 from dcpsvc.storage import posixfile
 from dcpsvc.storage.base import Entry
 from dcpsvc.storage.names import check_key, check_prefix, is_temp
@@ -142,7 +142,7 @@ class PosixStore:
                 if stat.S_ISDIR(status.st_mode):
                     raise StoreNotFoundError(operation, self._where(key), "there is no such object")
                 if not stat.S_ISREG(status.st_mode):
-                    raise StoreError(operation, self._where(key), "it is not a regular file")
+                    raise StoreObjectError(operation, self._where(key), "it is not a regular file")
                 yield fd, status.st_size
             finally:
                 os.close(fd)
@@ -161,7 +161,9 @@ class PosixStore:
         root = self._real_root()
         parent = Path(os.path.realpath(root.joinpath(*parts[:-1])))
         if not parent.is_relative_to(root):
-            raise StoreError(operation, self._where(key), f"a symbolic link leads out of the run root, to {parent}")
+            raise StoreObjectError(
+                operation, self._where(key), f"a symbolic link leads out of the run root, to {parent}"
+            )
         return parent / parts[-1]
 
     def _where(self, key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dcpsvc.errors import StoreError
+from dcpsvc.errors import StoreError, StoreObjectError
 
 
 def check_range(where: str, begin: int, end: int) -> None:
@@ -19,20 +19,20 @@ def check_end(where: str, nbytes: int, end: int) -> None:
     """Refuse a range that goes past the end of an object.
 
     Raises:
-        StoreError: ``end`` is more than the object's ``nbytes``.
+        StoreObjectError: ``end`` is more than the object's ``nbytes``.
     """
     if end > nbytes:
-        raise StoreError("read", where, f"bytes up to {end} were asked for and the object has {nbytes}")
+        raise StoreObjectError("read", where, f"bytes up to {end} were asked for and the object has {nbytes}")
 
 
 def check_limit(where: str, nbytes: int, max_nbytes: int) -> None:
     """Refuse an object that is larger than its reader is ready for.
 
     Raises:
-        StoreError: ``nbytes`` is more than ``max_nbytes``.
+        StoreObjectError: ``nbytes`` is more than ``max_nbytes``.
     """
     if nbytes > max_nbytes:
-        raise StoreError("get", where, f"the object has {nbytes} bytes and at most {max_nbytes} were expected")
+        raise StoreObjectError("get", where, f"the object has {nbytes} bytes and at most {max_nbytes} were expected")
 
 
 def check_length(operation: str, where: str, nbytes: int, expected: int) -> None:

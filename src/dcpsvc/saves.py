@@ -1,0 +1,99 @@
+"""Accepting saves, on the training thread: admitted or left out, staged, and handed to the uploader."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from dcpsvc.errors import SaveSkippedError, StepExistsError
+from dcpsvc.events import Point
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dcpsvc.admission import Admission
+    from dcpsvc.catalog import Catalog
+    from dcpsvc.events import Events
+    from dcpsvc.pending import PendingSave
+    from dcpsvc.saving import Saver
+    from dcpsvc.state.collected import Collected
+    from dcpsvc.uploader import Uploader
+
+
+class Saves:
+    """Where every save of a job begins.
+
+    Attributes:
+        skipped: Saves that back-pressure left out.
+        blocked_s: Training time that all saves together took.
+        last_began: When the last one was accepted, on the monotonic clock.
+    """
+
+    def __init__(
+        self, admission: Admission, saver: Saver, uploader: Uploader, catalog: Catalog, events: Events
+    ) -> None:
+        self._admission, self._saver, self._uploader = admission, saver, uploader
+        self._catalog, self._events = catalog, events
+        self.skipped, self.blocked_s = 0, 0.0
+        self.last_began = time.monotonic()
+
+    def check_new(self, step: int) -> None:
+        """A committed step is never saved again.
+
+        Raises:
+            StepExistsError: It is committed, or may be.
+        """
+        if (committed := self._catalog.taken(step)) is not None:
+            raise StepExistsError(step, committed.attempt, self._catalog.newest)
+
+    def begin(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        values: Collected | None = None,
+        must: bool = False,
+        timeout_s: float | None = None,
+    ) -> PendingSave:
+        """Snapshot the state, or leave the save out. When this returns the state may change.
+
+        Args:
+            step: Training step.
+            metrics: For the manifest.
+            values: Kept from an earlier moment; None takes those of now.
+            must: Never left out.
+            timeout_s: Longest wait for room.
+
+        Raises:
+            StateError: Something cannot be saved, by key.
+            StepExistsError: The step is committed.
+            WaitTimeoutError: No room within ``timeout_s``.
+        """
+        began = time.perf_counter()
+        left_out = self._admission.admit(step, must=must, timeout_s=timeout_s)
+        waited_s = time.perf_counter() - began
+        self.check_new(step)  # after the wait: the save before may have been of this very step
+        save = self._saver.accept(step, began)
+        if left_out:
+            return self._leave_out(save.pending, left_out)
+        self.last_began = time.monotonic()
+        try:
+            self._saver.stage(save, metrics, values)
+        finally:
+            timings = save.pending.timings
+            timings.blocked_s, timings.waited_s = save.elapsed_s(), waited_s
+            self._uploader.accept(save)
+        self._saver.settle(save)
+        timings.blocked_s = save.elapsed_s()
+        self.blocked_s += timings.blocked_s
+        return save.pending
+
+    def _leave_out(self, pending: PendingSave, reason: str) -> PendingSave:
+        self.skipped += 1
+        error = SaveSkippedError(pending.step, pending.attempt, self._catalog.newest, reason)
+        self._events.emit(
+            Point.SAVE_SKIPPED, step=pending.step, attempt=pending.attempt, detail=str(error), level=logging.INFO
+        )
+        pending.resolve(pending.committed, error)
+        return pending
