@@ -35,7 +35,7 @@ from dcpsvc.opening import open_run
 from dcpsvc.pending import StepOutcome
 from dcpsvc.preemption import EXIT_STOPPED, Preemption
 from dcpsvc.ranks.job import Job
-from dcpsvc.ranks.proposals import QUIT, SAVE, STOP, Proposals
+from dcpsvc.ranks.proposals import ABORT, SAVE, STOP, Proposals
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.resuming import Resuming
 from dcpsvc.saves import Saves
@@ -112,7 +112,7 @@ class Checkpointer:
         self._commands = LiveCommands(self._proposals, self._standing.status)
         self._resumes = 0
         self._stopping = ""
-        self._closed = False
+        self._aborted = self._closed = False
         self._pid = os.getpid()
         self._begin()
 
@@ -197,15 +197,16 @@ class Checkpointer:
             raise ConfigError(f"step({step}) after step {self._last.step}: steps must grow")
         self._last.step = step
         agreed = self._proposals.at(step)
-        if agreed in {STOP, QUIT}:
+        if agreed not in {None, SAVE}:
             self._stop(agreed)
         every = self._options.every
-        due = agreed in {SAVE, STOP} or (agreed != QUIT and every is not None and every.due(step))
+        due = agreed in {SAVE, STOP} or (agreed is None and every is not None and every.due(step))
         pending = None
         if due and step != self._last.saved:
             pending = self._save(step, metrics, must=agreed is not None)
         if agreed is not None:
-            self._commands.tell(step, agreed, pending)
+            begun = self._saves.last
+            self._commands.tell(step, agreed, begun if begun is not None and begun.step == step else None)
         if self._last.unsaved == step:
             self._last.note(metrics)
         return StepOutcome(step=step, pending=pending, should_stop=bool(self._stopping))
@@ -283,25 +284,25 @@ class Checkpointer:
             self._last.save_begun(step)
         return pending
 
-    def _stop(self, agreed: str) -> None:
+    def _stop(self, agreed: str | None) -> None:
         """All ranks end after this step."""
         told = self._proposals.agreed
         self._stopping = str(told or agreed)
         if told is not None and told.urgent:
             self._preemption.noticed(told.why)
-        self._last.wanted = agreed == STOP
+        self._last.wanted, self._aborted = agreed == STOP, agreed == ABORT
 
     def _finish(self, timeout_s: float | None, *, failed: bool) -> None:
         """Until everything is committed, or as far as the time goes."""
         bounds = [bound for bound in (timeout_s, self._preemption.left_s()) if bound is not None]
-        bounds += [0.0] if self._commands.aborted else []
+        bounds += [0.0] if self._aborted else []
         ends = time.monotonic() + min(bounds) if bounds else None
         try:
             self._uploader.wait(_left_s(ends))
             self._save_last(failed=failed)
             self._uploader.wait(_left_s(ends))
         except WaitTimeoutError as err:
-            if self._preemption.left_s() is None and not self._commands.aborted:
+            if self._preemption.left_s() is None and not self._aborted:
                 raise
             self._announcer.cut_short(err.pending, self._catalog.newest_local)
 
@@ -347,6 +348,7 @@ class Checkpointer:
         """Say goodbye so that nobody's store disappears under a peer; then stop every thread."""
         self._closed = True
         self._last.close()
+        self._life.abandoned.set()  # what is still under way, on every rank
         left_s = self._preemption.left_s()
         patience_s = self._options.sync_timeout_s if left_s is None else min(self._options.sync_timeout_s, left_s + 2.0)
         with contextlib.suppress(DisagreementError, RuntimeError):  # a peer that is gone cannot be waited for

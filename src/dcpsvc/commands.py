@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcpsvc.control import Request
 from dcpsvc.errors import ClosedError
-from dcpsvc.ranks.proposals import QUIT, SAVE, STOP
+from dcpsvc.ranks.proposals import ABORT, QUIT, SAVE, STOP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,21 +17,16 @@ if TYPE_CHECKING:
     from dcpsvc.pending import PendingSave
     from dcpsvc.ranks.proposals import Proposals
 
-_SATISFIED_BY = {SAVE: {SAVE, STOP}, STOP: {STOP}, QUIT: {STOP, QUIT}}
+_SATISFIED_BY = {SAVE: {SAVE, STOP}, STOP: {STOP}, QUIT: {STOP, QUIT, ABORT}, ABORT: {ABORT}}
 
 
 class LiveCommands:
-    """Asks the ranks to agree on a step; answers when that step's save has ended.
-
-    Attributes:
-        aborted: Somebody wants what is in flight abandoned.
-    """
+    """Asks the ranks to agree on a step; answers when that step's save has ended."""
 
     def __init__(self, proposals: Proposals, status: Callable[[], Mapping[str, Any]]) -> None:
         self._proposals, self._status = proposals, status
         self._lock = threading.Lock()
         self._waiting: list[tuple[str, Request]] = []
-        self.aborted = False
 
     def status(self) -> Mapping[str, Any]:
         """How this rank is doing. Any thread."""
@@ -47,17 +42,22 @@ class LiveCommands:
 
     def abort(self) -> Request:
         """All ranks stop without a save; what is in flight is abandoned."""
-        self.aborted = True
-        return self._ask(QUIT)
+        return self._ask(ABORT)
 
     def tell(self, step: int, agreed: str, pending: PendingSave | None) -> None:
-        """The ranks have come to a step they agreed on. Training thread."""
+        """The ranks have come to a step they agreed on. Training thread.
+
+        Args:
+            step: The step.
+            agreed: What they do there.
+            pending: The save of that step, whoever began it; None if there is none.
+        """
         with self._lock:
             asked = [request for kind, request in self._waiting if agreed in _SATISFIED_BY[kind]]
             self._waiting = [(kind, request) for kind, request in self._waiting if agreed not in _SATISFIED_BY[kind]]
         for request in asked:
             request.agree(step)
-            if pending is None:
+            if pending is None or agreed in {QUIT, ABORT}:
                 request.resolve({"step": step, "attempt": "", "state": "stopped"})
             else:
                 pending.committed.add_done_callback(functools.partial(_answer, request, pending))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import stat
@@ -14,6 +15,7 @@ from dcpsvc.errors import (
     RankFailure,
     RootError,
     RunBusyError,
+    StoreError,
     StoreNotFoundError,
     UnsupportedFormatError,
 )
@@ -88,6 +90,7 @@ def _join_run(job: Job, tiers: Tiers, within: Callable[[Callable[[], None]], Non
     try:
         job.meet("open/ready", message, lambda _: None, meeting)
         settled = settle(job, tiers, meeting)
+        _remove_unfinished(tiers.local, job)
     except BaseException:  # whatever it is, the place is given back
         placelock.release(lock)
         raise
@@ -106,7 +109,7 @@ def _take_place(job: Job, tiers: Tiers) -> int:
 
 
 def _try_out(job: Job, tiers: Tiers) -> None:
-    _probe(tiers.local, job)
+    _probe(tiers.local, job, keep=True)
     _probe(tiers.remote, job)
     _check_shared(tiers.remote, tiers.run_id)
 
@@ -120,11 +123,22 @@ def _check_owner(local_dir: Path) -> None:
         )
 
 
-def _probe(store: Store, job: Job) -> None:
+def _remove_unfinished(local: Store, job: Job) -> None:
+    """What killed writers left on this disk. All ranks have made their probes: nobody of this start is writing."""
+    key = f"{keys.PROBES}{job.incarnation}-{job.rank:05d}"
+    try:
+        local.remove_unfinished(before=key)
+        local.delete(key)
+    except StoreError as err:  # it takes room and does no other harm
+        logging.getLogger("dcpsvc").warning("unfinished files stay: %s", err)
+
+
+def _probe(store: Store, job: Job, *, keep: bool = False) -> None:
     """A real write and delete: permissions are known before the first step, not at the first save."""
     key = f"{keys.PROBES}{job.incarnation}-{job.rank:05d}"
     store.put(key, b"probe\n")
-    store.delete(key)
+    if not keep:
+        store.delete(key)
 
 
 def _check_shared(remote: Store, run_id: str) -> None:

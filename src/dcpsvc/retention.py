@@ -82,6 +82,7 @@ class Retention:
         """Of this job, and, looked for once, of earlier ones, from whatever disk."""
         settled = self._run.settled
         if self._job.coordinates and not self._has_looked:
+            self._within(functools.partial(self._run.remote.remove_unfinished, settled.epoch.claim))
             look = functools.partial(retain.debris, self._run.remote, settled.epoch, settled.committed)
             self._catalog.leftovers |= set(self._within(look))
             self._has_looked = True

@@ -27,7 +27,8 @@ class Saves:
     Attributes:
         skipped: Saves that back-pressure left out.
         blocked_s: Training time that all saves together took.
-        last_began: When the last one was accepted, on the monotonic clock.
+        last: The last one that was begun.
+        last_began: When that was, on the monotonic clock.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Saves:
         self._admission, self._saver, self._uploader = admission, saver, uploader
         self._catalog, self._events = catalog, events
         self.skipped, self.blocked_s = 0, 0.0
+        self.last: PendingSave | None = None
         self.last_began = time.monotonic()
 
     def check_new(self, step: int) -> None:
@@ -77,7 +79,7 @@ class Saves:
         save = self._saver.accept(step, began)
         if left_out:
             return self._leave_out(save.pending, left_out)
-        self.last_began = time.monotonic()
+        self.last, self.last_began = save.pending, time.monotonic()
         try:
             self._saver.stage(save, metrics, values)
         finally:

@@ -280,3 +280,20 @@ def test_any_key_is_refused_or_comes_back_from_within_the_root(tmp_path: Path, k
         assert store.list("") == [(key, 1)]
         store.delete(key)
     assert {path.name for path in tmp_path.iterdir()} <= {"root"}
+
+
+def test_what_a_killed_writer_left_goes_and_what_somebody_writes_now_stays(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path)
+    old = tmp_path / "data" / "step-000000000001.cafe-0" / ".tmp-dead"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"half")
+    os.utime(old, ns=(0, 0))
+    store.put("probes/now", b"")
+    new = tmp_path / "manifests" / ".tmp-alive"
+    new.parent.mkdir()
+    new.write_bytes(b"half")
+
+    store.remove_unfinished(before="probes/now")
+
+    assert not old.parent.exists()
+    assert new.exists()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dcpsvc")
 
-SAVE, STOP, QUIT = "save", "stop", "quit"
-"""Save and go on; save and stop; stop without saving."""
+SAVE, STOP, QUIT, ABORT = "save", "stop", "quit", "abort"
+"""Save and go on; save and stop; stop without saving; the same, and what is in flight is abandoned."""
 
 GO, VOID, NOTED, LATE = "go", "void", "noted", "late"
 
@@ -28,7 +28,7 @@ class Agreed(NamedTuple):
     """What all ranks will do, or have done: told by :attr:`~dcpsvc.ranks.proposals.Proposals.agreed`.
 
     Attributes:
-        kind: ``save``, ``stop`` or ``quit``.
+        kind: ``save``, ``stop``, ``quit`` or ``abort``.
         step: At the first step that is not below this one.
         why: Who asked, and why; empty for the schedule.
         urgent: Somebody is being preempted: the time that is left counts.
@@ -60,7 +60,9 @@ class Proposal:
 
 
 def together(kinds: Collection[str]) -> str | None:
-    """The one thing to do that serves all: nobody who wants a save and nobody who wants an end is let down."""
+    """The one thing to do that serves all: who wants a save or an end gets it, but for an abort."""
+    if ABORT in kinds:
+        return ABORT
     if STOP in kinds or {SAVE, QUIT} <= set(kinds):
         return STOP
     return next(iter(kinds), None)

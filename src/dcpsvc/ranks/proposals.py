@@ -18,14 +18,27 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcpsvc.ranks.agreement import GO, LATE, NOTED, QUIT, SAVE, STOP, VOID, Agreed, Coordinator, Proposal, together
+from dcpsvc.ranks.agreement import (
+    ABORT,
+    GO,
+    LATE,
+    NOTED,
+    QUIT,
+    SAVE,
+    STOP,
+    VOID,
+    Agreed,
+    Coordinator,
+    Proposal,
+    together,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dcpsvc.ranks.rendezvous import Rendezvous
 
-__all__ = ["QUIT", "SAVE", "STOP", "Agreed", "Proposals", "together"]
+__all__ = ["ABORT", "QUIT", "SAVE", "STOP", "Agreed", "Proposals", "together"]
 
 logger = logging.getLogger("dcpsvc")
 

@@ -80,3 +80,10 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object, durably; no error where there is none."""
         ...
+
+    def remove_unfinished(self, before: str) -> None:
+        """Remove what writers that were killed left invisible, if it is older than the object ``before``.
+
+        The store's own clock counts. Whoever still writes such a thing gets an error.
+        """
+        ...

@@ -104,6 +104,10 @@ class MemoryStore:
         with self._space.lock:
             self._space.objects.pop(key, None)
 
+    def remove_unfinished(self, before: str) -> None:
+        """Nothing here is ever unfinished."""
+        check_key("remove_unfinished", before)
+
     def _object(self, operation: str, key: str) -> bytes:
         check_key(operation, key)
         with self._space.lock:

@@ -103,6 +103,10 @@ class ObjectStore:
         with contextlib.suppress(StoreNotFoundError), self._translated("delete", key):
             self._wire.delete(path)
 
+    def remove_unfinished(self, before: str) -> None:
+        """Nothing: unfinished multipart uploads are the bucket's own rules' to remove."""
+        self._path("remove_unfinished", before)
+
     def _size(self, operation: str, key: str) -> int:
         path = self._path(operation, key)
         with self._translated(operation, key):

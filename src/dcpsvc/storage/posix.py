@@ -111,6 +111,19 @@ class PosixStore:
             if len(parts) > _TOP_LEVEL and posixfile.remove_if_empty(target.parent):
                 posixfile.sync_directory(target.parent.parent)
 
+    def remove_unfinished(self, before: str) -> None:
+        """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`: our temporary files."""
+        target = self._locate("remove_unfinished", before, check_key("remove_unfinished", before))
+        with self._translated("remove_unfinished", before):
+            limit = target.lstat().st_mtime_ns
+            for folder, _, names in os.walk(self._real_root()):
+                for path in (Path(folder, name) for name in names if is_temp(name)):
+                    with contextlib.suppress(FileNotFoundError):
+                        if path.lstat().st_mtime_ns < limit:
+                            path.unlink()
+                            if path.parent.parent.name == "data":
+                                posixfile.remove_if_empty(path.parent)
+
     def _place(
         self, operation: str, key: str, fill: Callable[[int], None], publish: Callable[[Path, Path], bool]
     ) -> bool:

@@ -114,6 +114,10 @@ class RetryingStore:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
         self._run(lambda: self._store.delete(key))
 
+    def remove_unfinished(self, before: str) -> None:
+        """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
+        self._run(lambda: self._store.remove_unfinished(before))
+
     def _run(self, call: Callable[[], T]) -> T:
         patience = _Patience(self._clock, self._tries, self._deadline_s, self._stop)
 

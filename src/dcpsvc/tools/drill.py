@@ -167,7 +167,7 @@ class _Watch:
         if path := status.get("local_path"):
             self._local_paths.add(str(path))
         seen.last_step = max((step for step in (status.get("step"), seen.last_step) if step is not None), default=None)
-        seen.phase = next((str(save.get("phase")) for save in status.get("in_flight", ())), "")
+        seen.phase = next((str(save.get("phase")) for save in (status.get("in_flight") or ())), "")
         if seen.target:
             self._note_progress(status)
 
@@ -176,7 +176,7 @@ class _Watch:
         if (stop_step := status.get("stop_step")) is not None:
             seen.stop_step = stop_step
             seen.agreed_s = since_s if seen.agreed_s is None else seen.agreed_s
-        saving = max((save.get("step") for save in status.get("in_flight", ())), default=None)
+        saving = max((save.get("step") for save in (status.get("in_flight") or ())), default=None)
         newest, newest_local = status.get("newest"), status.get("newest_local")
         for count, reached in enumerate((saving, newest_local, newest), 1):
             self._note_milestones(reached, _MILESTONES[:count], since_s)

@@ -173,7 +173,7 @@ def _status_cells(rank: LiveRank) -> list[str]:
     said = rank.status
     if not said:
         return ["-"] * 6 + [escape(rank.problem)]
-    flight = ", ".join(f"step {save.get('step')}: {save.get('phase')}" for save in said.get("in_flight", ())) or "-"
+    flight = ", ".join(f"step {save.get('step')}: {save.get('phase')}" for save in (said.get("in_flight") or ())) or "-"
     blocked = "-" if said.get("blocked_s") is None else f"{said['blocked_s']:.2f} s"
     counts = [_or_dash(said.get(name)) for name in ("step", "newest", "committed", "failed", "skipped")]
     return [*counts, blocked, escape(flight)]
