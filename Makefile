@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+SEEDS ?= 100000
 ARGS ?=
 
 BIN := .venv/bin
@@ -9,10 +10,10 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check --no-input --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check fmt clean
+.PHONY: help venv demo test simulate check fmt clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## train, kill, resume, on this machine (ARGS="...")
 	@$(BIN)/dcpsvc demo $(ARGS)
@@ -25,6 +26,9 @@ ifeq ($(strip $(PYTEST_ARGS)),)
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
+
+simulate: $(READY) ## run the protocol on simulated ranks, stores and clocks (SEEDS=100000)
+	@$(BIN)/python -m tests.model.simulate --seeds $(SEEDS) --jobs $$(nproc)
 
 check: $(READY) ## format, lint, types, architecture
 	$(BIN)/ruff format --check

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from dcpsvc.pending import PendingSave, Statistics
     from dcpsvc.storage.base import Store
 
+_LOOK_S = 0.2
+
 
 class Checkpointer:
     """Saves and restores one training run, beside the training.
@@ -96,7 +98,16 @@ class Checkpointer:
         self._catalog = Catalog({attempt.step: attempt for attempt in self._run.settled.committed})
         self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
         self._uploader = Uploader(self._life, self._let_go)
-        saver = Saver(self._job, self._run, self._state, self._life, self._events)
+        saver = Saver(
+            self._job, self._run, self._state, self._life, self._events,
+            staging_nbytes=self._options.staging_nbytes, max_inflight=self._options.max_inflight,
+        )  # fmt: skip
+        predicted_nbytes = saver.predicted_nbytes()
+        try:
+            self._life.check_room(predicted_nbytes)
+        except BaseException:  # whatever it is, no thread stays behind, and the place is given back
+            self._uploader.stop()
+            raise
         admission = Admission(self._job, self._options, self._uploader)
         self._saves = Saves(admission, saver, self._uploader, self._catalog, self._events)
         self._last = LastStep(self._state, self._job.rank)
@@ -114,15 +125,15 @@ class Checkpointer:
         self._stopping = ""
         self._aborted = self._closed = False
         self._pid = os.getpid()
-        self._begin()
+        self._begin(predicted_nbytes)
 
-    def _begin(self) -> None:
+    def _begin(self, predicted_nbytes: int | None) -> None:
         """Everything stands: watch, listen, and be closed in the end."""
         self._preemption.install()
         self._proposals.start()
         self._control = Control(self._run.run_id, self._job.rank, self._commands)
         at_exit(self)
-        self._announcer.opened(self._catalog.newest, None)
+        self._announcer.opened(self._catalog.newest, predicted_nbytes)
         if self._catalog.newest is None:
             self._announcer.check_schedule(0)
 
@@ -294,17 +305,27 @@ class Checkpointer:
 
     def _finish(self, timeout_s: float | None, *, failed: bool) -> None:
         """Until everything is committed, or as far as the time goes."""
-        bounds = [bound for bound in (timeout_s, self._preemption.left_s()) if bound is not None]
-        bounds += [0.0] if self._aborted else []
-        ends = time.monotonic() + min(bounds) if bounds else None
+        limit_s = 0.0 if self._aborted else timeout_s
+        ends = None if limit_s is None else time.monotonic() + limit_s
         try:
-            self._uploader.wait(_left_s(ends))
+            self._wait_until(ends)
             self._save_last(failed=failed)
-            self._uploader.wait(_left_s(ends))
+            self._wait_until(ends)
         except WaitTimeoutError as err:
             if self._preemption.left_s() is None and not self._aborted:
                 raise
             self._announcer.cut_short(err.pending, self._catalog.newest_local)
+
+    def _wait_until(self, ends: float | None) -> None:
+        """Until nothing is under way. A preemption may come meanwhile: its grace counts from then on."""
+        while True:
+            left = [left_s for left_s in (_left_s(ends), self._preemption.left_s()) if left_s is not None]
+            try:
+                return self._uploader.wait(min([*left, _LOOK_S]))
+            except WaitTimeoutError:
+                if left and min(left) <= 0:
+                    self._stopping = self._stopping or self._preemption.requested
+                    raise
 
     def _save_last(self, *, failed: bool) -> None:
         """Save the last complete step, if the model still is what it was then."""

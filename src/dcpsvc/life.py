@@ -20,6 +20,7 @@ from dcpsvc.errors import (
     FencedError,
     RankFailure,
     RanksMissingError,
+    RootError,
     SaveError,
     SaveFailedError,
     SaveSkippedError,
@@ -27,6 +28,7 @@ from dcpsvc.errors import (
 from dcpsvc.events import Point
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
+from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.retention import Retention
 from dcpsvc.stages import ack, commit, upload
@@ -84,7 +86,8 @@ class Life:
         return error
 
     def _to_commit(self, save: Save) -> Manifest:
-        agreement = ack.agree(self._job, save.place, save.proposal, self._sync)
+        need = save.proposal.disk if isinstance(save.proposal, ack.Proposal) else None
+        agreement = ack.agree(self._job, save.place, save.proposal, self._sync, lambda: self._make_room(save, need))
         self._forget_previous(save)
         layout = self._guarded(save, "plan", lambda: self._layout(save, agreement))
         record = self._then(save, "write", layout, lambda _: self._write(save))
@@ -103,6 +106,28 @@ class Life:
         self._replaced_by = published.replaced
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
+
+    def check_room(self, nbytes: int | None) -> None:
+        """Whether the local disks can take a first save. Collective; before the first step.
+
+        Args:
+            nbytes: What this rank would write; None if it does not know yet.
+
+        Raises:
+            RootError: They cannot, even without what is whole at the run root; the same on every rank.
+        """
+        path = self._run.local_path
+        try:
+            need: Any = DiskNeed.measure(path, rank=self._job.rank, need_nbytes=nbytes or 0)
+        except OSError as err:
+            need = RankFailure(self._job.rank, "open", type(err).__name__, str(err))
+        try:
+            ack.agree_on_room(self._job, "open", need, self._sync, lambda: self._retention.make_room(need))
+        except DisagreementError as err:
+            raise RootError(str(path), "; ".join(map(str, err.failures)) or f"ranks {err.missing} are gone") from None
+
+    def _make_room(self, save: Save, need: DiskNeed | None) -> Any:
+        return self._tried(save, "plan", lambda: self._retention.make_room(need))
 
     def _within(self, work: Callable[[], T], given_up: Callable[[], str] | None = None) -> T:
         clock = self._job.rendezvous.clock
@@ -161,6 +186,7 @@ class Life:
         shard = save.shard
         assert shard is not None  # noqa: S101 - staging succeeded, or the meeting would have ended
         record = shard.record(self._options.upload_timeout_s)
+        save.pending.resolve(save.pending.staged)  # a shard that was not copied has been read where it was
         save.pending.timings.write_s = shard.seconds
         save.pending.timings.shard_nbytes = record.nbytes
         self._emit(Point.SHARD_WRITTEN, save, nbytes=record.nbytes, seconds=shard.seconds)
@@ -223,7 +249,7 @@ class Life:
     def _forget_previous(self, save: Save) -> None:
         """Every rank has come to this meeting, so all have left those of the save before."""
         if self._job.coordinates and self._previous is not None:
-            for phase in ("plan", "compare", "local", "remote", "commit", "retain"):
+            for phase in ("plan", "compare", "room", "local", "remote", "commit", "retain"):
                 self._job.rendezvous.forget(f"{self._previous.place}/{phase}")
         self._previous = save
 

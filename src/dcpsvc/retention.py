@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import fence
-from dcpsvc.errors import FormatError, RootError, StoreError
+from dcpsvc import fence, preflight
+from dcpsvc.errors import FormatError, RankFailure, RootError, StoreError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
 from dcpsvc.policies import Everything
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.format.manifest import Manifest
+    from dcpsvc.preflight import DiskNeed
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
     from dcpsvc.settling import OpenRun
 
 T = TypeVar("T")
+
+logger = logging.getLogger("dcpsvc")
 
 
 class Retention:
@@ -54,6 +57,23 @@ class Retention:
         if self._job.coordinates:
             with contextlib.suppress(StoreError, RootError, TimeoutError):
                 self._within(functools.partial(self._empty, attempt))
+
+    def make_room(self, need: DiskNeed | None) -> Any:
+        """The local disk is too small for what the ranks would write: let go what is whole at the run root.
+
+        The newest checkpoint stays. Never raises.
+        """
+        if need is None:
+            return None
+        uploaded = set(self._catalog.attempts.values())
+        newest = sorted(uploaded, key=lambda one: (one.step, one.epoch))[-1:]
+        rank, world_size = self._job.rank, self._job.world_size
+        try:
+            freed = preflight.free_up(self._run.local, rank=rank, world_size=world_size, uploaded=uploaded, keep=newest)
+        except StoreError as err:
+            return RankFailure(rank, "plan", type(err).__name__, str(err))
+        logger.info("rank %s: removed %s of the local tier", rank, preflight.mebibytes(freed))
+        return need.again().to_json()
 
     def _empty(self, attempt: Attempt) -> None:
         """The mark stays until a later commit: until then a newer job might want to finish the attempt."""

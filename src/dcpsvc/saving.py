@@ -17,6 +17,7 @@ from dcpsvc import preflight
 from dcpsvc.errors import RankFailure, StateError
 from dcpsvc.events import Point
 from dcpsvc.pending import PendingSave
+from dcpsvc.preflight import DiskNeed
 from dcpsvc.save import Save, meeting_place
 from dcpsvc.stages import ack, shard
 from dcpsvc.stages.stage import Arena, Arenas, Gate, Outline, Snapshot, Stream
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dcpsvc.life import Life
     from dcpsvc.ranks.job import Job
     from dcpsvc.settling import OpenRun
+    from dcpsvc.stages.shard import DcpShard
     from dcpsvc.state.app import AppState
 
 
@@ -65,6 +67,7 @@ class Saver:
         spare = 1  # for a save after one that the disk has not taken in time
         self._arenas = Arenas(staging_nbytes, max_inflight + spare, preflight.memory_share_nbytes)
         self._tries: dict[int, int] = {}
+        self._unwritten: list[tuple[DcpShard, int]] = []
         self._has_warned = False
 
     def accept(self, step: int, began: float) -> Save:
@@ -149,11 +152,18 @@ class Saver:
             part=part,
             known_layout=self._life.known_layout(part),
             stamp=_stamp(metrics),
+            disk=self._disk_need(),
         )
         save.pending.timings.stage_s = time.perf_counter() - began
         if is_copied:
             save.pending.resolve(save.pending.staged)
         self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=outline.nbytes)
+
+    def _disk_need(self) -> DiskNeed:
+        """Of every shard that is not on the disk yet: this one, and those of saves still under way."""
+        self._unwritten = [(begun, nbytes) for begun, nbytes in self._unwritten if not begun.ended]
+        need_nbytes = sum(nbytes for _, nbytes in self._unwritten)
+        return DiskNeed.measure(self._run.local_path, rank=self._job.rank, need_nbytes=need_nbytes)
 
     def _begin_shard(self, save: Save, outline: Outline) -> bool:
         """Hand over to DCP; says whether the state may be changed now."""
@@ -165,6 +175,7 @@ class Saver:
             writer=shard.ShardWriter(self._run.local_path / key, staged, rank=self._job.rank, key=key),
             process_group=self._job.dcp_group,
         )
+        self._unwritten.append((begun, preflight.file_nbytes(outline.nbytes)))
         if isinstance(staged, Snapshot):
             staged.arena.reader = begun
         return isinstance(staged, Snapshot)

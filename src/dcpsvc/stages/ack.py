@@ -9,16 +9,18 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import LayoutError, RankFailure
+from dcpsvc import preflight
+from dcpsvc.errors import LayoutError, RankFailure, StoreFullError
 from dcpsvc.format import layout
 from dcpsvc.format.layout import Chunk, Layout, Tensor
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.format.parse import Fields, compact
+from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import Meeting, RefusalError
 from dcpsvc.state import claims
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from dcpsvc.format.shardfile import Placement
     from dcpsvc.ranks.job import Job
@@ -37,6 +39,7 @@ class Proposal:
         part: Its part of the layout, as bytes; see :func:`part`.
         known_layout: Digest of the layout it used last with this very part; empty if none.
         stamp: What the coordinator gives to the manifest: time, metrics, versions.
+        disk: Room it needs on its local tier; None: it has not looked.
     """
 
     step: int
@@ -44,6 +47,7 @@ class Proposal:
     part: bytes
     known_layout: str
     stamp: Mapping[str, Any]
+    disk: DiskNeed | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +65,36 @@ class Agreement:
     stamp: dict[str, Any]
 
 
-def agree(job: Job, place: str, proposal: Proposal | RankFailure, meeting: Meeting) -> Agreement:
-    """The first meeting: all ranks here, same step, same structure, same replicas. Uploader thread.
+def agree(
+    job: Job, place: str, proposal: Proposal | RankFailure, meeting: Meeting, make_room: Callable[[], Any]
+) -> Agreement:
+    """The first meeting: all ranks here, same step, same structure, same replicas, room on the disks. Uploader thread.
 
     Raises:
-        DisagreementError: Ranks are missing, failed, or would save different things; the same on every rank.
+        DisagreementError: Ranks are missing, failed, would save different things, or have no room even when each has
+            made some; the same on every rank.
     """
     verdict = job.meet(f"{place}/plan", _message(job, proposal), _compare, meeting)
     if differ := verdict.get("differ"):
         assert isinstance(proposal, Proposal)  # noqa: S101 - a failure would have ended the meeting
         details = {name: proposal.said.get(name, {}) for name in differ}
         job.meet(f"{place}/compare", details, _explain, meeting)
+    if verdict["short"]:
+        job.meet(f"{place}/room", make_room(), _refuse_short, meeting)
     return Agreement(generation=verdict["generation"], gather=verdict["gather"], stamp=verdict["stamp"])
+
+
+def agree_on_room(
+    job: Job, place: str, need: DiskNeed | RankFailure, meeting: Meeting, make_room: Callable[[], Any]
+) -> None:
+    """Outside a save: whether the disks have room for all ranks. Any one thread.
+
+    Raises:
+        DisagreementError: They have not, even when every rank has made room; or ranks are missing or failed.
+    """
+    message = need if isinstance(need, RankFailure) else need.to_json()
+    if job.meet(f"{place}/need", message, lambda needs: bool(_shortage(needs)), meeting):
+        job.meet(f"{place}/room", make_room(), _refuse_short, meeting)
 
 
 def part(placement: Placement, rank: int, aliases: Mapping[str, str]) -> bytes:
@@ -139,6 +161,7 @@ def _message(job: Job, proposal: Proposal | RankFailure) -> Any:
         "layout": proposal.known_layout,
         "generation": job.group.generation + int(job.group.poisoned),
         "stamp": dict(proposal.stamp) if job.coordinates else None,
+        "disk": proposal.disk.to_json() if proposal.disk else None,
     }
 
 
@@ -149,7 +172,20 @@ def _compare(messages: list[Any]) -> dict[str, Any]:
         "gather": layouts == {""} or len(layouts) > 1,
         "generation": max(message["generation"] for message in messages),
         "stamp": messages[0]["stamp"],
+        "short": bool(_shortage([message["disk"] for message in messages])),
     }
+
+
+def _shortage(needs: list[Any]) -> list[preflight.Shortage]:
+    return preflight.shortage(DiskNeed.from_json(need) for need in needs if need is not None)
+
+
+def _refuse_short(needs: list[Any]) -> None:
+    if found := _shortage(needs):
+        note = "what is whole at the run root was removed from it already, but for the newest checkpoint"
+        raise RefusalError(
+            [RankFailure(short.ranks[0], "plan", StoreFullError.__name__, f"{short}; {note}") for short in found]
+        )
 
 
 def _explain(details: list[Any]) -> None:
