@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from dcpsvc.errors import WaitTimeoutError
+
 if TYPE_CHECKING:
     from dcpsvc.config import Options
     from dcpsvc.ranks.job import Job
@@ -24,7 +26,7 @@ class Admission:
         self._job, self._options, self._uploader = job, options, uploader
         self._tries: dict[int, int] = {}
 
-    def admit(self, step: int, *, must: bool, timeout_s: float | None = None) -> str:
+    def admit(self, step: int, *, must: bool, left_s: float | None = None) -> str:
         """Make room for a save, or say why it is left out; empty: it may begin.
 
         Waits until fewer than ``max_inflight`` saves are under way, unless the policy leaves this one out.
@@ -32,10 +34,11 @@ class Admission:
         Args:
             step: Of the new save.
             must: It is never left out, and gives nothing up: it waits.
-            timeout_s: Longest wait; None: the timeouts of the stages bound it.
+            left_s: Time until the process must have ended; None: the timeouts of the stages bound the wait. Half of it
+                may go to the saves under way; then they are left to the next start, so that this one gets its turn.
 
         Raises:
-            WaitTimeoutError: No room within ``timeout_s``.
+            WaitTimeoutError: No room within ``left_s``.
         """
         limit = self._options.max_inflight
         if self._options.backpressure != "wait" and not must:
@@ -44,8 +47,16 @@ class Admission:
                 return f"{limit} saves were under way (backpressure='skip')"
             if word != _GO:
                 self._give_up(word, step)
-        self._uploader.wait(timeout_s, below=limit)  # one at a time in DCP; bounded by the timeouts of its stages
+        try:
+            self._uploader.wait(None if left_s is None else left_s / 2, below=limit)
+        except WaitTimeoutError:
+            self._leave_to_the_next_start(step)
+            self._uploader.wait(left_s and left_s / 2, below=limit)
         return ""
+
+    def _leave_to_the_next_start(self, step: int) -> None:
+        for save in self._uploader.under_way:
+            save.keeps_files, save.dropped = True, f"the process has to end, and step {step} comes first"
 
     def _agree(self, step: int) -> str:
         number = self._tries.get(step, 0)

@@ -16,9 +16,7 @@ from dcpsvc.admission import Admission
 from dcpsvc.announcing import Announcer
 from dcpsvc.atexit import at_exit
 from dcpsvc.catalog import Catalog
-from dcpsvc.commands import LiveCommands
 from dcpsvc.config import Options
-from dcpsvc.control import Control
 from dcpsvc.errors import (
     ClosedError,
     ConfigError,
@@ -33,15 +31,15 @@ from dcpsvc.laststep import LastStep
 from dcpsvc.life import Life
 from dcpsvc.opening import open_run
 from dcpsvc.pending import StepOutcome
-from dcpsvc.preemption import EXIT_STOPPED, Preemption
 from dcpsvc.ranks.job import Job
-from dcpsvc.ranks.proposals import ABORT, SAVE, STOP, Proposals
+from dcpsvc.ranks.proposals import SAVE, STOP
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.resuming import Resuming
 from dcpsvc.saves import Saves
 from dcpsvc.saving import Saver
 from dcpsvc.standing import Standing
 from dcpsvc.state.app import AppState
+from dcpsvc.steering import Steering
 from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
 
@@ -111,31 +109,18 @@ class Checkpointer:
         admission = Admission(self._job, self._options, self._uploader)
         self._saves = Saves(admission, saver, self._uploader, self._catalog, self._events)
         self._last = LastStep(self._state, self._job.rank)
-        self._preemption = _preemption(self._options, self._job.rank)
-        self._proposals = Proposals(
-            self._job.rendezvous, self._seconds_due, self._preemption.wanted, lambda: self._preemption.requested
-        )
+        self._steering = Steering(self._job, self._options, self._seconds_due)
         self._announcer = Announcer(self._job, self._run, self._options, self._events)
         self._standing = Standing(
             run=self._run, world_size=self._job.world_size, catalog=self._catalog, saves=self._saves,
-            uploader=self._uploader, last=self._last, proposals=self._proposals, announcer=self._announcer,
+            uploader=self._uploader, last=self._last, steering=self._steering, announcer=self._announcer,
         )  # fmt: skip
-        self._commands = LiveCommands(self._proposals, self._standing.status)
         self._resumes = 0
-        self._stopping = ""
-        self._aborted = self._closed = False
+        self._closed = False
         self._pid = os.getpid()
-        self._begin(predicted_nbytes)
-
-    def _begin(self, predicted_nbytes: int | None) -> None:
-        """Everything stands: watch, listen, and be closed in the end."""
-        self._preemption.install()
-        self._proposals.start()
-        self._control = Control(self._run.run_id, self._job.rank, self._commands)
+        self._steering.start(self._run.run_id, self._standing.status)
         at_exit(self)
         self._announcer.opened(self._catalog.newest, predicted_nbytes)
-        if self._catalog.newest is None:
-            self._announcer.check_schedule(0)
 
     def __enter__(self) -> Self:
         """Nothing to do: the constructor opened everything."""
@@ -207,20 +192,17 @@ class Checkpointer:
         if self._last.step is not None and step <= self._last.step:
             raise ConfigError(f"step({step}) after step {self._last.step}: steps must grow")
         self._last.step = step
-        agreed = self._proposals.at(step)
-        if agreed not in {None, SAVE}:
-            self._stop(agreed)
+        agreed = self._steering.at(step)
         every = self._options.every
         due = agreed in {SAVE, STOP} or (agreed is None and every is not None and every.due(step))
-        pending = None
-        if due and step != self._last.saved:
-            pending = self._save(step, metrics, must=agreed is not None)
+        pending = self._save(step, metrics, must=agreed is not None) if due and step != self._last.saved else None
         if agreed is not None:
             begun = self._saves.last
-            self._commands.tell(step, agreed, begun if begun is not None and begun.step == step else None)
+            self._steering.tell(step, agreed, begun if begun is not None and begun.step == step else None)
+            self._last.wanted = agreed in {SAVE, STOP}
         if self._last.unsaved == step:
             self._last.note(metrics)
-        return StepOutcome(step=step, pending=pending, should_stop=bool(self._stopping))
+        return StepOutcome(step=step, pending=pending, should_stop=bool(self._steering.stopping))
 
     def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> PendingSave:
         """Snapshot the state as of now and let it become a checkpoint in the background. Every rank.
@@ -239,12 +221,16 @@ class Checkpointer:
         """
         self._check_open()
         self._check_step(step)
-        return self._save(step, metrics, must=False)
+        self._saves.check_new(step)
+        pending = self._saves.begin(step, metrics or {})
+        if pending.state != "skipped":
+            self._last.save_begun(step)
+        return pending
 
     def request_stop(self) -> None:
         """Have the job save and stop a few steps from now: ``step()`` will say so on every rank. Any rank or thread."""
         self._check_open()
-        self._proposals.ask(STOP, "request_stop()")
+        self._steering.ask_to_stop("request_stop()")
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until every accepted save is committed or has failed, and its retention has run. Any thread.
@@ -281,50 +267,46 @@ class Checkpointer:
 
     @property
     def exit_code(self) -> int:
-        """0, or :data:`EXIT_STOPPED` if the job was asked to stop before its end: for ``sys.exit()``."""
-        return EXIT_STOPPED if self._stopping else 0
+        """0, or 75 (EX_TEMPFAIL) if the job was asked to stop before its end: for ``sys.exit()``."""
+        return self._steering.exit_code
 
     def statistics(self) -> Statistics:
         """Counters so far. Any thread."""
         return self._standing.statistics()
 
-    def _save(self, step: int, metrics: Mapping[str, float] | None, *, must: bool) -> PendingSave:
+    def _save(self, step: int, metrics: Mapping[str, float] | None, *, must: bool) -> PendingSave | None:
         self._saves.check_new(step)
-        pending = self._saves.begin(step, metrics or {}, must=must, timeout_s=self._preemption.left_s())
+        try:
+            pending = self._saves.begin(step, metrics or {}, must=must, left_s=self._steering.left_s())
+        except WaitTimeoutError as err:  # a preemption whose time is over: training has to end
+            self._announcer.cut_short(err.pending, self._catalog.newest_local)
+            return None
         if pending.state != "skipped":
             self._last.save_begun(step)
         return pending
 
-    def _stop(self, agreed: str | None) -> None:
-        """All ranks end after this step."""
-        told = self._proposals.agreed
-        self._stopping = str(told or agreed)
-        if told is not None and told.urgent:
-            self._preemption.noticed(told.why)
-        self._last.wanted, self._aborted = agreed == STOP, agreed == ABORT
-
     def _finish(self, timeout_s: float | None, *, failed: bool) -> None:
         """Until everything is committed, or as far as the time goes."""
-        limit_s = 0.0 if self._aborted else timeout_s
+        limit_s = 0.0 if self._steering.aborted else timeout_s
         ends = None if limit_s is None else time.monotonic() + limit_s
         try:
             self._wait_until(ends)
             self._save_last(failed=failed)
             self._wait_until(ends)
         except WaitTimeoutError as err:
-            if self._preemption.left_s() is None and not self._aborted:
+            if self._steering.left_s() is None and not self._steering.aborted:
                 raise
             self._announcer.cut_short(err.pending, self._catalog.newest_local)
 
     def _wait_until(self, ends: float | None) -> None:
         """Until nothing is under way. A preemption may come meanwhile: its grace counts from then on."""
         while True:
-            left = [left_s for left_s in (_left_s(ends), self._preemption.left_s()) if left_s is not None]
+            left = [left_s for left_s in (_left_s(ends), self._steering.left_s()) if left_s is not None]
             try:
                 return self._uploader.wait(min([*left, _LOOK_S]))
             except WaitTimeoutError:
                 if left and min(left) <= 0:
-                    self._stopping = self._stopping or self._preemption.requested
+                    self._steering.end_early()
                     raise
 
     def _save_last(self, *, failed: bool) -> None:
@@ -336,8 +318,8 @@ class Checkpointer:
             detail = f"the last step is not saved: {reason}"
             self._events.emit(Point.SAVE_FAILED, step=step, detail=detail, level=logging.WARNING)
         else:
-            left_s = self._preemption.left_s()
-            self._saves.begin(step, self._last.metrics, values=self._last.values, must=True, timeout_s=left_s)
+            left_s = self._steering.left_s()
+            self._saves.begin(step, self._last.metrics, values=self._last.values, must=True, left_s=left_s)
             self._last.save_begun(step)
 
     def _seconds_due(self) -> bool:
@@ -370,17 +352,14 @@ class Checkpointer:
         self._closed = True
         self._last.close()
         self._life.abandoned.set()  # what is still under way, on every rank
-        left_s = self._preemption.left_s()
+        left_s = self._steering.left_s()
         patience_s = self._options.sync_timeout_s if left_s is None else min(self._options.sync_timeout_s, left_s + 2.0)
         with contextlib.suppress(DisagreementError, RuntimeError):  # a peer that is gone cannot be waited for
             self._job.meet("close", None, lambda _: None, Meeting(patience_s, patience_s))
             self._job.linger("close", patience_s)
-        self._proposals.stop()
         self._uploader.stop()
-        self._commands.close()
-        self._control.close()
-        self._preemption.uninstall()
-        self._announcer.closed(self.statistics(), self._stopping, self._last.step)
+        self._steering.stop()
+        self._announcer.closed(self.statistics(), self._steering.stopping, self._last.step)
 
     def _let_go(self) -> None:
         """The uploader has ended: nobody uses the group, the heartbeat and this rank's place any more."""
@@ -397,10 +376,6 @@ class Checkpointer:
 
 def _left_s(ends: float | None) -> float | None:
     return None if ends is None else max(0.0, ends - time.monotonic())
-
-
-def _preemption(options: Options, rank: int) -> Preemption:
-    return Preemption(options.stop_signals, options.stop_file, options.grace_s, rank=rank)
 
 
 def _options(given: dict[str, Any]) -> Options:

@@ -295,7 +295,7 @@ class Life:
             return  # this job is over; what it left is the newer one's
         self.catalog.leftovers.add(save.key)
         left = any(failure.error == ClosedError.__name__ for failure in getattr(error, "failures", ()))
-        broke_off = isinstance(error, RanksMissingError) or left or self.abandoned.is_set()
+        broke_off = isinstance(error, RanksMissingError) or left or save.keeps_files or self.abandoned.is_set()
         if not (broke_off and save.pending.local.done()):
             self._retention.discard(save.key)
 

@@ -52,6 +52,7 @@ class Save:
         shard: None if staging failed.
         phase: The last labelled point it came to.
         dropped: Why this save is given up; empty while it is wanted.
+        keeps_files: What it has on disk stays when it is given up: the next start may finish it.
         may_exist: From here on the coordinator may have written the manifest: nothing may be deleted any more,
             and not knowing is not the same as failing.
     """
@@ -63,6 +64,7 @@ class Save:
     shard: Shard | None = None
     phase: str = ""
     dropped: str = ""
+    keeps_files: bool = False
     may_exist: bool = False
 
     @property

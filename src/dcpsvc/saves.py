@@ -56,7 +56,7 @@ class Saves:
         *,
         values: Collected | None = None,
         must: bool = False,
-        timeout_s: float | None = None,
+        left_s: float | None = None,
     ) -> PendingSave:
         """Snapshot the state, or leave the save out. When this returns the state may change.
 
@@ -65,15 +65,15 @@ class Saves:
             metrics: For the manifest.
             values: Kept from an earlier moment; None takes those of now.
             must: Never left out.
-            timeout_s: Longest wait for room.
+            left_s: Time until the process must have ended, if it must.
 
         Raises:
             StateError: Something cannot be saved, by key.
             StepExistsError: The step is committed.
-            WaitTimeoutError: No room within ``timeout_s``.
+            WaitTimeoutError: No room within ``left_s``.
         """
         began = time.perf_counter()
-        left_out = self._admission.admit(step, must=must, timeout_s=timeout_s)
+        left_out = self._admission.admit(step, must=must, left_s=left_s)
         waited_s = time.perf_counter() - began
         self.check_new(step)  # after the wait: the save before may have been of this very step
         save = self._saver.accept(step, began)

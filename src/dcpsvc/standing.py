@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from dcpsvc.announcing import Announcer
     from dcpsvc.catalog import Catalog
     from dcpsvc.laststep import LastStep
-    from dcpsvc.ranks.proposals import Proposals
     from dcpsvc.saves import Saves
     from dcpsvc.settling import OpenRun
+    from dcpsvc.steering import Steering
     from dcpsvc.uploader import Uploader
 
 
@@ -32,7 +32,7 @@ class Standing:
     saves: Saves
     uploader: Uploader
     last: LastStep
-    proposals: Proposals
+    steering: Steering
     announcer: Announcer
     resumed_from: int | None = None
 
@@ -53,7 +53,7 @@ class Standing:
 
     def status(self) -> dict[str, Any]:
         """See :meth:`dcpsvc.control.Commands.status`."""
-        under_way, agreed = self.uploader.under_way, self.proposals.agreed
+        under_way, agreed = self.uploader.under_way, self.steering.agreed
         in_flight = [{"step": save.key.step, "attempt": save.key.attempt, "phase": save.phase} for save in under_way]
         return asdict(self.statistics()) | {
             "root": self.run.remote.url,

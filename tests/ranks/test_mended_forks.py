@@ -133,7 +133,7 @@ SCRIPT = """
     import dcpsvc
 
     root, ending = sys.argv[1:]
-    ckpt = dcpsvc.Checkpointer(root, {"x": torch.ones(2)})
+    ckpt = dcpsvc.Checkpointer(root, {"x": torch.ones(2)}, stop_signals=())
     ckpt.save(1).wait(60)
     ckpt.step(2)
     if (child := os.fork()) == 0:

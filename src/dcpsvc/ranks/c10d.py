@@ -49,7 +49,7 @@ class C10dStore:
 
     def set(self, key: str, value: str) -> None:
         """Write a key."""
-        self._exchange.call(lambda store: store.set(key, value), f"set {key}")
+        self._exchange.call(partial(_write, key, value), f"set {key}")
 
     def get(self, key: str) -> str | None:
         """Read a key without waiting for it to be written."""
@@ -68,6 +68,12 @@ class C10dStore:
     def close(self) -> None:
         """Hang up; further calls raise RuntimeError. Waits for nobody."""
         self._exchange.close()
+
+
+def _write(key: str, value: str, store: Store) -> None:
+    """``TCPStore`` only sends a ``set``: the answer to the ``check`` behind it says that it has arrived."""
+    store.set(key, value)
+    store.check([key])
 
 
 def _read(key: str, store: Store) -> bytes | None:
