@@ -78,7 +78,7 @@ class Moment:
         self.ckpt, self.training, self.root, self.tells = ckpt, training, root, tells
 
     def agreed(self):
-        return self.ckpt._proposals.agreed is not None
+        return self.ckpt._steering.agreed is not None
 
     def step(self):
         """A step that computes and communicates until all ranks know."""
@@ -122,7 +122,7 @@ def train_until_told(rank, world, root, victim, how, when):  # noqa: PLR0917
             if ckpt.step(step).should_stop:
                 stopped = step
                 break
-    return stopped, ckpt.exit_code, ckpt._preemption.requested, training.fingerprint()
+    return stopped, ckpt.exit_code, ckpt._steering._preemption.requested, training.fingerprint()
 
 
 MOMENTS = [
@@ -180,7 +180,7 @@ def ask_to_stop_on_a_slow_store(rank, world, root):
                 ckpt.request_stop()
             if ckpt.step(step).should_stop:
                 break
-        until(lambda: ckpt._proposals.agreed is not None)
+        until(lambda: ckpt._steering.agreed is not None)
         dist.barrier()
         threading.Timer(3.0, jam(root).unlink, [True]).start()  # long after the grace
     return step, ckpt.exit_code
@@ -399,7 +399,7 @@ def train_with_workers(rank, world, root):
                 codes.append(worker.exitcode)
             training.step()
             assert not ckpt.step(step).should_stop
-        until(lambda: ckpt._preemption.wanted() is None)
+        until(lambda: ckpt._steering._preemption.wanted() is None)
     return codes, ckpt.exit_code
 
 
