@@ -391,3 +391,5 @@ def _join(url: str, timeout_s: float) -> Job:
     except DisagreementError as err:
         reason = f"ranks {err.missing} did not make their Checkpointer within {err.waited_s:.1f} s"
         raise RootError(url, reason) from None
+    except RuntimeError as err:
+        raise RootError(url, f"the ranks cannot be reached: {err}") from err

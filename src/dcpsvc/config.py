@@ -72,7 +72,7 @@ class Options:
 
     stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
     """Signals that ask the job to save and stop: on any one rank, for all. Taken only in the main thread; a handler of
-    yours is called as well. A second SIGTERM, 2 s or more after the first, ends the process as if this were not here."""
+    yours is called as well. A second SIGTERM, 2 s or more after the first, ends the process as it always did."""
 
     stop_file: str | os.PathLike[str] | None = None
     """A file whose touching, on any node, asks the same."""

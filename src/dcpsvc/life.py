@@ -297,7 +297,7 @@ class Life:
         left = any(failure.error == ClosedError.__name__ for failure in getattr(error, "failures", ()))
         broke_off = isinstance(error, RanksMissingError) or left or save.keeps_files or self.abandoned.is_set()
         if not (broke_off and save.pending.local.done()):
-            self._retention.discard(save.key)
+            self._retention.discard(save.key, uploading=save.pending.local.done())
 
     def _emit(self, name: Point, save: Save, **details: Any) -> None:
         save.phase = name

@@ -47,14 +47,18 @@ class Retention:
             self._apply_policy(save)
         self._trim_local(save)
 
-    def discard(self, attempt: Attempt) -> None:
+    def discard(self, attempt: Attempt, *, uploading: bool) -> None:
         """Delete what an attempt of this job left: each rank on its own disk, the coordinator at the run root.
 
         What cannot be deleted is debris, never a checkpoint, and goes with a later commit.
+
+        Args:
+            attempt: It failed.
+            uploading: It had come so far that something may be at the run root.
         """
         with contextlib.suppress(StoreError):
             retain.remove_local(self._run.local, attempt, self._job.rank)
-        if self._job.coordinates:
+        if self._job.coordinates and uploading:
             with contextlib.suppress(StoreError, RootError, TimeoutError):
                 self._within(functools.partial(self._empty, attempt))
 

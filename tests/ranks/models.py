@@ -176,8 +176,8 @@ def files(folder: Any) -> list[str]:
 
 
 def step_files(folder: Any, step: int) -> list[str]:
-    """Files below a folder that belong to a step."""
-    return [name for name in files(folder) if f"step-{step:012d}." in name]
+    """Files below a folder that belong to a step; the mark of its deletion left out, which goes with a later commit."""
+    return [name for name in files(folder) if f"step-{step:012d}." in name and not name.startswith("tombstones/")]
 
 
 def flip_byte(path: Path, at: int | None = None) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-PATIENCE_S = 5.0
+PATIENCE_S = 10.0
 """Longest wait for the ranks' store: what the training thread may lose when it falls silent."""
 
 
@@ -32,20 +32,20 @@ class C10dStore:
     of the training's. Every call raises RuntimeError when the store does not answer within ``timeout_s``.
     """
 
-    def __init__(self, store: Store, timeout_s: float = PATIENCE_S) -> None:
-        self._exchange = Exchange(PrefixStore("dcpsvc", store), timeout_s)
+    def __init__(self, store: Store, timeout_s: float = PATIENCE_S, *, connect_s: float = 0.0) -> None:
+        self._exchange = Exchange(PrefixStore("dcpsvc", store), timeout_s, connect_s)
 
     @classmethod
     def of_default_group(cls, timeout_s: float = PATIENCE_S) -> C10dStore:
         """The store behind ``init_process_group``.
 
         Args:
-            timeout_s: No answer for so long is an error; more than :data:`PATIENCE_S` is not waited.
+            timeout_s: No answer for so long is an error; more than :data:`PATIENCE_S` is not waited, but for the first.
 
         Raises:
             RuntimeError: It cannot be reached.
         """
-        return cls(_default_store(), min(timeout_s, PATIENCE_S))
+        return cls(_default_store(), min(timeout_s, PATIENCE_S), connect_s=timeout_s)
 
     def set(self, key: str, value: str) -> None:
         """Write a key."""

@@ -79,7 +79,7 @@ class Job:
         """
         distributed = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        store = C10dStore.of_default_group() if distributed else SoloStore()
+        store = C10dStore.of_default_group(sync_timeout_s) if distributed else SoloStore()
         rendezvous = _next_place(Rendezvous(rank, world_size, store))
         incarnation = str(rendezvous.meet("open/join", None, lambda _: secrets.token_hex(4), Meeting(sync_timeout_s)))
         rendezvous.namespace = incarnation

@@ -46,18 +46,19 @@ class Exchange:
     Args:
         store: Of the job. Only clones of it are used, where it can be cloned.
         patience_s: Longest wait. While a call hangs, others wait no longer than it does, and then fail at once.
+        connect_s: Longest wait for the first connection: at the start of a job the machine is busy.
 
     Raises:
         RuntimeError: It cannot be reached.
     """
 
-    def __init__(self, store: Store, patience_s: float) -> None:
+    def __init__(self, store: Store, patience_s: float, connect_s: float = 0.0) -> None:
         self._patience_s, self._pid = patience_s, os.getpid()
         self._lock = threading.Lock()
         self._line: Line | None = Line(partial(own, store, patience_s), patience_s)
         self._next: Line | None = None
         self._dial_at, self._pause_s = 0.0, _FIRST_PAUSE_S
-        self._origin: Store = self._line.call(lambda connected: connected, "connect")
+        self._origin: Store = _first(self._line, time.monotonic() + connect_s)
 
     def call(self, work: Callable[[Store], T], what: str) -> T:
         """What ``work``, a short exchange, makes of the store.
@@ -102,6 +103,16 @@ class Exchange:
                 fresh.hang_up()
             self._next = Line(partial(another, self._origin, self._patience_s), self._patience_s)
             self._dial_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+
+
+def _first(line: Line, ends: float) -> Store:
+    while True:
+        try:
+            return line.call(lambda connected: connected, "connect")
+        except NoAnswerError:
+            if line.broken or time.monotonic() >= ends:
+                raise
+            time.sleep(0.05)
 
 
 def own(store: Store, timeout_s: float) -> Store:
