@@ -155,9 +155,7 @@ class Life:
             return self._given_up(save, phase) or RankFailure(self._job.rank, phase, type(err).__name__, str(err))
         except DisagreementError:
             raise
-        except BaseException as err:  # DCP's own exception is no Exception; all become values for the meeting
-            if isinstance(err, (KeyboardInterrupt, GeneratorExit)):
-                raise
+        except BaseException as err:  # noqa: BLE001 - DCP's own is no Exception; all become values for the meeting
             cause = dcp_quirks.cause(err)
             return RankFailure(self._job.rank, phase, type(cause).__name__, str(cause) or "no message")
 

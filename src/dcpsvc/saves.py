@@ -80,13 +80,17 @@ class Saves:
         if left_out:
             return self._leave_out(save.pending, left_out)
         self.last, self.last_began = save.pending, time.monotonic()
+        timings = save.pending.timings
         try:
-            self._saver.stage(save, metrics, values)
-        finally:
-            timings = save.pending.timings
-            timings.blocked_s, timings.waited_s = save.elapsed_s(), waited_s
-            self._uploader.accept(save)
-        self._saver.settle(save)
+            try:
+                self._saver.stage(save, metrics, values)
+            finally:
+                timings.blocked_s, timings.waited_s = save.elapsed_s(), waited_s
+                self._uploader.accept(save)
+            self._saver.settle(save)
+        except BaseException:  # the user's Ctrl-C, wherever it comes
+            self._saver.let_go(save)
+            raise
         timings.blocked_s = save.elapsed_s()
         self.blocked_s += timings.blocked_s
         return save.pending

@@ -112,15 +112,16 @@ class Saver:
     def settle(self, save: Save) -> None:
         """Wait until the state may be changed: at once, or when a shard that had no room in memory is written.
 
-        The uploader must have the save. Bounded by the deadlines of its stages.
+        The uploader must have the save. Bounded by the deadlines of its stages. Whoever is interrupted on the way here
+        calls :meth:`let_go`.
         """
-        if save.shard is None or isinstance(save.proposal, RankFailure):
-            return  # nothing of it will be read
-        try:
+        if not isinstance(save.proposal, RankFailure):  # else nothing of it will be read
             wait([save.pending.staged])
-        except BaseException as err:  # the user's Ctrl-C: what is half written must not see what training does next
-            save.shard.refuse(InterruptedError(f"save() was interrupted by {type(err).__name__}"))
-            raise
+
+    def let_go(self, save: Save) -> None:
+        """The state is going to change, whatever has become of the save: what is half written must not see that."""
+        if save.shard is not None and not save.pending.staged.done():
+            save.shard.refuse(InterruptedError("save() was interrupted"))
 
     def predicted_nbytes(self) -> int | None:
         """What this rank would write for a save now, at least: values aside, and optimizers only if they have begun.

@@ -18,7 +18,7 @@ from dcpsvc.state import documents
 from dcpsvc.state.collected import Sharing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from dcpsvc.state.collected import Collected
 
@@ -26,6 +26,7 @@ Claims = dict[str, dict[str, str]]
 """Component -> key -> what this rank says about it."""
 
 _MAX_TEXT = 64
+_COPIED_NBYTES = 16 << 20
 
 
 def claims(collected: Collected, *, verify_replicas: bool) -> Claims:
@@ -95,8 +96,19 @@ def _hashes(collected: Collected) -> dict[str, str]:
 def _hash_host(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return xxhash.xxh3_64_intdigest(flat.numpy().data)
+    hasher = xxhash.xxh3_64()
+    for part in _parts(tensor):
+        flat = part.resolve_conj().contiguous().view(-1).view(torch.uint8)
+        hasher.update(flat.numpy().data)
+    return hasher.intdigest()
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What is hashed at once: all of it, or some rows of what has to be copied for that."""
+    if tensor.dim() == 0 or (tensor.is_contiguous() and not tensor.is_conj()):
+        return iter([tensor])
+    rows = max(1, _COPIED_NBYTES * tensor.shape[0] // max(1, tensor.nbytes))
+    return iter(tensor.split(rows))
 
 
 def _hash_on_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
