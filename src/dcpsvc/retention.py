@@ -47,7 +47,7 @@ class Retention:
             self._apply_policy(save)
         self._trim_local(save)
 
-    def discard(self, attempt: Attempt, *, uploading: bool) -> None:
+    def discard(self, attempt: Attempt, *, uploading: bool = True) -> None:
         """Delete what an attempt of this job left: each rank on its own disk, the coordinator at the run root.
 
         What cannot be deleted is debris, never a checkpoint, and goes with a later commit.
