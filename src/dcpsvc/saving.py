@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dcpsvc")
 
+_LOOK_S = 0.2
+
 
 class Saver:
     """Makes snapshots; owns the arenas.
@@ -115,8 +117,10 @@ class Saver:
         The uploader must have the save. Bounded by the deadlines of its stages. Whoever is interrupted on the way here
         calls :meth:`let_go`.
         """
-        if not isinstance(save.proposal, RankFailure):  # else nothing of it will be read
-            wait([save.pending.staged])
+        if isinstance(save.proposal, RankFailure):
+            return  # nothing of it will be read
+        while not wait([save.pending.staged], _LOOK_S).done:
+            pass  # a Ctrl-C that came a moment before the wait is seen only between two waits
 
     def let_go(self, save: Save) -> None:
         """The state is going to change, whatever has become of the save: what is half written must not see that."""
