@@ -1,0 +1,361 @@
+"""One simulated rank: production code from joining the job to leaving it, on simulated parts."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dcpsvc.catalog import Catalog
+from dcpsvc.config import Options
+from dcpsvc.errors import DcpsvcError, FencedError, RankFailure, SaveError
+from dcpsvc.events import Event, Events, Point
+from dcpsvc.life import Life
+from dcpsvc.ranks.job import Job
+from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, Rendezvous
+from dcpsvc.resuming import Resuming
+from dcpsvc.save import Save
+from dcpsvc.saving import Saver
+from dcpsvc.settling import OpenRun, settle
+from dcpsvc.stages import discover
+from dcpsvc.storage.retry import RetryingStore
+from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.tiers import Tiers
+from tests.model import shard
+from tests.model.kernel import Killed
+from tests.model.stores import LocalStore, RemoteStore
+from tests.model.wires import MistakeError, SimClock, SimGroup, SimKeyValue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.policies import Keep
+    from dcpsvc.storage.base import Store
+    from tests.model.host import Host
+    from tests.model.wires import GroupServer, KeyValueServer
+    from tests.model.world import World
+
+T = TypeVar("T")
+
+SYNC_S = 1.0
+UPLOAD_S = 4.0
+BEAT_S = SYNC_S / 6
+SLACK_S = 6.0
+"""For single calls that are slow without being late."""
+
+_DECIDE_S = 4 * UPLOAD_S
+"""The coordinator's calls to the run root at the commit: whose is it, write, look, whose is it now."""
+
+LIVE_LIMIT_S = (
+    2 * SYNC_S  # plan, compare
+    + 2 * SYNC_S  # a new group, the layout
+    + UPLOAD_S  # the local disk
+    + 2 * (UPLOAD_S + SYNC_S)  # both acknowledgements
+    + 2 * UPLOAD_S  # shard, layout
+    + UPLOAD_S + _DECIDE_S  # commit
+    + 3 * UPLOAD_S  # retention: leftovers, debris, policy
+    + SLACK_S
+)  # fmt: skip
+OPEN_LIMIT_S = 3 * UPLOAD_S + 4 * (2 * UPLOAD_S + 4 * UPLOAD_S) + SLACK_S
+"""Claim and inheritance, and a few uploads to finish with a few shards each."""
+
+LEAVE_LIMIT_S = 3 * SYNC_S + SLACK_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one start of the job is to do.
+
+    Attributes:
+        token: Its name.
+        world_size: Its ranks.
+        saves: How many saves each rank tries.
+        keep: The retention policy.
+        keep_local: Of each rank on its disk.
+        steps_back: Resumes by name from an older commit.
+        patient: Waits at the end until everything that went wrong is over, and saves once more.
+        must_succeed: Nothing goes wrong any more, so every save must be committed.
+    """
+
+    token: str
+    world_size: int
+    saves: int
+    keep: Keep
+    keep_local: int
+    steps_back: bool = False
+    patient: bool = False
+    must_succeed: bool = False
+
+
+class SimRank:
+    """A process of the job."""
+
+    def __init__(self, world: World, host: Host, plan: Plan, values: KeyValueServer, groups: GroupServer) -> None:
+        self.host, self.plan, self.ledger = host, plan, world.ledger
+        self.kernel = host.kernel
+        self.finished = False
+        self._world, self._groups = world, groups
+        self._clock = SimClock(host.kernel, host.process)
+        wire = SimKeyValue(host, values, world.grain)
+        self._rendezvous = Rendezvous(host.rank, plan.world_size, wire, self._clock, "join-0")
+        self._quiet = Rendezvous(host.rank, plan.world_size, _Pulse(host, values), self._clock)
+        self._beats = 0
+        self._found_owner = world.ledger.owner
+        self.last_step = 0
+
+    def main(self) -> None:
+        """The process, from start to exit."""
+        with contextlib.suppress(_Exit):
+            self._work()
+        self.finished = True
+        self.kernel.kill(self.host.process)
+
+    # --- its life -----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        self._found_owner = self.ledger.owner
+        job = self._opened("join", self._join)
+        self._quiet.namespace = job.incarnation
+        self._beat()
+        tiers = self._tiers()
+        before = self.ledger.newest_confirmed
+        meeting = Meeting(UPLOAD_S, silence_s=SYNC_S)
+        settled = self._opened("settle", lambda: settle(job, tiers, meeting))
+        self.host.epoch = settled.epoch
+        self.ledger.settled(self.host, settled)
+        run = OpenRun(
+            run_id=tiers.run_id, remote=tiers.remote, local=tiers.local, local_path=tiers.local_path, settled=settled
+        )
+        options = Options(
+            sync_timeout_s=SYNC_S, upload_timeout_s=UPLOAD_S, keep=self.plan.keep, keep_local=self.plan.keep_local
+        )
+        catalog = SimCatalog({attempt.step: attempt for attempt in settled.committed})
+        catalog.tell = lambda attempt: self.ledger.believed(self.host, attempt)
+        events = Events(rank=job.rank, observer=self._observe)
+        life = Life(job, run, options, events, catalog)
+        saver = Saver(job, run, None, life, events)  # type: ignore[arg-type] # it only names the attempts here
+        events.emit(Point.OPENED)
+        start = self._opened("resume", lambda: self._resume(job, run, catalog, before))
+        events.emit(Point.RESUMED, step=start)
+        if self._train(job, life, saver, events, start):
+            self._heal(job, life, saver, events, start + self.plan.saves + 100)
+        self._leave(job)
+        events.emit(Point.CLOSED)
+
+    def _opened(self, what: str, work: Callable[[], Any]) -> Any:
+        """Before the first step any typed error ends the process, as an exception in a script does."""
+        try:
+            return self._timed(what, OPEN_LIMIT_S, work)
+        except (DisagreementError, DcpsvcError, RuntimeError) as err:
+            self.kernel.note(f"{what} failed", str(err)[:200])
+            self.ledger.outcomes[f"{what} failed: {type(err).__name__}"] += 1
+            if self.plan.must_succeed and self.ledger.owner.token in {self._found_owner.token, self.plan.token}:
+                self.ledger.escaped(self.host, f"{what}, with nothing wrong any more,", err)
+            raise _Exit from None
+        except Exception as err:
+            self.ledger.escaped(self.host, what, err)
+            raise
+
+    def _join(self) -> Job:
+        plan = self.plan
+        said = self._rendezvous.meet("open/join", None, lambda _: plan.token, Meeting(SYNC_S))
+        self._rendezvous.namespace = said
+        group = SimGroup(self.host, self._groups, plan.world_size, SYNC_S)
+        group.renew(0)
+        return Job(self.host.rank, plan.world_size, said, self._rendezvous, group)
+
+    def _tiers(self) -> Tiers:
+        world, host = self._world, self.host
+        remote: Store = RemoteStore(host, world.root, world.disks, atomic_create=world.atomic_create)
+        if world.retrying:
+            remote = RetryingStore(
+                remote, tries=3, deadline_s=1.5, wait_max_s=0.2, clock=self._clock.now, pause=self._pause
+            )
+        disk = host.node.disk
+        local = LocalStore(host, world.disks[disk], world.disks)
+        return Tiers(run_id="r1", remote=remote, local=local, local_path=Path(f"/sim/{disk}"))
+
+    def _pause(self, seconds: float) -> bool:
+        self.kernel.wait(seconds)
+        return False
+
+    def _resume(self, job: Job, run: OpenRun, catalog: Catalog, newest_before: int) -> int:
+        resuming = SimResuming(job, "resume-1", run.remote, [run.local], None, SYNC_S, UPLOAD_S)  # type: ignore[arg-type]
+        earlier = [attempt.step for attempt in run.settled.committed][:-1] if self.plan.steps_back else []
+        found = resuming.run(earlier[-1] if earlier else None, ())
+        if not earlier:
+            self.ledger.chose(self.host, found and found.attempt, newest_before)
+        if found is None:
+            return 0
+        catalog.set_aside(found.attempt.step, damaged=not earlier)
+        catalog.in_use[found.attempt] = "resumed from"
+        return found.attempt.step
+
+    def _train(self, job: Job, life: Life, saver: Saver, events: Events, start: int) -> bool:
+        """Some saves; whether the job goes on."""
+        for step in range(start + 1, start + 1 + self.plan.saves):
+            self.kernel.wait(self.kernel.random.random() * 0.1)
+            self.host.step = step - start
+            self.host.faults.advance()
+            fault = self.host.faults.strike("save")
+            if fault in {"crash", "freeze"}:
+                self.host.fall(fault, "training step", lambda: None, 0.01)
+            elif fault == "skips":
+                continue
+            elif fault == "late":
+                self.kernel.wait(self.kernel.random.random() * 2.5)
+            named = step + 50 if fault == "other-step" else step
+            error = self._save(job, life, saver, events, named, fault)
+            if isinstance(error, FencedError) or fault == "abandoned":
+                return False
+            if error is not None and self.plan.must_succeed and self.ledger.owner == self.host.epoch:
+                self.ledger.escaped(self.host, "a save with nothing wrong any more", error)
+            self.last_step = step
+        return True
+
+    def _heal(self, job: Job, life: Life, saver: Saver, events: Events, step: int) -> None:
+        """If every rank is still there once everything that went wrong is over, the next save succeeds."""
+        if not self.plan.patient or not self._world.assemble(self.plan):
+            return
+        error = self._save(job, life, saver, events, step, None)
+        if error is not None and self.ledger.owner == self.host.epoch:
+            self.ledger.escaped(self.host, "a save after all had healed", error)
+        self.ledger.outcomes["rank saved again after all had healed"] += 1
+
+    def _save(  # noqa: PLR0917
+        self, job: Job, life: Life, saver: Saver, events: Events, step: int, fault: str | None
+    ) -> SaveError | None:
+        if life.catalog.taken(step) is not None:
+            return None
+        save = saver.accept(step, time.perf_counter())
+        if fault == "staging":
+            save.proposal = RankFailure(job.rank, "stage", "MemoryError", "simulated")
+        else:
+            said = "another" if fault == "other-structure" else self._world.structure(step)
+            known = life.known_layout(shard.layout_part(job.rank, job.world_size, said))
+            proposal = shard.proposal(job.rank, job.world_size, step, said, known)
+            save.proposal = replace(proposal, disk=shard.need(self.host, fault))
+            save.pending.resolve(save.pending.staged)
+            save.shard = shard.SimShard(self.host, self._world.disks[self.host.node.disk], save.key)
+            events.emit(Point.STAGED, step=step)
+        if fault == "dropped":
+            self.kernel.at(self.kernel.random.random(), lambda: setattr(save, "dropped", "a newer one waits"))
+        elif fault == "abandoned":
+            self.kernel.at(self.kernel.random.random(), life.abandoned.set)
+        return self._live(life, save)
+
+    def _live(self, life: Life, save: Save) -> SaveError | None:
+        self.host.troubled = False
+        self.kernel.note("save begins", str(save.key))
+        try:
+            error = self._timed(f"the life of {save.key}", LIVE_LIMIT_S, lambda: life.live(save))
+        except Exception as err:
+            self.ledger.escaped(self.host, f"the life of {save.key}", err)
+            raise
+        if self.host.process.dead:  # unwinding: what it says now nobody hears
+            raise Killed
+        self.kernel.note("save ends", f"{save.key} {error or 'committed'}")
+        self.ledger.heard(self.host, save.key, error)
+        return error
+
+    def _leave(self, job: Job) -> None:
+        def close() -> None:
+            job.meet("close", None, lambda _: None, Meeting(SYNC_S, SYNC_S))
+            job.linger("close", SYNC_S)
+
+        with contextlib.suppress(DisagreementError, RuntimeError):
+            self._timed("close", LEAVE_LIMIT_S, close)
+        job.leave()
+
+    def _timed(self, what: str, limit_s: float, work: Callable[[], T]) -> T:
+        """Standing still does not count: nobody can be asked to hurry while stopped."""
+        began, frozen_s = self.kernel.now, self.host.process.frozen_s
+        try:
+            return work()
+        finally:
+            if not self.host.process.dead:
+                took_s = self.kernel.now - began - (self.host.process.frozen_s - frozen_s)
+                self.ledger.took(self.host, what, took_s, limit_s)
+
+    # --- its other threads --------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """The heartbeat: light, because it beats all the time; a process that stands still does not beat."""
+        if self.host.process.dead:
+            return
+        if not self.host.process.frozen:
+            with contextlib.suppress(RuntimeError):
+                self._quiet.beat(self._beats)
+            self._beats += 1
+        self.kernel.at(BEAT_S, self._beat)
+
+    def _observe(self, event: Event) -> None:
+        if event.name == Point.RETAINED and _MISTAKE.search(event.detail):
+            self.kernel.failure = MistakeError(event.detail)
+        label = f"point {event.name}"
+        self.host.at_switch(label)
+        fault = self.host.faults.strike("point", label)
+        if fault is not None:
+            self.host.fall(fault, label, lambda: None, 0.001)
+
+
+_MISTAKE = re.compile(r"has no attribute|positional argument|keyword argument|not iterable|not subscriptable")
+
+
+class _Exit(Exception):  # noqa: N818 - the process ends
+    pass
+
+
+class _Pulse:
+    """The ranks' store for a heartbeat: at once, or not at all."""
+
+    def __init__(self, host: Host, server: KeyValueServer) -> None:
+        self._host, self._server = host, server
+
+    def set(self, key: str, value: str) -> None:
+        if self._host.cut or self._server.down:
+            raise RuntimeError("unreachable")
+        self._server.values[key] = value
+
+    def get(self, key: str) -> str | None:
+        raise NotImplementedError(key)
+
+    def compare_set(self, key: str, desired: str) -> str:
+        raise NotImplementedError(key, desired)
+
+    def delete(self, key: str) -> None:
+        raise NotImplementedError(key)
+
+
+class SimCatalog(Catalog):
+    """Tells what this rank comes to believe."""
+
+    tell: Callable[[Attempt], None]
+
+    def add(self, found: Manifest) -> None:
+        self.tell(found.key)
+        super().add(found)
+
+
+class SimResuming(Resuming):
+    """Resume without a model: every rank proves its share of the shards."""
+
+    def _load(self, attempt: Attempt, skip: Collection[str]) -> str:
+        message = None
+        try:
+            self._within(lambda: self._prove(attempt))
+        except Exception as err:  # noqa: BLE001 - as Resuming._load does
+            message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
+        self._meet(f"load-{attempt}/read", message, lambda _: None)
+        return "loaded"
+
+    def _prove(self, attempt: Attempt) -> None:
+        found = discover.read_manifest(self.remote, attempt)
+        for record in found.shards:
+            if record.rank % self.job.world_size == self.job.rank:
+                VerifiedShard([*self.nearer, self.remote], record).verify()

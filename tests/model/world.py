@@ -1,0 +1,338 @@
+"""One history: starts of a job, one after the other or at once, until a last one in which nothing goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dcpsvc.policies import Everything, Keep, Latest
+from tests.model.faults import Faults
+from tests.model.host import Host, Node
+from tests.model.invariants import BrokenInvariantError, Ledger
+from tests.model.kernel import Kernel, StuckError
+from tests.model.rank import Plan, SimRank
+from tests.model.states import Distinct, GlobalState
+from tests.model.stores import Snapshot, Space
+from tests.model.wires import GroupServer, KeyValueServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_MOST_RANKS = 4
+_AMBUSHES = (
+    *("remote.create manifests", "remote.create tombstones", "kv.compare_set commit/verdict") * 3,
+    *("remote.list epochs", "remote.list manifests", "remote.delete manifests", "remote.list data") * 2,
+    "point acked-remote", "point manifest-created", "point committed", "point retained", "point uploaded",
+    "kv.compare_set retain/verdict", "kv.compare_set inherit/verdict",
+    "remote.create epochs", "remote.create inheritance", "remote.get inheritance", "remote.get manifests",
+    "remote.list tombstones", "remote.delete tombstones", "remote.put_file data", "remote.delete data",
+)  # fmt: skip
+"""Where a coordinator is held up for a while, and the next job begins meanwhile."""
+
+_MOST_STARTS = 10
+_HEALED_S = 20.0
+"""No fault lasts longer, but for calls that hang for ever."""
+
+
+@dataclass(slots=True)
+class Start:
+    """One start of the job."""
+
+    number: int
+    ranks: list[SimRank]
+    values: KeyValueServer
+    agent: bool
+    followed: bool = False
+    assembled: int = 0
+    calm: bool = False
+
+    @property
+    def running(self) -> list[SimRank]:
+        return [rank for rank in self.ranks if not rank.host.process.dead]
+
+
+@dataclass(slots=True)
+class Report:
+    """What one history was like."""
+
+    seed: int
+    fingerprint: int
+    error: str = ""
+    outcomes: Counter[str] = field(default_factory=Counter[str])
+    faults: Counter[str] = field(default_factory=Counter[str])
+    crashes: Counter[str] = field(default_factory=Counter[str])
+    visits: set[str] = field(default_factory=set[str])
+    events: int = 0
+    seconds: float = 0.0
+    trace: list[str] = field(default_factory=list[str])
+
+
+class World:
+    """Everything a seed decides."""
+
+    def __init__(self, seed: int, distinct: Distinct, *, tracing: bool = False) -> None:
+        self.seed = seed
+        random.seed(seed)  # tenacity's jitter
+        self.kernel = Kernel(seed, tracing=tracing)
+        self._random = draw = self.kernel.random
+        self.faults = Faults(draw)
+        self.state = GlobalState(distinct)
+        self.root = Space("root")
+        self.disks: dict[str, Space] = {}
+        self.grain = draw.choice((0.05, 0.05, 0.3, 1.0))
+        self.retrying = draw.random() < 0.25
+        self.atomic_create = draw.random() < 0.8
+        self._keep_newest = draw.choice((1, 1, 2, 2, 3, None))
+        self._keep: Keep = Everything() if self._keep_newest is None else Latest(self._keep_newest)
+        self._keep_local = draw.choice((1, 2))
+        self._ranks_per_node = draw.choice((1, 1, 2))
+        self._most_starts = draw.choice((1, 1, 1, 2, 2, 3))
+        self._changes_structure = draw.random() < 0.2
+        self._splits = 0.0 if self.faults.stale_listings else draw.choice((0.0, 0.2, 0.6, 0.9))
+        self._ambush = draw.choice(_AMBUSHES) if draw.random() < 0.4 and not self.faults.stale_listings else ""
+        self._ambush_after = draw.choice((1, 1, 2, 2, 3, 5))
+        self._shares_nodes = draw.random() < 0.15
+        self._steps_back = draw.choice((0.0, 0.0, 0.0, 0.3))
+        self._patience = draw.choice((0.0, 0.0, 0.5))
+        self._raids = draw.choice((0.0, 0.0, 0.5))
+        self._fragile_store = draw.random() < 0.3
+        self._world_size = draw.choice((2, 2, 3, 4))
+        self.ledger = Ledger(self.kernel, self.root, self._keep_newest)
+        self._nodes: list[Node] = []
+        self._starts: list[Start] = []
+        self._final: Start | None = None
+
+    def run(self) -> Report:
+        """The whole history, judged."""
+        error = ""
+        try:
+            self._start()
+            self.kernel.run()
+            self._judge()
+        except (BrokenInvariantError, StuckError) as err:
+            error = f"{type(err).__name__}: {err}"
+        except Exception as err:
+            error = f"{type(err).__name__}: {err}"
+            if self.kernel.trace is not None:
+                raise
+        fingerprint = self.kernel.fingerprint
+        self.kernel.end()
+        return Report(
+            seed=self.seed,
+            fingerprint=fingerprint,
+            error=error,
+            outcomes=self.ledger.outcomes,
+            faults=self.faults.count,
+            crashes=self.faults.crash_points,
+            visits={
+                f"{label} ({rank.host.role})"
+                for start in self._starts
+                for rank in start.ranks
+                for label in rank.host.visits
+            },
+            events=self.kernel.events,
+            seconds=self.kernel.now,
+            trace=self.kernel.trace or [],
+        )
+
+    def assemble(self, plan: Plan) -> bool:
+        """Wait until all ranks of a start have done what they had to, and faults are over; whether all still are."""
+        start = next(start for start in self._starts if start.ranks[0].plan is plan)
+        start.assembled += 1
+        while start.assembled < len(start.ranks) and len(start.running) == len(start.ranks):
+            self.kernel.wait(0.5)
+        if start.assembled < len(start.ranks):
+            return False
+        if not start.calm:
+            start.calm = True
+            self.faults.calm += 1
+        self.kernel.wait(_HEALED_S)
+        return len(start.running) == len(start.ranks)
+
+    def structure(self, step: int) -> str:
+        """What the state of a step looks like."""
+        return f"v{step // 2}" if self._changes_structure else "v0"
+
+    # --- starts -------------------------------------------------------------------------------------------------
+
+    def _start(self, *, final: bool = False) -> None:
+        draw = self._random
+        world_size = self._world_size if draw.random() < 0.7 else draw.randint(2, _MOST_RANKS)
+        plan = Plan(
+            token=f"{draw.getrandbits(32):08x}",
+            world_size=world_size,
+            saves=1 if final else draw.choice((1, 1, 2, 3)),
+            keep=self._keep,
+            keep_local=self._keep_local,
+            steps_back=not final and draw.random() < self._steps_back,
+            patient=not final and draw.random() < self._patience,
+            must_succeed=final,
+        )
+        number = len(self._starts)
+        values, groups = KeyValueServer(), GroupServer()
+        start = Start(number, [], values, agent=draw.random() < 0.5)
+        self._starts.append(start)
+        self.kernel.note("start", f"{number} with {world_size} ranks{', the last one' if final else ''}")
+        for rank, node in enumerate(self._places(world_size)):
+            host = Host(self.kernel, self.faults, node, rank, f"{number}.{rank}", self.state)
+            if draw.random() < 0.1:
+                host.process.slowness = 8.0
+            process = SimRank(self, host, plan, values, groups)
+            start.ranks.append(process)
+            if rank == 0 and self._ambush and not final:
+                host.ambush_label = self._ambush
+                host.ambush = self._lying_in_wait(start)
+            host.process.on_death.append(self._watcher(start, process, groups))
+            self.kernel.spawn(host.process, "main", self._delayed(process.main, draw.random() * 0.2))
+        if final:
+            self._final = start
+            return
+        if draw.random() < self._splits:
+            self.kernel.at(draw.random() * 4.0, lambda: self._follow(start))
+        if draw.random() < self._raids:
+            self.kernel.at(draw.random() * 3.0, lambda: self._kill_rest(start))
+
+    def _delayed(self, main: Callable[[], None], seconds: float) -> Callable[[], None]:
+        def work() -> None:
+            self.kernel.wait(seconds)
+            main()
+
+        return work
+
+    def _places(self, world_size: int) -> list[Node]:
+        """A node for each rank: an old one with its disk where nobody is in the way, or a new one."""
+        draw = self._random
+        free = [node for node in self._nodes if self._shares_nodes or all(host.process.dead for host in node.hosts)]
+        draw.shuffle(free)
+        places: list[Node] = []
+        for rank in range(world_size):
+            if rank % self._ranks_per_node:
+                places.append(places[-1])
+                continue
+            ranks = set(range(rank, rank + self._ranks_per_node))
+            fit = [node for node in free if not any(h.rank in ranks and not h.process.dead for h in node.hosts)]
+            node = fit[0] if fit and draw.random() < 0.85 else self._new_node()
+            if node in free:
+                free.remove(node)
+            places.append(node)
+        return places
+
+    def _new_node(self) -> Node:
+        name = f"node{len(self._nodes)}"
+        node = Node(name, name)
+        self.disks[name] = Space(name)
+        self._nodes.append(node)
+        return node
+
+    # --- ends ---------------------------------------------------------------------------------------------------
+
+    def _watcher(self, start: Start, rank: SimRank, groups: GroupServer) -> Callable[[], None]:
+        return lambda: self._ended(start, rank, groups)
+
+    def _ended(self, start: Start, rank: SimRank, groups: GroupServer) -> None:
+        draw = self._random
+        self.state.put(("process", start.number, rank.host.rank), "ended" if rank.finished else "dead")
+        if not rank.finished:
+            self.ledger.outcomes["processes killed"] += 1
+            if draw.random() < 0.7:
+                for group in groups.generations.values():
+                    group.broken = True
+            if rank.host.rank == 0 and self._fragile_store:
+                start.values.down = True
+        if not start.running:
+            self.ledger.resumed.pop(rank.host.epoch, None)
+            self.faults.calm -= start.calm
+        if start is self._final:
+            self._end_or_try_again(start)
+        elif not start.running:
+            self._follow(start)
+        elif start.agent and not rank.finished:
+            self.kernel.at(draw.random() * 6.0, lambda: self._kill_rest(start))
+        else:
+            self.kernel.at(1.0 + draw.random() * 6.0, lambda: self._follow(start))
+
+    def _lying_in_wait(self, start: Start) -> Callable[[Host], None]:
+        """A coordinator that stands still at the worst moment, and is replaced; perhaps its peers are killed."""
+
+        def strike(host: Host) -> None:
+            self._ambush_after -= not self.faults.calm
+            if self._ambush_after or self.faults.calm:
+                return
+            draw = self._random
+            self.kernel.note("ambush")
+            self._follow(start, gap_s=0.2 * draw.random())
+            if draw.random() < 0.4:
+                for rank in start.running[1:]:
+                    self.kernel.kill(rank.host.process)
+            if draw.random() < 0.5:
+                self.kernel.freeze(host.process, draw.choice((1.5, 4.0, 10.0)) * draw.random() + 0.5)
+            else:
+                self.kernel.wait(0.5 + draw.random() * 3.0)
+
+        return strike
+
+    def _end_or_try_again(self, start: Start) -> None:
+        """A claim that a dead job had sent may land late and refuse a living one, which is then started again."""
+        if not start.running and self.ledger.owner > start.ranks[0].host.epoch and len(self._starts) < _MOST_STARTS:
+            self.ledger.outcomes["the last start was refused by a claim that landed late"] += 1
+            self.kernel.at(1.0, lambda: self._start(final=True))
+
+    def _kill_rest(self, start: Start) -> None:
+        if start.assembled < len(start.ranks):
+            for rank in start.running:
+                self.kernel.kill(rank.host.process)
+
+    def _follow(self, start: Start, gap_s: float | None = None) -> None:
+        """The next start, once for each."""
+        if start.followed:
+            return
+        start.followed = True
+        gap_s = 0.5 + self._random.random() if gap_s is None else gap_s
+        if len(self._starts) <= self._most_starts - 1:
+            self.kernel.at(gap_s, self._start)
+        else:
+            self.kernel.at(gap_s, self._last_start)
+
+    def _last_start(self) -> None:
+        """From here on nothing goes wrong; what was frozen or is left over may still do what it was about to do."""
+        self.faults.calm += 1
+        for start in self._starts:
+            for rank in start.running:
+                if rank.host.epoch.number == 0:
+                    self.kernel.kill(rank.host.process)
+        self._start(final=True)
+
+    def _judge(self) -> None:
+        """At the end a stranger looks."""
+        final = self._final
+        if final is None:
+            raise BrokenInvariantError("no last start")
+        steps = {rank.last_step for rank in final.ranks}
+        newest = max((attempt.step for attempt in self.ledger.valid), default=-1)
+        if steps != {newest}:
+            raise BrokenInvariantError(f"the last job saved step {sorted(steps)}, the newest commit is {newest}")
+        snapshot = Snapshot(self.root)
+        self.ledger.outcomes["commits at the end"] += len(self.ledger.valid)
+        shards = [entry for entry in snapshot.list("data/") if entry.key not in self.ledger.needed]
+        self.ledger.outcomes["shards of no commit at the end"] += len(shards)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Thousands of failed saves would log a line each."""
+    logger = logging.getLogger("dcpsvc")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def play(seed: int, distinct: Distinct | None = None, *, tracing: bool = False) -> Report:
+    """One seed's history."""
+    return World(seed, distinct or Distinct(), tracing=tracing).run()
