@@ -17,7 +17,6 @@ from dcpsvc.life import Life
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, Rendezvous
 from dcpsvc.resuming import Resuming
-from dcpsvc.save import Save
 from dcpsvc.saving import Saver
 from dcpsvc.settling import OpenRun, settle
 from dcpsvc.stages import discover
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.policies import Keep
+    from dcpsvc.save import Save
     from dcpsvc.storage.base import Store
     from tests.model.host import Host
     from tests.model.wires import GroupServer, KeyValueServer
