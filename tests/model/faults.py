@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "point": ("crash", "freeze", "host-down"),
     # what a rank does with one save
     "save": (
-        "crash", "freeze", "skips", "late", "other-step", "other-structure", "staging", "dropped", "abandoned", 
+        "crash", "freeze", "skips", "late", "other-step", "other-structure", "staging", "dropped", "abandoned",
         "no-room", "little-room",
     ),
 }  # fmt: skip
