@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["numpy", "pytest", "torch", "dcpsvc.checkpointer", "dcpsvc.reading", "tests.ranks.models"]
+    ["numpy", "pytest", "torch", "torch._dynamo", "dcpsvc.checkpointer", "dcpsvc.reading", "tests.ranks.models"]
 )
 
 _DUMP = signal.SIGUSR2
@@ -86,6 +86,16 @@ class StuckError(AssertionError):
     """Ranks were still running at the deadline; the text says where."""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job for :func:`run_jobs`; see :func:`run_ranks` for what its fields mean."""
+
+    world: int
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    nodes: int = 1
+
+
 def run_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 50.0, nodes: int = 1
 ) -> list[Outcome]:
@@ -103,18 +113,30 @@ def run_ranks(
     Raises:
         StuckError: A rank had not ended by then.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world else None
+    (outcomes,) = run_jobs([Job(world, function, args, nodes)], timeout_s=timeout_s)
+    return outcomes
+
+
+def run_jobs(jobs: list[Job], *, timeout_s: float = 50.0) -> list[list[Outcome]]:
+    """Several jobs side by side, each as :func:`run_ranks` runs it: for jobs that mostly wait."""
+    stores = [
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if job.world else None for job in jobs
+    ]
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="dcpsvc-ranks-") as directory:
-        ranks = [_Rank(rank, Path(directory)) for rank in range(max(world, 1))]
+        ranks = [
+            [_Rank(rank, Path(tempfile.mkdtemp(dir=directory))) for rank in range(max(job.world, 1))] for job in jobs
+        ]
+        everyone = [rank for crew in ranks for rank in crew]
         try:
-            for rank in ranks:
-                rank.start(world, store.port if store else 0, nodes, function, args)
-            _collect(ranks, deadline)
+            for job, store, crew in zip(jobs, stores, ranks, strict=True):
+                for rank in crew:
+                    rank.start(job.world, store.port if store else 0, job.nodes, job.function, job.args)
+            _collect(everyone, deadline)
         finally:
-            for rank in ranks:
+            for rank in everyone:
                 rank.end()
-        return [rank.outcome() for rank in ranks]
+        return [[rank.outcome() for rank in crew] for crew in ranks]
 
 
 def values(outcomes: list[Outcome]) -> list[Any]:

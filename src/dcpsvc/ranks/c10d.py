@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-PATIENCE_S = 10.0
+PATIENCE_S = 5.0
 """Longest wait for the ranks' store: what the training thread may lose when it falls silent."""
 
 
