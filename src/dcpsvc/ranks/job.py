@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from dcpsvc.ranks.rendezvous import KeyValue
+
 logger = logging.getLogger("dcpsvc")
 
 _ordinals = itertools.count()
@@ -60,6 +62,7 @@ class Job:
         group: For our own collectives, on the uploader thread only.
         dcp_group: To be named to DCP; see :func:`~dcpsvc.ranks.c10d.group_for_dcp`.
         incarnation: Names this run of the job; the same on every rank, new at every start.
+        disconnect: Ends the connection to the store.
     """
 
     rank: int
@@ -69,6 +72,7 @@ class Job:
     group: Gathering
     dcp_group: dist.ProcessGroup | None = None
     heart: Heart | None = None
+    disconnect: Callable[[], None] = lambda: None
 
     @classmethod
     def join(cls, sync_timeout_s: float) -> Job:
@@ -79,7 +83,8 @@ class Job:
         """
         distributed = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        store = C10dStore.of_default_group(sync_timeout_s) if distributed else SoloStore()
+        c10d = C10dStore.of_default_group(sync_timeout_s) if distributed else None
+        store: KeyValue = SoloStore() if c10d is None else c10d
         rendezvous = _next_place(Rendezvous(rank, world_size, store))
         incarnation = str(rendezvous.meet("open/join", None, lambda _: secrets.token_hex(4), Meeting(sync_timeout_s)))
         rendezvous.namespace = incarnation
@@ -87,7 +92,8 @@ class Job:
         group.renew(0)
         dcp_group = group_for_dcp(sync_timeout_s)
         heart = Heart(rendezvous, sync_timeout_s / _BEATS_PER_TIMEOUT)
-        return cls(rank, world_size, incarnation, rendezvous, group, dcp_group, heart)
+        disconnect = (lambda: None) if c10d is None else c10d.close
+        return cls(rank, world_size, incarnation, rendezvous, group, dcp_group, heart, disconnect)
 
     @property
     def coordinates(self) -> bool:
@@ -111,10 +117,11 @@ class Job:
                 clock.sleep(0.005)
 
     def leave(self) -> None:
-        """Stop the heartbeat and drop the group. Waits for nobody."""
+        """Stop the heartbeat, drop the group and the connection to the store. Waits for nobody."""
         if self.heart is not None:
             self.heart.stop()
         self.group.close()
+        self.disconnect()
 
 
 def _next_place(rendezvous: Rendezvous) -> Rendezvous:
