@@ -52,7 +52,9 @@ def _patience_s(ends: float, given_up: Callable[[], str] | None) -> float:
 def _run_into(work: Callable[[], T], done: Future[T]) -> None:
     try:
         result = work()
-    except BaseException as err:  # noqa: BLE001 - it is raised where the future is read
+    except Exception as err:  # noqa: BLE001 - it is raised where the future is read
         done.set_exception(err)
+    except BaseException as err:  # noqa: BLE001 - a library's own: nobody asked this process to exit here
+        done.set_exception(RuntimeError(f"{type(err).__name__}: {err}"))
     else:
         done.set_result(result)

@@ -143,7 +143,7 @@ class Recovery:
             raise RefusalError([RankFailure(0, "recover", RunBusyError.__name__, f"replaced by {theirs}")])
         if attempt in retain.condemned(remote):
             raise RefusalError([RankFailure(0, "recover", StoreError.__name__, f"{attempt} is being deleted")])
-        if unknown := commit.create(remote, manifest):
+        if (unknown := commit.create(remote, manifest)) is not None:
             raise RefusalError([RankFailure(0, "recover", ManifestError.__name__, unknown)])
 
     def _then(self, phase: str, work: Callable[[], Any]) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import FencedError, SaveSkippedError, WaitTimeoutError
+from dcpsvc.errors import FencedError, RankFailure, SaveFailedError, SaveSkippedError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,13 +103,25 @@ class Uploader:
         try:
             while (save := self._next()) is not None:
                 try:
-                    self._count(save, self._life.live(save))
+                    self._count(save, self._live(save))
                 finally:
                     with self._changed:
                         self._saves.popleft()
                         self._changed.notify_all()
         finally:
             self._on_end()
+
+    def _live(self, save: Save) -> SaveError | None:
+        """Whatever comes out of it, the next save has an uploader."""
+        try:
+            return self._life.live(save)
+        except BaseException as err:
+            logging.getLogger("dcpsvc").exception("step %s: the uploader goes on", save.key.step)
+            failure = RankFailure(-1, "uploader", type(err).__name__, str(err))
+            error = SaveFailedError(*save.key, self._life.catalog.newest, (failure,))
+            save.pending.resolve(save.pending.committed, error)
+            stands = save.pending.committed.exception() is None
+            return None if stands else error
 
     def _next(self) -> Save | None:
         with self._changed:

@@ -56,7 +56,7 @@ def publish(
         if len(set(messages)) > 1:
             raise RefusalError([RankFailure(0, "commit", ManifestError.__name__, "the ranks made different manifests")])
         _check_owner(store, mine, within)
-        if unknown := create(store, mine, within):
+        if (unknown := create(store, mine, within)) is not None:
             return [unknown, ""]
         published = _confirm(store, mine, within)
         if not published.unknown:
@@ -136,9 +136,14 @@ def _look(store: Store, manifest: Manifest, error: Exception | None, within: Wit
     except StoreNotFoundError:
         if isinstance(error, StoreError) and not error.transient:
             raise RefusalError([RankFailure(0, "commit", type(error).__name__, str(error))]) from error
-        return str(error or f"{key} was written and is not there")
+        return f"{key} was written and is not there" if error is None else _told(error)
     except Exception as err:  # noqa: BLE001 - whatever it is, nobody knows what stands there
-        return str(error or err)
+        return _told(error or err)
     if found != manifest.dumps():
         raise RefusalError([RankFailure(0, "commit", StoreError.__name__, f"{key} exists with other content")])
     return None
+
+
+def _told(error: Exception) -> str:
+    """Never empty, which would mean that all is well: some exceptions have no text."""
+    return str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
