@@ -82,6 +82,7 @@ class Retention:
     def _empty(self, attempt: Attempt) -> None:
         """The mark stays until a later commit: until then a newer job might want to finish the attempt."""
         if retain.condemn(self._run.remote, attempt, self._is_owner):
+            self._run.remote.delete(attempt.manifest)  # a store that cuts or damages may have left one
             retain.remove_data(self._run.remote, attempt)
 
     def _is_owner(self) -> bool:
