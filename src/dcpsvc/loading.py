@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RestoreFailedError
+from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError
 from dcpsvc.reading import open_root
@@ -77,9 +78,12 @@ def load(
         job = Job.join(sync_timeout_s)
     except DisagreementError as err:
         raise RestoreFailedError(store.url, err.failures, err.missing) from None
+    except RuntimeError as err:  # the ranks' store does not answer
+        raise RestoreFailedError(store.url, (RankFailure(-1, "join", type(err).__name__, str(err)),)) from err
     try:
         found = Resuming(job, "load", store, (), app, sync_timeout_s, max(sync_timeout_s, 1800.0)).run(step, skip)
-        job.linger("load", sync_timeout_s)
+        with contextlib.suppress(RuntimeError):  # it is loaded; a peer that cannot be reached is not waited for
+            job.linger("load", sync_timeout_s)
     finally:
         job.leave()
     if found is None:

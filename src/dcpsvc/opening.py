@@ -65,6 +65,8 @@ def open_run(job: Job, remote: Store, local_dir: Path, options: Options) -> Plac
         return _join_run(job, tiers, within, meeting)
     except DisagreementError as err:
         raise _as_root_error(remote.url, err) from None
+    except RuntimeError as err:
+        raise RootError(remote.url, f"the ranks cannot be reached: {err}") from err
 
 
 def _find_run(remote: Store) -> str:

@@ -155,3 +155,6 @@ class Resuming:
             return self.job.meet(f"{self.place}/{where}", message, decide, meeting)
         except DisagreementError as err:
             raise RestoreFailedError(self.remote.url, err.failures, err.missing, changed) from None
+        except RuntimeError as err:  # the ranks' store does not answer
+            failure = RankFailure(self.job.rank, "control", type(err).__name__, str(err))
+            raise RestoreFailedError(self.remote.url, (failure,), (), changed) from err

@@ -215,6 +215,16 @@ class Cluster:
             assert time.monotonic() < deadline, "the store did not come back"
             time.sleep(0.1)
 
+    def unanswered(self, ranks: list[Process]) -> None:
+        """Once each of these has given up a call to the store."""
+        deadline = time.monotonic() + PATIENCE_S
+        for rank in ranks:
+            answers = True
+            while answers:
+                assert time.monotonic() < deadline, "the store answers"
+                rank.tell("look")
+                answers = rank.hear("seen")["answers"]
+
     def trains_on(self) -> None:
         """Every rank makes steps now, and none of them has taken longer than the longest wait for the store."""
         before = self.look()

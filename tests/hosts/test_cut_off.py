@@ -158,13 +158,16 @@ def test_a_host_that_gave_up_a_meeting_and_came_back_before_it_counted_as_dead_i
     step = job.save()
     job.held(job.on(FAR), Point.ACKED_LOCAL)
     at = job.cut_off(FAR)
+    job.unanswered(job.on(FAR))  # so the next call fails at once, and is never sent
     job.release(job.on(FAR), Point.ACKED_LOCAL)
     far = job.ranks[1].hear("ended", step=step)
     job.hosts.heal(FAR)
     near = job.ranks[0].hear("ended", step=step)
 
-    deadline_s = 3 * 10.0  # the call that hung, and, where it arrived late after all, an all_gather in vain
-    errors = job.noted("a host is cut off for a moment at acked-local", at, {0: near, 1: far}, deadline_s)
+    errors = job.noted("a host is cut off for a moment at acked-local", at, {0: near, 1: far}, 1.25 * 10.0)
     assert_alone(errors[1], 1)
+    assert errors[0].type == "RanksMissingError"
+    assert errors[0]["phase"] == "remote"
+    assert list(errors[0]["missing"]) == [1]
     later = job.saved()
     assert committed(job.root) == [first, later]

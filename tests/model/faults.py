@@ -87,10 +87,10 @@ class Faults:
 
     def strike(self, category: str, label: str | None = None) -> str | None:
         """What goes wrong with the operation that begins now; nearly always nothing."""
-        left = self._next[category] - 1
-        self._next[category] = left
-        cursed = label is not None and self._mercy <= 0 and self._is_cursed(label)
-        if (left > 0 and not cursed) or self.calm or self._mercy > 0:
+        if self._mercy > 0 or self.calm:
+            return None
+        self._next[category] = left = self._next[category] - 1
+        if left > 0 and (label is None or not self._is_cursed(label)):
             return None
         if left <= 0:
             self._next[category] = self._gap(category)

@@ -112,13 +112,17 @@ class Ledger:
             if old is not None or known.existed not in {None, new}:
                 raise self._broken(f"the manifest of {attempt} was written again, with other bytes")
             known.existed, known.author = new, author.epoch
+            if self._is_ghost(attempt):
+                if author.epoch == self.owner:
+                    raise self._broken(f"{author.process.name} writes the manifest of {attempt}, which was deleted")
+                self.outcomes["a deleted checkpoint's manifest landed late"] += 1
         self._look_again(author)
         if new is not None and attempt in self.valid and known.denied and author.epoch == attempt.epoch:
             raise self._broken(f"ranks {sorted(known.denied)} heard that {attempt} failed, and now it is a checkpoint")
 
     def _look_again(self, author: Host | None) -> None:
         """What counts now, as discovery sees it; the files of what is new must be there."""
-        valid = discover.committed(self._snapshot)  # type: ignore[arg-type]
+        valid = [one for one in discover.committed(self._snapshot) if not self._is_ghost(one)]  # type: ignore[arg-type]
         for attempt in valid:
             if attempt not in self._files:
                 self._check_files(attempt)
@@ -131,6 +135,13 @@ class Ledger:
         newest = max((attempt.step for attempt in valid), default=-1)
         if newest < self.newest_confirmed:
             raise self._broken(f"the newest commit is step {newest}, and step {self.newest_confirmed} was confirmed")
+
+    def _is_ghost(self, attempt: Attempt) -> bool:
+        """The policy let it go, and then a write of its manifest landed that was on its way all the time.
+
+        No store can prevent that. Its data is gone, so discovery must pass it over; that is checked where jobs resume.
+        """
+        return self._attempts[attempt].retired and attempt.shard(0) not in self._space.objects
 
     def _check_files(self, attempt: Attempt) -> None:
         data = self._space.objects[attempt.manifest]
@@ -191,7 +202,8 @@ class Ledger:
         if missing := [attempt for attempt in self.valid if attempt not in known and attempt.epoch < settled.epoch]:
             raise self._broken(f"{host.process.name} does not know of the commits {[str(one) for one in missing]}")
         for attempt in settled.committed:
-            self.believed(host, attempt)
+            if not self._is_ghost(attempt):
+                self.believed(host, attempt)
         for attempt in settled.recovered:
             self.outcomes["recovered (seen by a rank)"] += 1
             for name in set(self._attempts[attempt].denied.values()):
@@ -204,6 +216,8 @@ class Ledger:
         step = -1 if attempt is None else attempt.step
         if step < newest_before:
             raise self._broken(f"{host.process.name} resumes from step {step}; step {newest_before} is committed")
+        if attempt is not None and self._is_ghost(attempt):
+            raise self._broken(f"{host.process.name} resumes from {attempt}, whose data is gone")
         if attempt is not None:
             self.resumed[host.epoch] = attempt
 

@@ -38,12 +38,13 @@ class StuckError(Exception):
 class Process:
     """A simulated operating-system process: its threads are killed, frozen and thawed together."""
 
-    __slots__ = ("backlog", "dead", "frozen", "frozen_s", "name", "on_death", "since", "slowness", "tasks")
+    __slots__ = ("backlog", "dead", "frozen", "name", "on_death", "since", "slowness", "stops", "tasks")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.dead = self.frozen = False
-        self.frozen_s = self.since = 0.0
+        self.since = 0.0
+        self.stops: list[tuple[float, float]] = []
         self.slowness = 1.0
         self.tasks: list[Task] = []
         self.backlog: list[tuple[Task, int]] = []
@@ -52,6 +53,10 @@ class Process:
     @property
     def runs(self) -> bool:
         return not (self.dead or self.frozen)
+
+    def frozen_since(self, moment: float) -> float:
+        """Seconds it has stood still after a moment."""
+        return sum(end - max(begin, moment) for begin, end in self.stops if end > moment)
 
 
 class Task:
@@ -263,7 +268,7 @@ class Kernel:
         if process.dead or not process.frozen:
             return
         process.frozen = False
-        process.frozen_s += self.now - process.since
+        process.stops.append((process.since, self.now))
         self.note("thaw", process.name)
         for task, turn in process.backlog:
             delay = self.random.random() * 0.001

@@ -5,91 +5,41 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc.catalog import Catalog
 from dcpsvc.config import Options
 from dcpsvc.errors import DcpsvcError, FencedError, RankFailure, SaveError
 from dcpsvc.events import Event, Events, Point
 from dcpsvc.life import Life
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, Rendezvous
-from dcpsvc.resuming import Resuming
 from dcpsvc.saving import Saver
 from dcpsvc.settling import OpenRun, settle
-from dcpsvc.stages import discover
 from dcpsvc.storage.retry import RetryingStore
-from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tiers import Tiers
 from tests.model import shard
 from tests.model.kernel import Killed
+from tests.model.limits import BEAT_S, LEAVE_LIMIT_S, LIVE_LIMIT_S, OPEN_LIMIT_S, SYNC_S, UPLOAD_S
+from tests.model.seams import Pulse, SimCatalog, SimRendezvous, SimResuming
 from tests.model.stores import LocalStore, RemoteStore
 from tests.model.wires import MistakeError, SimClock, SimGroup, SimKeyValue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
-    from dcpsvc.format.keys import Attempt
-    from dcpsvc.format.manifest import Manifest
-    from dcpsvc.policies import Keep
+    from dcpsvc.catalog import Catalog
     from dcpsvc.save import Save
     from dcpsvc.storage.base import Store
     from tests.model.host import Host
+    from tests.model.settings import Plan
     from tests.model.wires import GroupServer, KeyValueServer
     from tests.model.world import World
 
 T = TypeVar("T")
 
-SYNC_S = 1.0
-UPLOAD_S = 4.0
-BEAT_S = SYNC_S / 6
-SLACK_S = 6.0
-"""For single calls that are slow without being late."""
-
-_DECIDE_S = 4 * UPLOAD_S
-"""The coordinator's calls to the run root at the commit: whose is it, write, look, whose is it now."""
-
-LIVE_LIMIT_S = (
-    2 * SYNC_S  # plan, compare
-    + 2 * SYNC_S  # a new group, the layout
-    + UPLOAD_S  # the local disk
-    + 2 * (UPLOAD_S + SYNC_S)  # both acknowledgements
-    + 2 * UPLOAD_S  # shard, layout
-    + UPLOAD_S + _DECIDE_S  # commit
-    + 3 * UPLOAD_S  # retention: leftovers, debris, policy
-    + SLACK_S
-)  # fmt: skip
-OPEN_LIMIT_S = 3 * UPLOAD_S + 4 * (2 * UPLOAD_S + 4 * UPLOAD_S) + SLACK_S
-"""Claim and inheritance, and a few uploads to finish with a few shards each."""
-
-LEAVE_LIMIT_S = 3 * SYNC_S + SLACK_S
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What one start of the job is to do.
-
-    Attributes:
-        token: Its name.
-        world_size: Its ranks.
-        saves: How many saves each rank tries.
-        keep: The retention policy.
-        keep_local: Of each rank on its disk.
-        steps_back: Resumes by name from an older commit.
-        patient: Waits at the end until everything that went wrong is over, and saves once more.
-        must_succeed: Nothing goes wrong any more, so every save must be committed.
-    """
-
-    token: str
-    world_size: int
-    saves: int
-    keep: Keep
-    keep_local: int
-    steps_back: bool = False
-    patient: bool = False
-    must_succeed: bool = False
+_MISTAKE = re.compile(r"has no attribute|positional argument|keyword argument|not iterable|not subscriptable")
 
 
 class SimRank:
@@ -101,9 +51,10 @@ class SimRank:
         self.finished = False
         self._world, self._groups = world, groups
         self._clock = SimClock(host.kernel, host.process)
-        wire = SimKeyValue(host, values, world.grain)
-        self._rendezvous = Rendezvous(host.rank, plan.world_size, wire, self._clock, "join-0")
-        self._quiet = Rendezvous(host.rank, plan.world_size, _Pulse(host, values), self._clock)
+        wire = SimKeyValue(host, values, world.settings.grain)
+        self._rendezvous = SimRendezvous(host.rank, plan.world_size, wire, self._clock, "join-0")
+        self._rendezvous.watch = self._watch
+        self._quiet = Rendezvous(host.rank, plan.world_size, Pulse(host, values), self._clock)
         self._beats = 0
         self._found_owner = world.ledger.owner
         self.last_step = 0
@@ -140,6 +91,8 @@ class SimRank:
         life = Life(job, run, options, events, catalog)
         saver = Saver(job, run, None, life, events)  # type: ignore[arg-type] # it only names the attempts here
         events.emit(Point.OPENED)
+        if settled.recovered:
+            events.emit(Point.RECOVERED)
         start = self._opened("resume", lambda: self._resume(job, run, catalog, before))
         events.emit(Point.RESUMED, step=start)
         if self._train(job, life, saver, events, start):
@@ -171,8 +124,8 @@ class SimRank:
 
     def _tiers(self) -> Tiers:
         world, host = self._world, self.host
-        remote: Store = RemoteStore(host, world.root, world.disks, atomic_create=world.atomic_create)
-        if world.retrying:
+        remote: Store = RemoteStore(host, world.root, world.disks, atomic_create=world.settings.atomic_create)
+        if world.settings.retrying:
             remote = RetryingStore(
                 remote, tries=3, deadline_s=1.5, wait_max_s=0.2, clock=self._clock.now, pause=self._pause
             )
@@ -236,7 +189,7 @@ class SimRank:
         if fault == "staging":
             save.proposal = RankFailure(job.rank, "stage", "MemoryError", "simulated")
         else:
-            said = "another" if fault == "other-structure" else self._world.structure(step)
+            said = "another" if fault == "other-structure" else self._world.settings.structure(step)
             known = life.known_layout(shard.layout_part(job.rank, job.world_size, said))
             proposal = shard.proposal(job.rank, job.world_size, step, said, known)
             save.proposal = replace(proposal, disk=shard.need(self.host, fault))
@@ -273,14 +226,18 @@ class SimRank:
         job.leave()
 
     def _timed(self, what: str, limit_s: float, work: Callable[[], T]) -> T:
-        """Standing still does not count: nobody can be asked to hurry while stopped."""
-        began, frozen_s = self.kernel.now, self.host.process.frozen_s
+        began = self.kernel.now
         try:
             return work()
         finally:
-            if not self.host.process.dead:
-                took_s = self.kernel.now - began - (self.host.process.frozen_s - frozen_s)
-                self.ledger.took(self.host, what, took_s, limit_s)
+            self._watch(what, began, limit_s)
+
+    def _watch(self, what: str, began: float, limit_s: float) -> None:
+        """Standing still does not count: nobody can be asked to hurry while stopped."""
+        process = self.host.process
+        if not process.dead:
+            took_s = self.kernel.now - began - process.frozen_since(began)
+            self.ledger.took(self.host, what, took_s, limit_s)
 
     # --- its other threads --------------------------------------------------------------------------------------
 
@@ -304,58 +261,5 @@ class SimRank:
             self.host.fall(fault, label, lambda: None, 0.001)
 
 
-_MISTAKE = re.compile(r"has no attribute|positional argument|keyword argument|not iterable|not subscriptable")
-
-
 class _Exit(Exception):  # noqa: N818 - the process ends
     pass
-
-
-class _Pulse:
-    """The ranks' store for a heartbeat: at once, or not at all."""
-
-    def __init__(self, host: Host, server: KeyValueServer) -> None:
-        self._host, self._server = host, server
-
-    def set(self, key: str, value: str) -> None:
-        if self._host.cut or self._server.down:
-            raise RuntimeError("unreachable")
-        self._server.values[key] = value
-
-    def get(self, key: str) -> str | None:
-        raise NotImplementedError(key)
-
-    def compare_set(self, key: str, desired: str) -> str:
-        raise NotImplementedError(key, desired)
-
-    def delete(self, key: str) -> None:
-        raise NotImplementedError(key)
-
-
-class SimCatalog(Catalog):
-    """Tells what this rank comes to believe."""
-
-    tell: Callable[[Attempt], None]
-
-    def add(self, found: Manifest) -> None:
-        self.tell(found.key)
-        super().add(found)
-
-
-class SimResuming(Resuming):
-    """Resume without a model: every rank proves its share of the shards."""
-
-    def _load(self, attempt: Attempt, skip: Collection[str]) -> str:
-        message = None
-        try:
-            self._within(lambda: self._prove(attempt))
-        except Exception as err:  # noqa: BLE001 - as Resuming._load does
-            message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
-        self._meet(f"load-{attempt}/read", message, lambda _: None)
-        return "loaded"
-
-    def _prove(self, attempt: Attempt) -> None:
-        found = discover.read_manifest(self.remote, attempt)
-        for record in found.shards:
-            if record.rank % self.job.world_size == self.job.rank:
-                VerifiedShard([*self.nearer, self.remote], record).verify()

@@ -58,10 +58,14 @@ class GlobalState:
 
     def put(self, place: object, value: object) -> None:
         """Something is now so."""
-        new = code((place, value))
-        whole = self._whole ^ self._parts.get(place, 0) ^ new
-        self._parts[place], self._whole = new, whole
-        self._distinct.add(whole)
+        part = (place, value)
+        new = _codes.get(part) or code(part)
+        parts = self._parts
+        self._whole = whole = self._whole ^ parts.get(place, 0) ^ new
+        parts[place] = new
+        distinct = self._distinct
+        if not whole & distinct.mask:
+            distinct.add(whole)
 
     def drop(self, place: object) -> None:
         """Something is no more."""

@@ -47,7 +47,7 @@ class Space:
 
     def entries(self, prefix: str) -> list[Entry]:
         """What is there."""
-        return sorted(Entry(key, len(data)) for key, data in self.objects.items() if key.startswith(prefix))
+        return sorted([Entry(key, len(data)) for key, data in self.objects.items() if key.startswith(prefix)])
 
     def entries_at(self, prefix: str, moment: float) -> list[Entry]:
         """What was there."""

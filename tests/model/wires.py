@@ -94,7 +94,7 @@ class SimKeyValue:
         if self._process.dead:
             raise Killed
         fault = self._faults.strike("kv-read")
-        if fault is not None or self._host.cut or self._server.down:
+        if fault is not None or self._server.down or self._host.cut:
             return self._troubled(f"kv.get {_phase(key)}", lambda: self._server.values.get(key), fault)
         if self._random() < self._grain:
             self._kernel.wait(self._random() * 0.002 * self._process.slowness)
@@ -218,8 +218,11 @@ class SimGroup:
             return
         self.generation, self.poisoned = generation, True
         group = self._server.generation(generation)
-        group.joined.add(self._host.rank)
         self._host.at_switch("group.renew")
+        fault = self._faults.strike("group", "group.renew")
+        if fault in {"crash", "freeze"}:
+            self._host.fall(fault, "group.renew", lambda: group.joined.add(self._host.rank), 0.002)
+        group.joined.add(self._host.rank)
         self._until(group, lambda: len(group.joined) == self._world_size, "connect")
         self._group, self._round, self.poisoned = group, 0, False
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcpsvc.policies import Everything, Keep, Latest
 from tests.model.faults import Faults
 from tests.model.host import Host, Node
 from tests.model.invariants import BrokenInvariantError, Ledger
-from tests.model.kernel import Kernel, StuckError
-from tests.model.rank import Plan, SimRank
+from tests.model.kernel import Kernel
+from tests.model.rank import SimRank
+from tests.model.settings import Settings
 from tests.model.states import Distinct, GlobalState
 from tests.model.stores import Snapshot, Space
 from tests.model.wires import GroupServer, KeyValueServer
@@ -22,16 +23,7 @@ from tests.model.wires import GroupServer, KeyValueServer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_MOST_RANKS = 4
-_AMBUSHES = (
-    *("remote.create manifests", "remote.create tombstones", "kv.compare_set commit/verdict") * 3,
-    *("remote.list epochs", "remote.list manifests", "remote.delete manifests", "remote.list data") * 2,
-    "point acked-remote", "point manifest-created", "point committed", "point retained", "point uploaded",
-    "kv.compare_set retain/verdict", "kv.compare_set inherit/verdict",
-    "remote.create epochs", "remote.create inheritance", "remote.get inheritance", "remote.get manifests",
-    "remote.list tombstones", "remote.delete tombstones", "remote.put_file data", "remote.delete data",
-)  # fmt: skip
-"""Where a coordinator is held up for a while, and the next job begins meanwhile."""
+    from tests.model.settings import Plan
 
 _MOST_STARTS = 10
 _HEALED_S = 20.0
@@ -83,25 +75,9 @@ class World:
         self.state = GlobalState(distinct)
         self.root = Space("root")
         self.disks: dict[str, Space] = {}
-        self.grain = draw.choice((0.05, 0.05, 0.3, 1.0))
-        self.retrying = draw.random() < 0.25
-        self.atomic_create = draw.random() < 0.8
-        self._keep_newest = draw.choice((1, 1, 2, 2, 3, None))
-        self._keep: Keep = Everything() if self._keep_newest is None else Latest(self._keep_newest)
-        self._keep_local = draw.choice((1, 2))
-        self._ranks_per_node = draw.choice((1, 1, 2))
-        self._most_starts = draw.choice((1, 1, 1, 2, 2, 3))
-        self._changes_structure = draw.random() < 0.2
-        self._splits = 0.0 if self.faults.stale_listings else draw.choice((0.0, 0.2, 0.6, 0.9))
-        self._ambush = draw.choice(_AMBUSHES) if draw.random() < 0.4 and not self.faults.stale_listings else ""
-        self._ambush_after = draw.choice((1, 1, 2, 2, 3, 5))
-        self._shares_nodes = draw.random() < 0.15
-        self._steps_back = draw.choice((0.0, 0.0, 0.0, 0.3))
-        self._patience = draw.choice((0.0, 0.0, 0.5))
-        self._raids = draw.choice((0.0, 0.0, 0.5))
-        self._fragile_store = draw.random() < 0.3
-        self._world_size = draw.choice((2, 2, 3, 4))
-        self.ledger = Ledger(self.kernel, self.root, self._keep_newest)
+        self.settings = Settings.draw(draw, stale_listings=self.faults.stale_listings)
+        self._visits_to_ambush = self.settings.ambush_after
+        self.ledger = Ledger(self.kernel, self.root, self.settings.keep_newest)
         self._nodes: list[Node] = []
         self._starts: list[Start] = []
         self._final: Start | None = None
@@ -113,12 +89,10 @@ class World:
             self._start()
             self.kernel.run()
             self._judge()
-        except (BrokenInvariantError, StuckError) as err:
-            error = f"{type(err).__name__}: {err}"
-        except Exception as err:
+        except Exception as err:  # noqa: BLE001 - reported with its seed
             error = f"{type(err).__name__}: {err}"
             if self.kernel.trace is not None:
-                raise
+                self.kernel.trace += traceback.format_exc().splitlines()
         fingerprint = self.kernel.fingerprint
         self.kernel.end()
         return Report(
@@ -153,47 +127,33 @@ class World:
         self.kernel.wait(_HEALED_S)
         return len(start.running) == len(start.ranks)
 
-    def structure(self, step: int) -> str:
-        """What the state of a step looks like."""
-        return f"v{step // 2}" if self._changes_structure else "v0"
-
     # --- starts -------------------------------------------------------------------------------------------------
 
     def _start(self, *, final: bool = False) -> None:
         draw = self._random
-        world_size = self._world_size if draw.random() < 0.7 else draw.randint(2, _MOST_RANKS)
-        plan = Plan(
-            token=f"{draw.getrandbits(32):08x}",
-            world_size=world_size,
-            saves=1 if final else draw.choice((1, 1, 2, 3)),
-            keep=self._keep,
-            keep_local=self._keep_local,
-            steps_back=not final and draw.random() < self._steps_back,
-            patient=not final and draw.random() < self._patience,
-            must_succeed=final,
-        )
+        plan = self.settings.plan(draw, last=final)
         number = len(self._starts)
         values, groups = KeyValueServer(), GroupServer()
         start = Start(number, [], values, agent=draw.random() < 0.5)
         self._starts.append(start)
-        self.kernel.note("start", f"{number} with {world_size} ranks{', the last one' if final else ''}")
-        for rank, node in enumerate(self._places(world_size)):
+        self.kernel.note("start", f"{number} with {plan.world_size} ranks{', the last one' if final else ''}")
+        for rank, node in enumerate(self._places(plan.world_size)):
             host = Host(self.kernel, self.faults, node, rank, f"{number}.{rank}", self.state)
             if draw.random() < 0.1:
                 host.process.slowness = 8.0
             process = SimRank(self, host, plan, values, groups)
             start.ranks.append(process)
-            if rank == 0 and self._ambush and not final:
-                host.ambush_label = self._ambush
+            if rank == 0 and self.settings.ambush and not final:
+                host.ambush_label = self.settings.ambush
                 host.ambush = self._lying_in_wait(start)
             host.process.on_death.append(self._watcher(start, process, groups))
             self.kernel.spawn(host.process, "main", self._delayed(process.main, draw.random() * 0.2))
         if final:
             self._final = start
             return
-        if draw.random() < self._splits:
+        if draw.random() < self.settings.splits:
             self.kernel.at(draw.random() * 4.0, lambda: self._follow(start))
-        if draw.random() < self._raids:
+        if draw.random() < self.settings.raids:
             self.kernel.at(draw.random() * 3.0, lambda: self._kill_rest(start))
 
     def _delayed(self, main: Callable[[], None], seconds: float) -> Callable[[], None]:
@@ -206,14 +166,16 @@ class World:
     def _places(self, world_size: int) -> list[Node]:
         """A node for each rank: an old one with its disk where nobody is in the way, or a new one."""
         draw = self._random
-        free = [node for node in self._nodes if self._shares_nodes or all(host.process.dead for host in node.hosts)]
+        free = [
+            node for node in self._nodes if self.settings.shares_nodes or all(host.process.dead for host in node.hosts)
+        ]
         draw.shuffle(free)
         places: list[Node] = []
         for rank in range(world_size):
-            if rank % self._ranks_per_node:
+            if rank % self.settings.ranks_per_node:
                 places.append(places[-1])
                 continue
-            ranks = set(range(rank, rank + self._ranks_per_node))
+            ranks = set(range(rank, rank + self.settings.ranks_per_node))
             fit = [node for node in free if not any(h.rank in ranks and not h.process.dead for h in node.hosts)]
             node = fit[0] if fit and draw.random() < 0.85 else self._new_node()
             if node in free:
@@ -241,7 +203,7 @@ class World:
             if draw.random() < 0.7:
                 for group in groups.generations.values():
                     group.broken = True
-            if rank.host.rank == 0 and self._fragile_store:
+            if rank.host.rank == 0 and self.settings.fragile_store:
                 start.values.down = True
         if not start.running:
             self.ledger.resumed.pop(rank.host.epoch, None)
@@ -259,8 +221,8 @@ class World:
         """A coordinator that stands still at the worst moment, and is replaced; perhaps its peers are killed."""
 
         def strike(host: Host) -> None:
-            self._ambush_after -= not self.faults.calm
-            if self._ambush_after or self.faults.calm:
+            self._visits_to_ambush -= not self.faults.calm
+            if self._visits_to_ambush or self.faults.calm:
                 return
             draw = self._random
             self.kernel.note("ambush")
@@ -292,7 +254,7 @@ class World:
             return
         start.followed = True
         gap_s = 0.5 + self._random.random() if gap_s is None else gap_s
-        if len(self._starts) <= self._most_starts - 1:
+        if len(self._starts) <= self.settings.most_starts - 1:
             self.kernel.at(gap_s, self._start)
         else:
             self.kernel.at(gap_s, self._last_start)

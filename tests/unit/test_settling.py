@@ -136,6 +136,7 @@ def test_a_job_that_is_replaced_while_it_recovers_is_refused_and_deletes_nothing
         first.until("put_file")
         second.until("create", crashed.manifest)
         assert refused(first) == [RunBusyError.__name__]
+        assert crashed.manifest not in play.root.objects
         assert second.end().recovered == (crashed,)
         assert whole(play.root) == [crashed]
 
@@ -145,12 +146,30 @@ def test_a_start_deletes_nothing_at_the_root_that_a_later_one_might_finish() -> 
         crashed = Attempt(20, f"1-{D}-0")
         play.root.put(Epoch(1, D).claim, b"")
         put_shards(play.root, crashed)
-        put_journal(play.disk("disk-c"), crashed)
+        put_journal(play.disk("disk-c"), crashed, ranks=[])
         play.disk("disk-b").put(crashed.shard(0), b"torn")
         play.job(B, start, disk="disk-b").end()
         assert play.disk("disk-b").below("data/") == []
         assert play.job(C, start, disk="disk-c").end().recovered == (crashed,)
         assert whole(play.root) == [crashed]
+
+
+def test_a_job_whose_last_commit_was_inherited_deletes_nothing_that_the_new_owner_has_finished() -> None:
+    """The new owner chose what to finish before that commit was written, and looked again after it."""
+    with Play() as play:
+        put_checkpoint(play.root, play.job(D, start).end().epoch.attempt(10, 0))
+        crashed, ledger = Attempt(15, f"1-{D}-0"), Ledger(Latest(1))
+        put_shards(play.root, crashed)
+        put_journal(play.disk("disk-b"), crashed)
+        old = play.job(A, train, ledger).until("create", keys.MANIFESTS, ending="2-aaaaaaaa-0.json")
+        new = play.job(B, start, disk="disk-b").until("create", crashed.manifest)
+        old.step()
+        settled = new.end()
+        old.end()
+        assert settled.committed == (Attempt(10, f"1-{D}-0"), crashed, Attempt(20, f"2-{A}-0"))
+        assert whole(play.root) == list(settled.committed)
+        assert ledger.believed == [Attempt(20, f"2-{A}-0")]
+        assert ledger.refused == [Attempt(30, f"2-{A}-0")]
 
 
 @pytest.mark.parametrize("step", [10, 20])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -131,6 +132,7 @@ class Rendezvous:
     store: KeyValue
     clock: Clock = field(default_factory=SystemClock)
     namespace: str = ""
+    _left: deque[str] = field(default_factory=deque[str])
 
     def meet(
         self,
@@ -150,7 +152,15 @@ class Rendezvous:
 
         Raises:
             DisagreementError: Ranks failed, are missing, or were refused.
+            RuntimeError: The store does not answer. The others hear of it before the next sign of life.
         """
+        try:
+            return self._meet(where, message, decide, meeting)
+        except RuntimeError:
+            self._left.append(f"{self.namespace}/{where}")
+            raise
+
+    def _meet(self, where: str, message: Any, decide: Callable[[list[Any]], Any], meeting: Meeting) -> Any:
         began = self.clock.now()
         place = f"{self.namespace}/{where}"
         self.store.set(f"{place}/{self.rank}", _encode(message))
@@ -169,7 +179,13 @@ class Rendezvous:
             self.store.delete(f"{self.namespace}/{where}/{name}")
 
     def beat(self, count: int) -> None:
-        """Give a sign of life."""
+        """Give a sign of life; but first say which meetings were left because the store did not answer.
+
+        Whoever sees this rank alive would wait there for it, and it will not come.
+        """
+        while self._left:
+            self.store.compare_set(f"{self._left[0]}/verdict", _no([], [self.rank]))
+            self._left.popleft()
         self.store.set(f"{self.namespace}/alive/{self.rank}", str(count))
 
     def _coordinate(self, place: str, decide: Callable[[list[Any]], Any], meeting: Meeting) -> str:
