@@ -151,7 +151,7 @@ class SaveFailedError(SaveError):
         self.args = (step, attempt, newest, failures)
 
     def __str__(self) -> str:
-        return f"step {self.step}: {'; '.join(map(str, self.failures))}; {self.intact}"
+        return f"step {self.step} (attempt {self.attempt}): {'; '.join(map(str, self.failures))}; {self.intact}"
 
 
 class RanksMissingError(SaveError):
