@@ -96,7 +96,8 @@ def test_the_whole_tree_is_in_one_module() -> None:
 def test_a_failed_save_says_what_a_restart_resumes_from() -> None:
     failed = errors.SaveFailedError(40, "cafe-0", 30, (FAILURE,))
     assert str(failed) == (
-        "step 40: rank 3 failed in upload: StoreFullError: put data/x: no space left; step 30 remains the newest commit"
+        "step 40 (attempt cafe-0): rank 3 failed in upload: StoreFullError: put data/x: no space left; "
+        "step 30 remains the newest commit"
     )
     assert errors.SaveError(1, "cafe-0", None).intact == "no checkpoint is committed yet"
 
