@@ -8,6 +8,8 @@ import pytest
 
 # Before anything imports torch: several ranks on a few cores must not start a thread pool each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each connection to a TCPStore asks a name server who 127.0.0.1 is, and waits seconds for one that is slow: ask none.
+os.environ["RES_OPTIONS"] = "attempts:0"
 # No test may find the credentials of the machine it runs on.
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.environ["AWS_CONFIG_FILE"] = os.devnull

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-PATIENCE_S = 5.0
-"""Longest wait for the ranks' store: what the training thread may lose when it falls silent."""
-
-
 class C10dStore:
     """A c10d store as :class:`~dcpsvc.ranks.rendezvous.KeyValue`, in which no call hangs: see :class:`Exchange`.
 
@@ -32,20 +28,17 @@ class C10dStore:
     of the training's. Every call raises RuntimeError when the store does not answer within ``timeout_s``.
     """
 
-    def __init__(self, store: Store, timeout_s: float = PATIENCE_S, *, connect_s: float = 0.0) -> None:
-        self._exchange = Exchange(PrefixStore("dcpsvc", store), timeout_s, connect_s)
+    def __init__(self, store: Store, timeout_s: float) -> None:
+        self._exchange = Exchange(PrefixStore("dcpsvc", store), timeout_s)
 
     @classmethod
-    def of_default_group(cls, timeout_s: float = PATIENCE_S) -> C10dStore:
+    def of_default_group(cls, timeout_s: float) -> C10dStore:
         """The store behind ``init_process_group``.
 
-        Args:
-            timeout_s: No answer for so long is an error; more than :data:`PATIENCE_S` is not waited, but for the first.
-
         Raises:
-            RuntimeError: It cannot be reached.
+            RuntimeError: It cannot be reached within ``timeout_s``.
         """
-        return cls(_default_store(), min(timeout_s, PATIENCE_S), connect_s=timeout_s)
+        return cls(_default_store(), timeout_s)
 
     def set(self, key: str, value: str) -> None:
         """Write a key."""

@@ -27,8 +27,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SILENCE_S = 5.0
+"""Longest wait on one connection, before another is made. The server itself may stand still for as long: it looks up
+the name of each address that connects, and waits for a name server that does not answer."""
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 """Between two tries to connect; each that fails makes torch print a stack trace."""
+
+_LOOK_S = 0.05
 
 
 class NoAnswerError(RuntimeError):
@@ -38,7 +44,8 @@ class NoAnswerError(RuntimeError):
 class Exchange:
     """The store, as long as it answers: whoever calls hears something within ``patience_s``. Any thread.
 
-    A call that was given up may reach the store when the network is back, after calls made later. That harms nothing:
+    A call that got no answer is made again on the next connection. One that was given up may reach the store when the
+    network is back, after calls made later. That harms nothing:
     a key bears its attempt, its meeting or its number, and one rank writes it once; a verdict is written by
     compare-and-set, so the first one stands, whoever brings it and however late, and whoever gave up acted on none; a
     heartbeat that comes late is a sign of life; what is deleted late is never written again.
@@ -46,19 +53,20 @@ class Exchange:
     Args:
         store: Of the job. Only clones of it are used, where it can be cloned.
         patience_s: Longest wait. While a call hangs, others wait no longer than it does, and then fail at once.
-        connect_s: Longest wait for the first connection: at the start of a job the machine is busy.
 
     Raises:
         RuntimeError: It cannot be reached.
     """
 
-    def __init__(self, store: Store, patience_s: float, connect_s: float = 0.0) -> None:
-        self._patience_s, self._pid = patience_s, os.getpid()
+    def __init__(self, store: Store, patience_s: float) -> None:
+        self._patience_s, self._silence_s, self._pid = patience_s, min(patience_s, _SILENCE_S), os.getpid()
         self._lock = threading.Lock()
-        self._line: Line | None = Line(partial(own, store, patience_s), patience_s)
+        self._line: Line | None = Line(partial(own, store, patience_s), self._silence_s)
         self._next: Line | None = None
         self._dial_at, self._pause_s = 0.0, _FIRST_PAUSE_S
-        self._origin: Store = _first(self._line, time.monotonic() + connect_s)
+        self._silent_since = math.inf
+        self._origin = store
+        self._origin = self.call(lambda connected: connected, "connect")
 
     def call(self, work: Callable[[Store], T], what: str) -> T:
         """What ``work``, a short exchange, makes of the store.
@@ -67,7 +75,19 @@ class Exchange:
             NoAnswerError: No answer.
             RuntimeError: An error for an answer, or nobody is to call here any more.
         """
-        return self._current().call(work, what)
+        began = time.monotonic()
+        while True:
+            line = self._current()
+            try:
+                result = line.call(work, what)
+            except NoAnswerError:
+                self._silent_since = min(self._silent_since, began)
+                if line.broken or time.monotonic() >= self._silent_since + self._patience_s:
+                    raise
+                time.sleep(_LOOK_S)
+            else:
+                self._silent_since = math.inf
+                return result
 
     def close(self) -> None:
         """End the thread; waits a moment for it. One that hangs ends when the store lets it go."""
@@ -101,18 +121,8 @@ class Exchange:
         elif (fresh is None or fresh.broken) and now >= self._dial_at:
             if fresh is not None:
                 fresh.hang_up()
-            self._next = Line(partial(another, self._origin, self._patience_s), self._patience_s)
+            self._next = Line(partial(another, self._origin, self._patience_s), self._silence_s)
             self._dial_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
-
-
-def _first(line: Line, ends: float) -> Store:
-    while True:
-        try:
-            return line.call(lambda connected: connected, "connect")
-        except NoAnswerError:
-            if line.broken or time.monotonic() >= ends:
-                raise
-            time.sleep(0.05)
 
 
 def own(store: Store, timeout_s: float) -> Store:

@@ -16,6 +16,7 @@ import logging
 import math
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dcpsvc.ranks.agreement import (
@@ -43,6 +44,8 @@ __all__ = ["ABORT", "QUIT", "SAVE", "STOP", "Agreed", "Proposals", "together"]
 logger = logging.getLogger("dcpsvc")
 
 POLL_S = 0.1
+STEP_PATIENCE_S = 5.0
+"""What a training step may lose when the ranks' store falls silent."""
 _LOOKS_PER_S = 20_000
 """Of all ranks together: what one store answers beside its other work. Very large jobs look less often."""
 
@@ -156,8 +159,8 @@ class Proposals:
         word = self._words.get(proposal.number)
         if word is None:
             try:
-                word = self.rendezvous.store.compare_set(self.key(proposal.number, "verdict"), VOID)
-            except RuntimeError as err:
+                word = self._ask_the_store(proposal)
+            except (RuntimeError, TimeoutError) as err:
                 logger.warning("what the ranks agreed on is not known, going on: %s", err)
                 if proposal.kind != SAVE:  # the other ranks may have stopped: asked again at the next step
                     return False
@@ -169,6 +172,11 @@ class Proposals:
             if self._agreed is not None and self._agreed.kind == SAVE and self._agreed.step <= proposal.step:
                 self._agreed = None
         return word == GO
+
+    def _ask_the_store(self, proposal: Proposal) -> str:
+        key = self.key(proposal.number, "verdict")
+        ask = partial(self.rendezvous.store.compare_set, key, VOID)
+        return self.rendezvous.clock.bounded(ask, STEP_PATIENCE_S, f"asking the ranks' store for {key}")
 
     def _hear(self, proposal: Proposal, word: str) -> None:
         with self._lock:
