@@ -25,33 +25,32 @@ if TYPE_CHECKING:
     from dcpsvc.format.keys import Attempt
     from dcpsvc.storage.base import Entry, Store
 
-_TRIES = 16
 _KEPT = 3
 """Epochs whose files stay, for people who wonder what happened."""
 
 
-def claim(store: Store, describe: Callable[[int], Claim]) -> Claim:
+def claim(store: Store, make: Callable[[int], Claim]) -> Claim:
     """Take a run root over. Coordinator.
+
+    Of several that claim at once one wins: who made the largest claim sees none that is larger. The others do not try
+    again, for they would only take it away from the winner.
 
     Args:
         store: The run root.
-        describe: Makes the claim with a number.
+        make: Makes the claim with a number.
 
     Raises:
-        RunBusyError: Other jobs claim it all the time, or the numbers are used up.
+        RunBusyError: Another job has claimed it meanwhile, or the numbers are used up.
         StoreError: It cannot be written, or does not read back as it was written.
     """
     number = _largest(store).number
-    for _ in range(_TRIES):
-        if number >= MAX_EPOCH:
-            raise RunBusyError(store.url, f"epoch {number} is the last there can be; use another run root")
-        mine = describe(number + 1)
-        _write(store, mine.epoch, mine.epoch.claim, mine.dumps())
-        largest = max(_largest(store), mine.epoch)
-        if largest == mine.epoch:
-            return mine
-        number = largest.number
-    raise RunBusyError(store.url, f"other jobs claim it again and again, the last one with epoch {number}")
+    if number >= MAX_EPOCH:
+        raise RunBusyError(store.url, f"epoch {number} is the last there can be; use another run root")
+    mine = make(number + 1)
+    _write(store, mine.epoch, mine.epoch.claim, mine.dumps())
+    if (largest := _largest(store)) > mine.epoch:
+        raise RunBusyError(store.url, f"{describe(store, largest)} has just taken it over")
+    return mine
 
 
 def inherit(store: Store, epoch: Epoch, attempts: Iterable[Attempt]) -> None:

@@ -259,23 +259,26 @@ class Life:
 
     def _as_save_error(self, save: Save, err: DisagreementError) -> SaveError:
         newest = self.catalog.newest
+        if err.missing and (
+            err.phase != "commit" or err.failures
+        ):  # who brought a failure has kept it from being written
+            return RanksMissingError(*save.key, newest, err.phase, err.missing, err.present, err.waited_s)
+        if err.missing:
+            return CommitUnknownError(*save.key, newest, f"ranks {err.missing} fell silent")
         if fenced := [failure.text for failure in err.failures if failure.error == FencedError.__name__]:
             return FencedError(*save.key, newest, fenced[0])
         if err.failures and all(failure.error == SaveSkippedError.__name__ for failure in err.failures):
             return SaveSkippedError(*save.key, newest, err.failures[0].text)
-        if err.failures:
-            return SaveFailedError(*save.key, newest, err.failures)
-        if err.phase == "commit":
-            return CommitUnknownError(*save.key, newest, f"ranks {err.missing} fell silent")
-        return RanksMissingError(*save.key, newest, err.phase, err.missing, err.present, err.waited_s)
+        return SaveFailedError(*save.key, newest, err.failures)
 
     def _fail(self, save: Save, error: SaveError) -> None:
         self._previous = None  # its verdict stays on the store, for ranks that come late
+        durable = save.pending.local.done()
         if save.shard is not None:
             save.shard.refuse(error)
         self._tell(save, error)
-        self._tidy(save, error)
-        save.pending.resolve(save.pending.committed, error)
+        save.pending.resolve(save.pending.committed, error)  # first: a store that hangs makes tidying long
+        self._tidy(save, error, durable=durable)
 
     def _tell(self, save: Save, error: SaveError) -> None:
         mine = [f for f in getattr(error, "failures", ()) if f.rank == self._job.rank]
@@ -284,7 +287,7 @@ class Life:
         level = logging.ERROR if mine else loud if self._job.coordinates else logging.DEBUG
         self._emit(Point.SAVE_SKIPPED if skipped else Point.SAVE_FAILED, save, detail=str(error), level=level)
 
-    def _tidy(self, save: Save, error: SaveError) -> None:
+    def _tidy(self, save: Save, error: SaveError, *, durable: bool) -> None:
         """A failed attempt is deleted; one that broke off when all shards were durable may be finished by a restart."""
         if isinstance(error, CommitUnknownError):
             self.catalog.unknown[save.key.step] = save.key
@@ -294,8 +297,8 @@ class Life:
         self.catalog.leftovers.add(save.key)
         left = any(failure.error == ClosedError.__name__ for failure in getattr(error, "failures", ()))
         broke_off = isinstance(error, RanksMissingError) or left or save.keeps_files or self.abandoned.is_set()
-        if not (broke_off and save.pending.local.done()):
-            self._retention.discard(save.key, uploading=save.pending.local.done())
+        if not (broke_off and durable):
+            self._retention.discard(save.key, uploading=durable)
 
     def _emit(self, name: Point, save: Save, **details: Any) -> None:
         save.phase = name

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _PATIENCE_S = 30.0
 _LOOK_S = 0.01
 _SETTLE_S = 8.0
+_STILL_LOOKS = 10
 
 
 def record(variable: str, **row: Any) -> None:
@@ -89,7 +90,7 @@ def _alive(pid: int) -> bool:
 
 def stop_self() -> None:
     """Hang, heartbeat and all, until somebody sends SIGCONT."""
-    os.kill(os.getpid(), signal.SIGSTOP)
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread goes no step further
 
 
 # --- where faults strike ------------------------------------------------------------------------------
@@ -263,6 +264,16 @@ def footprint() -> Counter[str]:
     return found
 
 
+def at_rest() -> Counter[str]:
+    """What this process holds once nothing is ending any more."""
+    gc.collect()
+    looks = [footprint()]
+    while len(looks) < _STILL_LOOKS or any(look != looks[-1] for look in looks[-_STILL_LOOKS:]):
+        time.sleep(3 * _LOOK_S)
+        looks.append(footprint())
+    return looks[-1]
+
+
 def settled_difference(before: Counter[str]) -> dict[str, int]:
     """What is more or less than before, once what was ending has ended."""
     ends = time.monotonic() + _SETTLE_S
@@ -272,6 +283,17 @@ def settled_difference(before: Counter[str]) -> dict[str, int]:
         difference = {name: now[name] - before[name] for name in now | before if now[name] != before[name]}
         if not difference or time.monotonic() > ends:
             return difference
+        time.sleep(5 * _LOOK_S)
+
+
+def own_threads() -> list[str]:
+    """Threads of ours that are still there when a Checkpointer has been closed for a while."""
+    ends = time.monotonic() + _SETTLE_S
+    while True:
+        gc.collect()
+        names = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("dcpsvc"))
+        if not names or time.monotonic() > ends:
+            return names
         time.sleep(5 * _LOOK_S)
 
 

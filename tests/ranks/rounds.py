@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dcpsvc
+from dcpsvc.errors import RanksMissingError, RootError
 from dcpsvc.format.keys import Attempt
 from tests.ranks.faults import (
     Crew,
     FaultyStore,
     Trap,
+    at_rest,
     debris,
     empty_folders,
-    footprint,
     rig,
     settled_difference,
     unfinished,
 )
 from tests.ranks.harness import Raised, raised_by
-from tests.ranks.models import Training, checkpointer, step_files
+from tests.ranks.models import Training, checkpointer
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
 SYNC_S, UPLOAD_S = 3.0, 5.0
-_STILL_LOOKS = 10
+_TRIES = 5
 BOUND_S = 40.0
 """What a rank waits for an outcome at most: long past every deadline."""
 
@@ -48,9 +48,10 @@ class Fault:
         store: Operations of its run root that go wrong all the while.
         around: Entered on that rank before the save, left when all have heard.
         calls: What that rank does instead of saving and waiting.
+        ends: Called on that rank after the next save: what has hung until then may go on.
         stops: It hangs until the others have heard.
         regroups: The layout is new on all ranks, so that they exchange it.
-        hears: Names of errors, one of which every rank gets; empty: the save is committed.
+        hears: Names of errors, one of which every rank gets; None, or none at all: the save is committed.
         blames: Phase and error that the ranks say of that rank.
         alone: What that rank's own ``save()`` raises instead.
         deadline_s: From the fault to the error.
@@ -61,9 +62,10 @@ class Fault:
     store: dict[str, Callable[..., Any]] = field(default_factory=dict)
     around: Callable[[Rounds], AbstractContextManager[Any]] = lambda _: contextlib.nullcontext()
     calls: Callable[[Rounds, int], Raised | None] = lambda rounds, step: rounds.attempt(step)
+    ends: Callable[[], None] = lambda: None
     stops: bool = False
     regroups: bool = False
-    hears: tuple[str, ...] = ()
+    hears: tuple[str | None, ...] = ()
     blames: tuple[str, tuple[str, ...]] | None = None
     alone: str = ""
     deadline_s: float = SYNC_S
@@ -80,7 +82,7 @@ class Round:
         struck: The fault, on the rank that has it.
         heard: The error.
         returned_pending: ``save()`` returned while the outcome was open.
-        then: Steps that a stranger finds committed when all have heard, and files of this one at the run root.
+        then: Steps that a stranger finds committed when all have heard, and manifests of this one.
         trained: The training step after it was whole.
         afterwards: What came of the next save.
         counted: By how much the counters of committed and failed saves have grown.
@@ -130,6 +132,14 @@ class Counters:
         del state
 
 
+def patiently(call: Callable[[], Any]) -> Any:
+    """All ranks again, if a busy machine has made one of them late."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(RanksMissingError, RootError):
+            return call()
+    return call()
+
+
 class Rounds:
     """One rank of such a job. Every rank has a disk of its own."""
 
@@ -143,8 +153,17 @@ class Rounds:
         self.training.state["extra"] = dcpsvc.PerRank(torch.zeros(1))
         self.training.train(1)
         self.pending: Any = None
+        self.unknown: list[Attempt] = []
         self.crew.line("begin")
-        self.ckpt = checkpointer(
+        self.ckpt = patiently(self._open)
+        rig(self.ckpt, self.trap)
+        for self.step in (1, 2, 3):
+            patiently(self._save)
+        self.step -= 1
+        self.before = at_rest()
+
+    def _open(self) -> Any:
+        return checkpointer(
             self.root,
             self.training.state,
             local=self.local,
@@ -156,12 +175,10 @@ class Rounds:
             max_consecutive_failures=10**6,
             on_event=self.trap.observe,
         )
-        rig(self.ckpt, self.trap)
-        for self.step in (1, 2, 3):
-            self.ckpt.save(self.step).wait(BOUND_S)
-            self.ckpt.wait(BOUND_S)
-        self.step -= 1
-        self.before = _at_rest()
+
+    def _save(self) -> None:
+        self.ckpt.save(self.step).wait(BOUND_S)
+        self.ckpt.wait(BOUND_S)
 
     def attempt(self, step: int) -> Raised | None:
         """Save and wait."""
@@ -188,7 +205,7 @@ class Rounds:
             if fault.alone and self.rank == self.victim:
                 self.ckpt.wait(BOUND_S)  # nobody holds the save that its own thread was torn out of
             self._gather_after(name, fault)
-            then = self._committed(), step_files(self.root, step)
+            then = self._committed(), [path.name for path in (self.root / "manifests").glob(f"step-{step:012d}.*")]
             self.crew.line(f"{name}: seen")
         struck = self.trap.struck_at if self.rank == self.victim else None
         self.crew.line(f"{name}: over")
@@ -196,9 +213,11 @@ class Rounds:
         was_pending = self.was_pending
         afterwards = self.attempt(step + 1)
         self.ckpt.wait(BOUND_S)
+        if self.rank == self.victim:
+            fault.ends()
         self.crew.line(f"{name}: afterwards")
         now = self._counts()
-        return Round(
+        found = Round(
             step=step,
             error=error,
             began=began,
@@ -214,6 +233,8 @@ class Rounds:
             leaked=settled_difference(self.before),
             generation=(generation, self.ckpt._job.group.generation),
         )
+        self.crew.line(f"{name}: end")
+        return found
 
     @contextlib.contextmanager
     def _armed(self, fault: Fault) -> Iterator[None]:
@@ -243,18 +264,10 @@ class Rounds:
     def _left(self, error: Raised | None, step: int) -> list[str]:
         """An attempt of which nobody knows whether it is committed is not debris."""
         known = [found for found in dcpsvc.list_checkpoints(self.root) if found.state == "committed"]
-        unknown = [Attempt(error["step"], error["attempt"])] if error and error.type == "CommitUnknownError" else []
-        attempts = [*known, *unknown]
+        if error and error.type == "CommitUnknownError":
+            self.unknown.append(Attempt(error["step"], error["attempt"]))
+        attempts = [*known, *self.unknown]
         places = (self.root, self.local)
         return [
             name for place in places for name in (*debris(place, attempts), *empty_folders(place), *unfinished(place))
         ]
-
-
-def _at_rest() -> Counter[str]:
-    """What this process holds once nothing is ending any more."""
-    looks = [footprint()]
-    while len(looks) < _STILL_LOOKS or any(look != looks[-1] for look in looks[-_STILL_LOOKS:]):
-        time.sleep(0.03)
-        looks.append(footprint())
-    return looks[-1]

@@ -501,8 +501,7 @@ def assert_the_live_ranks_know(case):
         return {"error": None}
     assert len(errors) == len(results)
     assert len({told_alike(error) for error in errors}) == 1, errors
-    if "gloo" not in errors[0].text:  # killed inside a collective: the survivors hear of a connection that is gone
-        assert blamed(errors[0]) == {case.victim}, errors[0].text
+    assert blamed(errors[0]) == {case.victim}, errors[0].text
     struck = killed_at(case.place / "second")
     if struck is None:
         return {"error": errors[0].type}

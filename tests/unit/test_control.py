@@ -362,7 +362,9 @@ def test_a_save_that_fails_is_told_with_its_type_and_text(run_id, training, cont
     failure = RankFailure(1, "upload", "StoreFullError", "put data/x: no space left")
     training.request.fail(SaveFailedError(9, "cafe-0", 5, (failure,)))
 
-    with pytest.raises(live.NotDoneError, match=r"^SaveFailedError: step 9 \(attempt cafe-0\): rank 1 failed in upload.*step 5 remains"):
+    with pytest.raises(
+        live.NotDoneError, match=r"^SaveFailedError: step 9 \(attempt cafe-0\): rank 1 failed in upload.*step 5 remains"
+    ):
         live.command(one(run_id), {"command": "save"}, BOUND_S)
 
 

@@ -173,6 +173,36 @@ def test_signs_of_life_do_not_extend_the_deadline() -> None:
     assert TIMEOUT_S <= ranks.heard_at[0] < TIMEOUT_S + 1
 
 
+def test_who_lost_a_peer_blames_nobody_and_the_rank_that_never_comes_is_named() -> None:
+    lost = [RankFailure(rank, "ack", "LostPeerError", "timed out waiting for recv") for rank in range(4)]
+    heard = Ranks(4).meet({0: lost[0], 1: 1, 3: lost[3]}, meeting=Meeting(100 * TIMEOUT_S, silence_s=TIMEOUT_S))
+    assert_all_heard(heard, missing=(2,), failures=(lost[0], lost[3]))
+
+
+def test_a_coordinator_that_never_comes_is_named_by_those_who_lost_it() -> None:
+    lost = [RankFailure(rank, "ack", "LostPeerError", "connection closed") for rank in range(3)]
+    heard = Ranks(3).meet({1: lost[1], 2: lost[2]}, meeting=Meeting(100 * TIMEOUT_S, silence_s=TIMEOUT_S))
+    assert_all_heard(heard, missing=(0,), failures=(lost[1], lost[2]))
+
+
+def test_who_lost_a_peer_does_not_wait_for_one_that_is_alive_and_does_not_come() -> None:
+    ranks, lost = Ranks(2), RankFailure(0, "ack", "LostPeerError", "timed out")
+    meeting = Meeting(100 * TIMEOUT_S, silence_s=TIMEOUT_S)
+    assert_all_heard(ranks.meet({0: lost}, meeting=meeting, beating=(1,)), missing=(1,), failures=(lost,))
+    assert ranks.heard_at[0] < 2 * TIMEOUT_S
+
+
+def test_when_all_lost_a_peer_and_all_come_their_reasons_are_told() -> None:
+    ranks, lost = Ranks(2), [RankFailure(rank, "ack", "LostPeerError", "timed out") for rank in range(2)]
+    assert_all_heard(ranks.meet(dict(enumerate(lost))), failures=tuple(lost))
+    assert max(ranks.heard_at.values()) < 1.0
+
+
+def test_a_cause_is_told_without_its_consequences() -> None:
+    lost, cause = RankFailure(0, "ack", "LostPeerError", "connection closed"), RankFailure(1, "ack", "OSError", "full")
+    assert_all_heard(Ranks(3).meet({0: lost, 1: cause, 2: 2}), failures=(cause,))
+
+
 def test_a_forgotten_meeting_can_be_held_anew() -> None:
     ranks = Ranks(3)
     ranks.meet(dict.fromkeys(range(3), "first"))

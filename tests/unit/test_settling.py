@@ -104,15 +104,28 @@ def test_a_start_inherits_what_counts_and_what_nobody_of_ours_has_written() -> N
         assert whole(play.root) == list(second.committed)
 
 
-@pytest.mark.parametrize("when", ["create", "list"])
-def test_of_two_jobs_that_start_together_one_is_told_at_once_that_the_other_was_later(when: str) -> None:
+@pytest.mark.parametrize(("token", "loser"), [(A, "first"), (C, "second")])
+def test_of_two_jobs_that_start_together_one_is_told_at_once_that_the_other_owns_the_root(
+    token: str, loser: str
+) -> None:
+    """The first has counted the epochs before the second claims, and claims the same one after it."""
     with Play() as play:
-        first = play.job(A, start).until(when, keys.EPOCHS)
+        first = play.job(token, start).until("create", keys.EPOCHS)
         second = play.job(B, start).until("create", keys.EPOCHS, ending="inherited.json")
-        ends = {A: first, B: second}
-        first.until("create", keys.EPOCHS, ending="inherited.json")
-        assert refused(ends[B]) == [RunBusyError.__name__]
-        assert ends[A].end().epoch == Epoch(2, A)
+        if loser == "first":
+            assert refused(first) == [RunBusyError.__name__]
+            assert second.end().epoch == Epoch(1, B)
+        else:
+            assert first.end().epoch == Epoch(1, C)
+            assert refused(second) == [RunBusyError.__name__]
+
+
+def test_of_two_jobs_of_which_one_counts_the_other_in_the_later_one_owns_the_root() -> None:
+    with Play() as play:
+        second = play.job(A, start).until("list", keys.EPOCHS)
+        first = play.job(B, start).until("create", keys.EPOCHS, ending="inherited.json")
+        assert second.end().epoch == Epoch(2, A)
+        assert refused(first) == [RunBusyError.__name__]
 
 
 def test_a_job_that_is_replaced_while_it_starts_is_refused_and_names_its_successor() -> None:

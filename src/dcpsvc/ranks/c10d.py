@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from dcpsvc import deadline
 from dcpsvc.ranks.line import Exchange, own
+from dcpsvc.ranks.rendezvous import LostPeerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -115,7 +116,7 @@ def group_for_dcp(timeout_s: float) -> dist.ProcessGroup | None:
     None stands for the default group, where that has one. Collective otherwise; call it where all ranks arrived.
 
     Raises:
-        RuntimeError: Not all ranks could be connected in time.
+        LostPeerError: Not all ranks could be connected in time.
     """
     if not dist.is_initialized() or "cpu" in dist.get_backend_config():
         return None
@@ -141,7 +142,7 @@ class Group:
         """Be in the given generation; every rank calls it, after a meeting in which all arrived.
 
         Raises:
-            RuntimeError: Not all ranks could be connected in time.
+            LostPeerError: Not all ranks could be connected in time.
         """
         if not dist.is_initialized() or (generation == self.generation and not self.poisoned):
             return
@@ -165,11 +166,11 @@ class Group:
         """What every rank gave, in rank order. Bytes, never pickled objects.
 
         Raises:
-            RuntimeError: A peer did not answer in time; the group is poisoned from then on.
+            LostPeerError: A peer did not answer in time; the group is poisoned from then on.
         """
         if self._group is None:
             if self._world_size > 1:
-                raise RuntimeError("the group is closed")
+                raise LostPeerError("the group is closed")
             return [data]
         try:
             sizes = self._gather(self._group, torch.tensor([len(data)], dtype=torch.int64))
@@ -178,9 +179,9 @@ class Group:
             if data:
                 padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             parts = self._gather(self._group, padded)
-        except RuntimeError:
+        except RuntimeError as err:
             self.poisoned = True
-            raise
+            raise LostPeerError(str(err)) from None
         return [bytes(part[: int(size)].numpy()) for part, size in zip(parts, sizes, strict=True)]
 
     def _gather(self, group: dist.ProcessGroup, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -198,4 +199,4 @@ def _in_time(connect: Callable[[], T], timeout_s: float) -> T:
     try:
         return deadline.call(connect, timeout_s, "connecting a gloo group of all ranks")
     except TimeoutError as err:
-        raise RuntimeError(str(err)) from None
+        raise LostPeerError(str(err)) from None

@@ -5,7 +5,8 @@ decision is written by compare-and-set under ``<where>/verdict``: the first writ
 what is written there, so there is one decision even when somebody gives up at the same moment. A rank
 whose deadline passes does not leave: it proposes "these are missing" by the same compare-and-set.
 
-A message can be a failure; it is a value, not an exception, and decides the meeting at once.
+A message can be a failure; it is a value, not an exception, and decides the meeting at once: except for a
+:class:`LostPeerError`, which only says that somebody else has stopped. Who that is shows in who does not come.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from dcpsvc import deadline
 from dcpsvc.errors import RankFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 T = TypeVar("T")
+
+
+_SUSPICION = 1.5
+"""After a :class:`LostPeerError` somebody is dead or held up: how many silences long the others are waited for."""
 
 
 class KeyValue(Protocol):
@@ -91,6 +96,10 @@ class DisagreementError(Exception):
         self.phase, self.failures, self.missing = phase, tuple(failures), tuple(missing)
         self.present = tuple(rank for rank in range(world_size) if rank not in set(missing))
         self.waited_s = waited_s
+
+
+class LostPeerError(RuntimeError):
+    """A collective failed on this rank, and cannot say which of the others is to blame."""
 
 
 class RefusalError(Exception):
@@ -189,7 +198,8 @@ class Rendezvous:
         self.store.set(f"{self.namespace}/alive/{self.rank}", str(count))
 
     def _coordinate(self, place: str, decide: Callable[[list[Any]], Any], meeting: Meeting) -> str:
-        messages, failures, missing = self._collect(place, meeting)
+        messages, missing = self._collect(place, meeting)
+        failures = _failures(messages)
         if not failures and not missing:
             try:
                 return json.dumps({"agreed": decide(messages)})
@@ -199,27 +209,28 @@ class Rendezvous:
                 failures = [RankFailure(0, "decide", type(err).__name__, str(err))]
         return _no(failures, missing)
 
-    def _collect(self, place: str, meeting: Meeting) -> tuple[list[Any], list[RankFailure], list[int]]:
+    def _collect(self, place: str, meeting: Meeting) -> tuple[list[Any], list[int]]:
+        """What the ranks brought, in their order, as far as it was waited for; and who is missing."""
         messages: dict[int, Any] = {}
         life = _SignsOfLife(self, meeting.silence_s)
         ends = self.clock.now() + meeting.timeout_s
         pause = _Pause(self.clock)
-        while len(messages) < self.world_size:
-            arrived = self._arrivals(place, [rank for rank in range(self.world_size) if rank not in messages])
-            failures = [message for message in arrived.values() if isinstance(message, RankFailure)]
-            if failures:
-                return [], failures, []
+        while absent := [rank for rank in range(self.world_size) if rank not in messages]:
+            arrived = self._arrivals(place, absent)
             messages |= arrived
-            absent = [rank for rank in range(self.world_size) if rank not in messages]
-            if absent and self.clock.now() >= ends:
-                return [], [], absent
+            if any(_decides(message) for message in arrived.values()):
+                break
+            if any(isinstance(message, RankFailure) for message in arrived.values()) and meeting.silence_s:
+                ends = min(ends, self.clock.now() + _SUSPICION * meeting.silence_s)
+            absent = [rank for rank in absent if rank not in arrived]
             if dead := life.silent(absent):
-                return [], [], dead
+                return _in_order(messages), dead
+            gave_up_first = absent and not arrived and self.store.get(f"{place}/verdict") is not None
+            if absent and (self.clock.now() >= ends or gave_up_first):  # what stands there counts
+                return _in_order(messages), absent
             if absent and not arrived:
-                if self.store.get(f"{place}/verdict") is not None:
-                    return [], [], absent  # somebody gave up first; what stands there counts
                 pause.take()
-        return [messages[rank] for rank in range(self.world_size)], [], []
+        return _in_order(messages), []
 
     def _arrivals(self, place: str, ranks: list[int]) -> dict[int, Any]:
         texts = ((rank, self.store.get(f"{place}/{rank}")) for rank in ranks)
@@ -232,7 +243,7 @@ class Rendezvous:
         key = f"{place}/verdict"
         while (text := self.store.get(key)) is None:
             if self.clock.now() >= ends or life.silent([0]):
-                text = self.store.compare_set(key, _no([], self._absent(place)))
+                text = self.store.compare_set(key, self._without_coordinator(place))
                 break
             pause.take()
         verdict = json.loads(text)
@@ -242,10 +253,25 @@ class Rendezvous:
         waited_s = self.clock.now() - began
         raise DisagreementError(where.rsplit("/", 1)[-1], failures, verdict["missing"], self.world_size, waited_s)
 
-    def _absent(self, place: str) -> list[int]:
+    def _without_coordinator(self, place: str) -> str:
         """Who has not arrived; a coordinator that arrived and fell silent is missing too."""
         present = self._arrivals(place, list(range(self.world_size)))
-        return [rank for rank in range(self.world_size) if rank not in present] or [0]
+        failures = _failures(present.values())
+        return _no(failures, [rank for rank in range(self.world_size) if rank not in present] or [0])
+
+
+def _in_order(messages: dict[int, Any]) -> list[Any]:
+    return [messages[rank] for rank in sorted(messages)]
+
+
+def _failures(messages: Iterable[Any]) -> list[RankFailure]:
+    """Causes before consequences."""
+    failures = [message for message in messages if isinstance(message, RankFailure)]
+    return [failure for failure in failures if _decides(failure)] or failures
+
+
+def _decides(message: Any) -> bool:
+    return isinstance(message, RankFailure) and message.error != LostPeerError.__name__
 
 
 class _SignsOfLife:

@@ -111,7 +111,7 @@ def gather_layout(job: Job, mine: bytes) -> Layout:
 
     Raises:
         LayoutError: Together they do not cover every tensor exactly.
-        RuntimeError: A peer died inside the collective.
+        LostPeerError: A peer died inside the collective.
     """
     return merge(job.group.all_gather(mine))
 
@@ -143,7 +143,7 @@ def acknowledge(
 
     Raises:
         DisagreementError: A rank failed or is missing.
-        RuntimeError: A peer died inside the collective.
+        LostPeerError: A peer died inside the collective.
     """
     arrival = mine if isinstance(mine, RankFailure) else None
     job.meet(f"{place}/{phase}", arrival, lambda _: None, meeting)
