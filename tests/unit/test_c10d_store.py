@@ -15,6 +15,7 @@ from dcpsvc.ranks.c10d import C10dStore, Group
 from dcpsvc.ranks.line import NoAnswerError
 
 PATIENCE_S, SOON_S = 1.0, 20.0
+SILENCE_S = 5.0
 
 
 class Network:
@@ -133,6 +134,19 @@ CALLS = {
 }
 
 # --- nobody hangs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["it stood still", "the connection is gone"])
+def test_a_call_is_answered_after_a_silence_longer_than_one_connection_is_trusted(network, lost):
+    kv = C10dStore(network.client(), 3 * SILENCE_S)
+    kv.set("before", "1")
+    if lost:
+        network.forget_connections()
+    else:
+        network.cut()
+        threading.Timer(1.2 * SILENCE_S, network.heal).start()
+    assert kv.get("before") == "1"
+    kv.close()
 
 
 @pytest.mark.parametrize("call", CALLS)
