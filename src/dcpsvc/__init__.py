@@ -7,6 +7,7 @@ checkpointer        the facade a training loop talks to
 config, policies    options; when to save and what to keep: values
 opening, resuming   all ranks reach the run; all ranks load one checkpoint
 saving, laststep    a save begins on the training thread; the last step is not lost
+blueprint, arenas   what a structure needs once: who writes what and where; memory to copy it into
 uploader, life      the background thread; one save up to its commit: the order of the stages
 retention, catalog  what is deleted after a commit; what is known to be committed
 stages/             stage shard ack upload commit retain, discover restore; none knows another

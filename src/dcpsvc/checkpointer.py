@@ -39,6 +39,7 @@ from dcpsvc.saves import Saves
 from dcpsvc.saving import Saver
 from dcpsvc.standing import Standing
 from dcpsvc.state.app import AppState
+from dcpsvc.state.collected import Collected
 from dcpsvc.steering import Steering
 from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
@@ -96,7 +97,7 @@ class Checkpointer:
         self._catalog = Catalog({attempt.step: attempt for attempt in self._run.settled.committed})
         self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
         self._uploader = Uploader(self._life, self._let_go)
-        saver = Saver(
+        self._saver = saver = Saver(
             self._job, self._run, self._state, self._life, self._events,
             staging_nbytes=self._options.staging_nbytes, max_inflight=self._options.max_inflight,
         )  # fmt: skip
@@ -167,6 +168,7 @@ class Checkpointer:
             options.sync_timeout_s, options.upload_timeout_s,
         )  # fmt: skip
         found = resuming.run(step, skip)
+        self._saver.prepare_once(Collected(self._job.rank))
         self._announcer.resumed(found)
         if found is None:
             return 0
@@ -202,7 +204,17 @@ class Checkpointer:
             self._last.wanted = agreed in {SAVE, STOP}
         if self._last.unsaved == step:
             self._last.note(metrics)
+            self._saver.prepare_once(self._last.values)
         return StepOutcome(step=step, pending=pending, should_stop=bool(self._steering.stopping))
+
+    def prepare(self) -> None:
+        """Take the memory for saves now, in the background, so that the first one costs what later ones do.
+
+        ``resume()`` and the first ``step()`` do it by themselves, once the optimizers have their state; for a loop that
+        calls neither before its first save. Reads every value of the state, as a save does. Training thread.
+        """
+        self._check_open()
+        self._saver.prepare()
 
     def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> PendingSave:
         """Snapshot the state as of now and let it become a checkpoint in the background. Every rank.
@@ -358,6 +370,7 @@ class Checkpointer:
             self._job.meet("close", None, lambda _: None, Meeting(patience_s, patience_s))
             self._job.linger("close", patience_s)
         self._uploader.stop()
+        self._saver.close()
         self._steering.stop()
         self._announcer.closed(self.statistics(), self._steering.stopping, self._last.step)
 

@@ -14,6 +14,7 @@ never on a value, so a host buffer can be the image of the file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections import Counter
@@ -82,44 +83,54 @@ class Placement:
 
     Attributes:
         pieces: In file order.
+        names: Theirs, in the file.
         begins: First byte of each piece, from the beginning of the file.
         data_begin: Where the header ends.
         tensors_end: Where the tensors end and the objects begin.
+        described: What the header says about the pieces, as JSON: all that does not change between steps.
     """
 
     pieces: tuple[Piece, ...]
+    names: tuple[str, ...]
     begins: tuple[int, ...]
     data_begin: int
     tensors_end: int
+    described: bytes
 
 
 def place(pieces: Iterable[Piece]) -> Placement:
     """Decide where each piece goes: widest elements first, then by name, without gaps."""
-    ordered = sorted(pieces, key=lambda piece: (-ITEM_NBYTES[piece.dtype], piece.name))
-    names = Counter(piece.name for piece in ordered)
-    if twice := [name for name, count in names.items() if count > 1]:
+    named = sorted(((-ITEM_NBYTES[piece.dtype], piece.name, piece) for piece in pieces), key=lambda each: each[:2])
+    names, ordered = tuple(name for _, name, _ in named), tuple(piece for _, _, piece in named)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise StateError(twice[0], "two pieces of the shard would have this name")
-    longest = len(compact(_entries(ordered, [MAX_HEADER_NBYTES * 10**6] * len(ordered)))) + 8 + _SLACK_NBYTES
+    sizes = [piece.nbytes for piece in ordered]
+    longest = len(_describe(names, ordered, [MAX_HEADER_NBYTES * 10**6] * len(sizes), sizes)) + 8 + _SLACK_NBYTES
     data_begin = -(-longest // PAGE_NBYTES) * PAGE_NBYTES
-    begins: list[int] = []
-    end = data_begin
-    for piece in ordered:
-        begins.append(end)
-        end += piece.nbytes
-    return Placement(tuple(ordered), tuple(begins), data_begin, end)
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return Placement(
+        pieces=ordered,
+        names=names,
+        begins=tuple(data_begin + end for end in ends[:-1]),
+        data_begin=data_begin,
+        tensors_end=data_begin + ends[-1],
+        described=_describe(names, ordered, ends[:-1], sizes),
+    )
 
 
 def header(placement: Placement, objects_nbytes: int, metadata: Mapping[str, str]) -> bytes:
     """The file's first ``placement.data_begin`` bytes."""
     origin = placement.data_begin
-    entries = _entries(placement.pieces, [begin - origin for begin in placement.begins])
     objects_begin = placement.tensors_end - origin
     blocks_begin = objects_begin + objects_nbytes
     blocks_end = blocks_begin + table_nbytes(origin + blocks_begin)
-    entries[OBJECTS] = _entry("U8", (objects_nbytes,), objects_begin, blocks_begin)
-    entries[BLOCKS] = _entry("U8", (blocks_end - blocks_begin,), blocks_begin, blocks_end)
-    entries["__metadata__"] = {"format": "pt", "dcpsvc": "1", **metadata}
-    text = compact(entries)
+    ours: dict[str, Any] = {
+        OBJECTS: _entry("U8", (objects_nbytes,), objects_begin, blocks_begin),
+        BLOCKS: _entry("U8", (blocks_end - blocks_begin,), blocks_begin, blocks_end),
+        "__metadata__": {"format": "pt", "dcpsvc": "1", **metadata},
+    }
+    comma = b"," if placement.pieces else b""
+    text = b"".join((placement.described[:-1], comma, compact(ours)[1:]))
     if len(text) + 8 > origin:
         raise ValueError(f"header of {len(text)} bytes does not fit {origin}")
     return struct.pack("<Q", origin - 8) + text.ljust(origin - 8)
@@ -163,11 +174,13 @@ def documents(path: str, data: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _entries(pieces: Iterable[Piece], begins: list[int]) -> dict[str, Any]:
-    return {
-        piece.name: _entry(piece.dtype, piece.sizes, begin, begin + piece.nbytes)
-        for piece, begin in zip(pieces, begins, strict=True)
-    }
+def _describe(names: Iterable[str], pieces: Iterable[Piece], begins: Iterable[int], sizes: Iterable[int]) -> bytes:
+    return compact(
+        {
+            name: _entry(piece.dtype, piece.sizes, begin, begin + nbytes)
+            for name, piece, begin, nbytes in zip(names, pieces, begins, sizes, strict=True)
+        }
+    )
 
 
 def _entry(dtype: str, shape: Shape, begin: int, end: int) -> dict[str, Any]:

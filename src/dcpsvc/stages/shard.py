@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
+import functools
 import threading
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -31,51 +22,36 @@ from torch.futures import Future as TorchFuture
 from dcpsvc.format import digest
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.state import dcp_quirks
-from dcpsvc.state.dtypes import dtype_of
+from dcpsvc.state.saveplan import ShardPlanner
+from dcpsvc.storage.diskfile import DiskFile
 from dcpsvc.storage.oserror import from_os_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+    import os
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from pathlib import Path
 
+    import torch
     import torch.distributed as dist
-    from torch.distributed.checkpoint.metadata import StorageMeta
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-    from dcpsvc.format.shardfile import Piece, Placement
+    from dcpsvc.state.saveplan import ShardPlan
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-class ShardPlanner(SavePlanner):
-    """Plans what the placement says: the pieces of this rank, at their offsets."""
+class Staged(Protocol):
+    """One rank's part of one step, as DCP is given it."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._pieces = {piece.name: piece for piece in placement.pieces}
-        self._staged: Mapping[str, torch.Tensor] = {}
+    @property
+    def given(self) -> dict[str, torch.Tensor]:
+        """The state dict, with few entries."""
+        ...
 
-    def set_up_planner(
-        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        """Receive the staged pieces."""
-        del storage_meta, is_coordinator
-        self._staged = state_dict
-
-    def create_local_plan(self) -> SavePlan:
-        """One item per piece."""
-        return SavePlan([_write_item(piece) for piece in self._pieces.values()])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """This rank's plan is all there is here; the global layout is ours."""
-        described = {name: _tensor_metadata(piece) for name, piece in self._pieces.items()}
-        return all_plans, Metadata(state_dict_metadata=dict(described))
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Nothing to change."""
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The staged piece."""
-        return self._staged[write_item.index.fqn]
+    def piece(self, name: str) -> torch.Tensor:
+        """A piece by its name in the file."""
+        ...
 
 
 class Body(Protocol):
@@ -97,16 +73,23 @@ class ShardWriter(StorageWriter):
     Args:
         path: Where to; must not exist.
         body: What.
+        plan: What DCP is told about it.
         rank: Global rank.
         key: Run-relative key of the shard.
+
+    Attributes:
+        record: What this rank says about the shard once it is durable.
+        seconds: Writing and syncing.
+        reserved_nbytes: Room on the disk that the file has, written or not.
     """
 
-    def __init__(self, path: Path, body: Body, *, rank: int, key: str) -> None:
-        self._path, self._body, self._rank, self._key = path, body, rank, key
+    def __init__(self, path: Path, body: Body, plan: ShardPlan, *, rank: int, key: str) -> None:
+        self._path, self._body, self._plan, self._rank, self._key = path, body, plan, rank, key
         self._lock = threading.Lock()
         self._withdrawn = False
         self.record: ShardRecord | None = None
         self.seconds = 0.0
+        self.reserved_nbytes = 0
 
     def withdraw(self) -> None:
         """Nobody wants the file any more: stop at the next part and leave nothing. A file that is whole stays."""
@@ -135,39 +118,31 @@ class ShardWriter(StorageWriter):
             StoreFullError: The disk is full; nothing of the file is left.
         """
         began = time.perf_counter()
-        items = {item.index.fqn: item for item in plan.items}
-        body = self._body.parts(lambda name: cast("torch.Tensor", planner.resolve_data(items[name])))
-        with contextlib.closing(body) as parts, self._new_file() as descriptor:
-            table = _write(descriptor, self._while_wanted(parts))
-            _fsync_directory(self._path.parent)
-            self._finish(table)
-        self.seconds = time.perf_counter() - began
-        results = [WriteResult(item.index, item.tensor_storage_size() or 0, self._key) for item in plan.items]
-        done: TorchFuture[list[WriteResult]] = TorchFuture()
-        done.set_result(results)
-        return done
-
-    @contextlib.contextmanager
-    def _new_file(self) -> Generator[int]:
-        """A descriptor to write to; what goes wrong takes the file along."""
         try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                yield descriptor
-            except BaseException:  # whatever it is, room on a disk that may be full is given back
-                self._remove()
-                raise
-            finally:
-                os.close(descriptor)
+            # Closed in this order: nobody writes or hashes what the parts were made in when that is given back.
+            with contextlib.closing(self._body.parts(_Resolver(plan, planner))) as parts, self._new_file() as file:
+                self._finish(_write(file, self._while_wanted(parts)))
+                file.keep()
         except OSError as err:
             if err.errno in _FULL:
                 raise from_os_error("write", str(self._path), err) from err
             raise
+        finally:
+            self._tidy()
+        self.seconds = time.perf_counter() - began
+        done: TorchFuture[list[WriteResult]] = TorchFuture()
+        done.set_result(self._plan.results)
+        return done
 
-    def _remove(self) -> None:
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
-            if self._withdrawn:  # whoever tidied up before found the folder in use
+    def _new_file(self) -> DiskFile:
+        """It takes its room on the disk at once, so that a disk that is too full says so before the first byte."""
+        file = DiskFile(self._path, self._body.nbytes + digest.table_nbytes(self._body.nbytes))
+        self.reserved_nbytes = file.reserved_nbytes
+        return file
+
+    def _tidy(self) -> None:
+        if self._withdrawn and self.record is None:  # whoever tidied up before found the folder in use
+            with contextlib.suppress(OSError):
                 self._path.parent.rmdir()
 
     def _while_wanted(self, parts: Iterable[memoryview]) -> Iterator[memoryview]:
@@ -229,6 +204,11 @@ class DcpShard:
         """Nobody reads what was staged any more."""
         return self._written.done()
 
+    @property
+    def reserved_nbytes(self) -> int:
+        """Room on the disk that it has taken already."""
+        return self._writer.reserved_nbytes
+
     def open(self) -> None:
         """Every rank has arrived and agrees."""
         self._stager.open()
@@ -252,19 +232,19 @@ class DcpShard:
 
 
 def begin(
-    tensors: Mapping[str, torch.Tensor],
+    staged: Staged,
     *,
     stager: GatedStager,
-    placement: Placement,
+    plan: ShardPlan,
     writer: ShardWriter,
     process_group: dist.ProcessGroup | None,
 ) -> DcpShard:
     """Stage now, on this thread; write on DCP's thread when the stager's future resolves."""
     dcp_quirks.quiet()
     response = async_save(
-        dict(tensors),
+        staged.given,
         storage_writer=writer,
-        planner=ShardPlanner(placement),
+        planner=ShardPlanner(plan, staged.piece),
         process_group=process_group,
         async_stager=stager,
         no_dist=True,
@@ -273,37 +253,29 @@ def begin(
     return DcpShard(stager, writer, written)
 
 
-def _write(descriptor: int, parts: Iterable[memoryview]) -> bytes:
+class _Resolver:
+    """Gives a piece by its name in the file, as the planner resolves its item."""
+
+    def __init__(self, plan: SavePlan, planner: SavePlanner) -> None:
+        self._plan, self._planner = plan, planner
+
+    @functools.cached_property
+    def _items(self) -> dict[str, WriteItem]:
+        return {item.index.fqn: item for item in self._plan.items}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return cast("torch.Tensor", self._planner.resolve_data(self._items[name]))
+
+
+def _write(file: DiskFile, parts: Iterable[memoryview]) -> bytes:
     """Write the parts and their block table, durably; return the table."""
     tables: list[bytes] = []
-    for part in parts:
-        tables.append(digest.table(part))
-        _write_all(descriptor, part)
-    table = b"".join(tables)
-    _write_all(descriptor, memoryview(table))
-    os.fsync(descriptor)
-    return table
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(descriptor, data) :]
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_item(piece: Piece) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size((0,) * len(piece.sizes)), torch.Size(piece.sizes))
-    data = TensorWriteData(chunk, TensorProperties(dtype=dtype_of(piece.dtype)), torch.Size(piece.sizes))
-    return WriteItem(MetadataIndex(piece.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-def _tensor_metadata(piece: Piece) -> TensorStorageMetadata:
-    chunk = ChunkStorageMetadata(torch.Size((0,) * len(piece.sizes)), torch.Size(piece.sizes))
-    return TensorStorageMetadata(TensorProperties(dtype=dtype_of(piece.dtype)), torch.Size(piece.sizes), [chunk])
+    with ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-digest") as digesting:  # while the disk is at work
+        for part in parts:
+            table = digesting.submit(digest.table, part)
+            file.write(part)
+            tables.append(table.result())
+    table_of_all = b"".join(tables)
+    file.write(memoryview(table_of_all))
+    file.sync()
+    return table_of_all

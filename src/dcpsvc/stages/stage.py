@@ -7,16 +7,14 @@ What does not fit into memory a second time is not copied: it goes through a sma
 from __future__ import annotations
 
 import bisect
-import errno
-import mmap
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
+from dcpsvc.arena import Arena
 from dcpsvc.format import shardfile
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.parse import compact
@@ -26,117 +24,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
     from dcpsvc.format.shardfile import Piece, Placement
-    from dcpsvc.state.division import Share
+
+_WRITE_NBYTES = 64 << 20
+"""Written by one call. A busy training thread gives the interpreter back after 5 ms, which is 16 MiB of disk time."""
+
+_BATCH = 4096
+_BATCH_NBYTES = 256 << 20
+"""At most so much is copied by one call, so that a Ctrl-C is heard."""
 
 
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-"""A forked data loader worker must not write into its parent's arena."""
-
-_WRITE_NBYTES = 16 << 20
-
-
-class Reader(Protocol):
-    """Whoever an arena is lent to."""
-
-    @property
-    def ended(self) -> bool:
-        """It reads no more."""
-        ...
-
-
-class Arena:
-    """A host buffer that holds one shard at a time and is used again for the next.
-
-    Attributes:
-        reader: Who still needs what is in it; None while nobody ever did.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: mmap.mmap | None = None
-        self._tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self.reader: Reader | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """What fits."""
-        return self._tensor.numel()
-
-    @property
-    def free(self) -> bool:
-        """Nobody needs what is in it."""
-        return self.reader is None or self.reader.ended
-
-    def reserve(self, nbytes: int) -> torch.Tensor:
-        """At least ``nbytes`` of page-aligned bytes as a uint8 tensor; what was in it is void.
-
-        Raises:
-            MemoryError: The system does not give them.
-        """
-        if self.nbytes < nbytes:
-            self.release()
-            self._buffer = _allocate(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-            self._tensor = torch.frombuffer(self._buffer, dtype=torch.uint8)
-        return self._tensor[:nbytes]
-
-    def release(self) -> None:
-        """Give the memory back now, whoever still refers to it."""
-        if self._buffer is not None:
-            self._buffer.madvise(mmap.MADV_DONTNEED)
-        self._buffer, self._tensor = None, torch.empty(0, dtype=torch.uint8, device="cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class Tight:
-    """There is no arena: this much memory is all there is."""
-
-    spare_nbytes: int
-
-
-class Arenas:
-    """This rank's arenas: one for each save that is not on disk yet.
-
-    Args:
-        budget_nbytes: For all of them together; None asks ``free_nbytes``.
-        at_most: How many there may be: a disk that hangs keeps the arena it reads.
-        free_nbytes: What could still be allocated now; None where nobody knows.
-    """
-
-    def __init__(self, budget_nbytes: int | None, at_most: int, free_nbytes: Callable[[], int | None]) -> None:
-        self._budget_nbytes, self._at_most, self._free_nbytes = budget_nbytes, at_most, free_nbytes
-        self._arenas: list[Arena] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Held by all of them."""
-        return sum(arena.nbytes for arena in self._arenas)
-
-    def take(self, nbytes: int) -> Arena | Tight:
-        """A free arena that holds ``nbytes``: one that was used before, or a new one.
-
-        Raises:
-            TimeoutError: The saves before are still being written, all that may be.
-        """
-        free = [arena for arena in self._arenas if arena.free]
-        if fitting := [arena for arena in free if arena.nbytes >= nbytes]:
-            return min(fitting, key=lambda arena: arena.nbytes)
-        for arena in free:
-            self._arenas.remove(arena)
-            arena.release()
-        if len(self._arenas) >= self._at_most:
-            raise TimeoutError(f"the local disk has not taken the {len(self._arenas)} shards before this one")
-        return self._make(nbytes)
-
-    def _make(self, nbytes: int) -> Arena | Tight:
-        spare = self._free_nbytes() if self._budget_nbytes is None else self._budget_nbytes - self.nbytes
-        if spare is not None and nbytes > spare:
-            return Tight(max(spare, 0))
-        arena = Arena()
-        try:
-            arena.reserve(nbytes)
-        except MemoryError:
-            return Tight(0)
-        self._arenas.append(arena)
-        return arena
+# Private in name, and what torch's own optimizers and FSDP2 are made of.
+_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 class Outline:
@@ -144,18 +42,23 @@ class Outline:
 
     Attributes:
         placement: Where each piece lies in the file.
-        sources: The tensors, or views of them, by their name in the file.
+        sources: The tensors, or views of them, in the order of the file. Their dtype may be another than the file's.
         header: The file's first bytes.
         objects: Its JSON documents.
         nbytes: Of the file up to its block table.
     """
 
-    def __init__(self, shares: Sequence[Share], documents: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-        self.placement: Placement = shardfile.place(share.piece for share in shares)
-        self.sources = {share.piece.name: share.source for share in shares}
+    def __init__(
+        self,
+        placement: Placement,
+        sources: Sequence[torch.Tensor],
+        documents: Mapping[str, Any],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.placement, self.sources = placement, list(sources)
         self.objects = compact(documents)
-        self.header = shardfile.header(self.placement, len(self.objects), metadata)
-        self.nbytes = self.placement.tensors_end + len(self.objects)
+        self.header = shardfile.header(placement, len(self.objects), metadata)
+        self.nbytes = placement.tensors_end + len(self.objects)
 
 
 class Staged(Protocol):
@@ -167,12 +70,20 @@ class Staged(Protocol):
         ...
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What DCP is given: the pieces, by their name in the file."""
+    def given(self) -> dict[str, torch.Tensor]:
+        """What DCP is given as its state dict. Never piece by piece: DCP logs twice for each entry, 30 us in all."""
+        ...
+
+    def piece(self, name: str) -> torch.Tensor:
+        """A piece by its name in the file."""
         ...
 
     def stage(self) -> None:
         """Do what must be done on the training thread."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of the state: nothing of it will be written."""
         ...
 
     def parts(self, resolve: Callable[[str], torch.Tensor]) -> Generator[memoryview]:
@@ -185,41 +96,48 @@ class Snapshot:
 
     Attributes:
         nbytes: Of the file up to its block table.
-        tensors: The pieces in the arena.
-        arena: Which.
+        arena: Where to.
     """
 
     def __init__(self, outline: Outline, arena: Arena) -> None:
         self._outline, self.arena, self._host = outline, arena, arena.reserve(outline.nbytes)
+        self._views = arena.cut(outline.placement)
         self.nbytes = outline.nbytes
-        self.tensors = self._views(outline.placement)
 
     @property
     def image(self) -> memoryview:
         """The bytes to write, valid until the arena is used again."""
         return self._host.numpy().data
 
+    @property
+    def given(self) -> dict[str, torch.Tensor]:
+        """The image of the file."""
+        return {"image": self._host}
+
+    def piece(self, name: str) -> torch.Tensor:
+        """A piece in the arena."""
+        return self._views[self._outline.placement.names.index(name)]
+
     def stage(self) -> None:
         """Copy every tensor straight to its place in the file."""
         outline = self._outline
-        for name, view in self.tensors.items():
-            view.copy_(outline.sources[name])
-        outline.sources.clear()
+        with torch.no_grad():
+            for batch in _batches(outline.placement):
+                # Small tensors cost a microsecond each so, and large ones are copied as fast as alone.
+                _copy(self._views[batch], outline.sources[batch])
+        self.forget()
         self._fill(0, outline.header)
         self._fill(outline.placement.tensors_end, outline.objects)
+
+    def forget(self) -> None:
+        """The copy is all that is needed."""
+        self._outline.sources.clear()
 
     def parts(self, resolve: Callable[[str], torch.Tensor]) -> Generator[memoryview]:
         """The image as it lies."""
         del resolve  # every piece is at its place already
         for begin in range(0, self.nbytes, _WRITE_NBYTES):
             yield self.image[begin : begin + _WRITE_NBYTES]
-
-    def _views(self, placement: Placement) -> dict[str, torch.Tensor]:
-        views: dict[str, torch.Tensor] = {}
-        for piece, begin in zip(placement.pieces, placement.begins, strict=True):
-            flat = self._host[begin : begin + piece.nbytes].view(dtype_of(piece.dtype))
-            views[piece.name] = flat.view(piece.sizes)
-        return views
 
     def _fill(self, begin: int, data: bytes) -> None:
         self.image[begin : begin + len(data)] = data
@@ -230,12 +148,23 @@ class Stream:
 
     Attributes:
         nbytes: Of the file up to its block table.
-        tensors: The pieces where the training has them; forgotten once they are written.
+        tensors: The pieces where the training has them, by name; forgotten once they are written.
+        given: Nothing: what DCP holds on to would be held for too long.
     """
 
     def __init__(self, outline: Outline, window_nbytes: int) -> None:
         self._outline, self._window_nbytes = outline, window_nbytes
-        self.nbytes, self.tensors = outline.nbytes, outline.sources
+        self.tensors = dict(zip(outline.placement.names, outline.sources, strict=True))
+        self.nbytes, self.given = outline.nbytes, dict[str, torch.Tensor]()
+        outline.sources.clear()
+
+    def piece(self, name: str) -> torch.Tensor:
+        """A piece of the state."""
+        return self.tensors[name]
+
+    def forget(self) -> None:
+        """Whatever becomes of the state, it is not read any more."""
+        self.tensors.clear()
 
     def stage(self) -> None:
         """Let what the training has begun on its devices end: another thread, on another stream, is going to read."""
@@ -253,7 +182,7 @@ class Stream:
                 self._fill(part, begin, resolve)
                 yield part.numpy().data
         finally:
-            self.tensors.clear()
+            self.forget()
             arena.release()
 
     def _fill(self, part: torch.Tensor, begin: int, resolve: Callable[[str], torch.Tensor]) -> None:
@@ -263,11 +192,11 @@ class Stream:
             low, high = max(at, begin), min(at + len(data), end)
             if low < high:
                 part.numpy()[low - begin : high - begin].data[:] = data[low - at : high - at]
-        for piece, at in _between(outline.placement, begin, end):
+        for name, piece, at in _between(outline.placement, begin, end):
             low, high = max(at, begin), min(at + piece.nbytes, end)
             if low < high:
                 flat = part[low - begin : high - begin].view(dtype_of(piece.dtype))
-                copy_elements(flat, resolve(piece.name), (low - at) // ITEM_NBYTES[piece.dtype])
+                copy_elements(flat, resolve(name), (low - at) // ITEM_NBYTES[piece.dtype])
 
 
 class Gate(AsyncStager):
@@ -297,13 +226,13 @@ class Gate(AsyncStager):
         """Every rank has arrived and agrees: let DCP write."""
         with self._lock:
             if not self._result.done():
-                self._result.set_result(self._staged.tensors)
+                self._result.set_result(self._staged.given)
 
     def refuse(self, error: BaseException) -> None:
         """The save has ended before a byte was written."""
         with self._lock:
             if not self._result.done():
-                self._staged.tensors.clear()
+                self._staged.forget()
                 self._result.set_exception(error)
 
     def synchronize_staging(self) -> None:
@@ -335,17 +264,19 @@ def copy_elements(flat: torch.Tensor, source: torch.Tensor, begin: int) -> None:
         copy_elements(flat[count - rest :], source[first + rows], 0)
 
 
-def _between(placement: Placement, begin: int, end: int) -> Iterator[tuple[Piece, int]]:
-    """Pieces that may have bytes in a range, and where they begin."""
+def _between(placement: Placement, begin: int, end: int) -> Iterator[tuple[str, Piece, int]]:
+    """Pieces that may have bytes in a range: their names, and where they begin."""
     first = max(0, bisect.bisect_right(placement.begins, begin) - 1)
     last = bisect.bisect_left(placement.begins, end)
-    return zip(placement.pieces[first:last], placement.begins[first:last], strict=True)
+    among = slice(first, last)
+    return zip(placement.names[among], placement.pieces[among], placement.begins[among], strict=True)
 
 
-def _allocate(nbytes: int) -> mmap.mmap:
-    try:
-        return mmap.mmap(-1, nbytes, flags=_PRIVATE)
-    except OSError as err:
-        if err.errno == errno.ENOMEM:
-            raise MemoryError(f"{nbytes} bytes for an arena") from err
-        raise
+def _batches(placement: Placement) -> Iterator[slice]:
+    """All pieces in file order, some at a time."""
+    begins, first = placement.begins, 0
+    while first < len(begins):
+        within = bisect.bisect_right(begins, begins[first] + _BATCH_NBYTES)
+        last = min(within, first + _BATCH)
+        yield slice(first, last)
+        first = last

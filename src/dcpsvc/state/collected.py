@@ -80,6 +80,12 @@ class Collected:
             raise StateError(key, "two tensors of the state would have this name")
         self.items[key] = _item(key, tensor.detach(), sharing)
 
+    def copy(self) -> Collected:
+        """The same, to be added to without this one changing."""
+        return Collected(
+            self.rank, dict(self.items), dict(self.aliases), dict(self.documents), dict(self.own_documents)
+        )
+
     def detach(self) -> None:
         """Replace every reference by a copy."""
         for key, item in self.items.items():

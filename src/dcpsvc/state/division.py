@@ -25,10 +25,44 @@ MIN_SPLIT_NBYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A piece of the shard and the tensor, or view of one, whose values it holds."""
+    """A piece of the shard, and which part of the tensor in this rank's hands it is.
+
+    Attributes:
+        piece: What it is in the file.
+        rows: Dimension, first row and number of rows; None for all of the tensor.
+    """
 
     piece: Piece
-    source: torch.Tensor
+    rows: tuple[int, int, int] | None = None
+
+    def source(self, collected: Collected) -> torch.Tensor:
+        """The tensor, or view of one, whose values it holds."""
+        tensor = collected.items[self.piece.key].tensor
+        return tensor if self.rows is None else tensor.narrow(*self.rows)
+
+
+class Structure:
+    """All that :func:`shares` goes by: equal structures are divided alike, in whatever order. Holds no tensor."""
+
+    def __init__(self, collected: Collected) -> None:
+        self._items = [
+            (key, item.dtype, item.shape, item.offsets, item.sharing, item.writes, tuple(item.tensor.shape))
+            for key, item in collected.items.items()
+        ]
+
+    def is_of(self, collected: Collected) -> bool:
+        """Whether this is the structure of ``collected``. Makes no objects: there may be 100,000 tensors, each save."""
+        items = collected.items
+        return len(self._items) == len(items) and all(
+            (item := items.get(key)) is not None
+            and item.dtype == dtype
+            and item.shape == shape
+            and item.offsets == offsets
+            and item.sharing is sharing
+            and item.writes == writes
+            and item.tensor.shape == local
+            for key, dtype, shape, offsets, sharing, writes, local in self._items
+        )
 
 
 def shares(collected: Collected, rank: int, world_size: int) -> list[Share]:
@@ -50,7 +84,7 @@ def _is_mine(item: Item, rank: int) -> bool:
 
 
 def _whole(key: str, item: Item) -> Share:
-    return Share(Piece(key, item.dtype, item.shape, item.offsets, tuple(item.tensor.shape)), item.tensor)
+    return Share(Piece(key, item.dtype, item.shape, item.offsets, tuple(item.tensor.shape)))
 
 
 def _replicated(collected: Collected, rank: int, world_size: int) -> Iterator[Share]:
@@ -89,7 +123,7 @@ def _part(key: str, item: Item, dim: int, first: int, stop: int) -> Share:
         return _whole(key, item)
     offsets = tuple(first if d == dim else 0 for d in range(len(item.shape)))
     sizes = tuple(stop - first if d == dim else extent for d, extent in enumerate(item.shape))
-    return Share(Piece(key, item.dtype, item.shape, offsets, sizes), item.tensor.narrow(dim, first, stop - first))
+    return Share(Piece(key, item.dtype, item.shape, offsets, sizes), (dim, first, stop - first))
 
 
 def _nbytes(item: Item) -> int:

@@ -1,0 +1,68 @@
+"""What one rank writes, as far as it stays the same while the structure of the state does: worked out once.
+
+Structure is everything but values: names, dtypes, shapes, how tensors are sharded and shared, and who is who. What is
+worked out for one structure is never used for another, nor by another Checkpointer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dcpsvc.format import shardfile
+from dcpsvc.stages import ack
+from dcpsvc.state import division
+from dcpsvc.state.division import Structure
+from dcpsvc.state.saveplan import ShardPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from dcpsvc.state.collected import Collected
+
+
+class Blueprint:
+    """One rank's part of one structure.
+
+    Attributes:
+        placement: Where each piece lies in the file.
+        plan: What DCP is told.
+        part: This rank's part of the layout, as the ranks exchange it.
+    """
+
+    def __init__(self, collected: Collected, rank: int, world_size: int) -> None:
+        self._structure, self._aliases = Structure(collected), dict(collected.aliases)
+        shares = division.shares(collected, rank, world_size)
+        self.placement = shardfile.place(share.piece for share in shares)
+        self.plan = ShardPlan(self.placement)
+        self.part = ack.part(self.placement, rank, collected.aliases)
+        by_name = {share.piece.name: share for share in shares}
+        self._shares = [by_name[name] for name in self.placement.names]
+
+    def fits(self, collected: Collected) -> bool:
+        """Whether the state still has this structure."""
+        return self._aliases == collected.aliases and self._structure.is_of(collected)
+
+    def sources(self, collected: Collected) -> list[torch.Tensor]:
+        """The tensors, or views of them, in the order of the file."""
+        return [share.source(collected) for share in self._shares]
+
+
+class Blueprints:
+    """The last one, for as long as it fits. One thread at a time.
+
+    Attributes:
+        made: How many there were.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._last: Blueprint | None = None
+        self.made = 0
+
+    def of(self, collected: Collected) -> Blueprint:
+        """The blueprint for this structure: the last one's, or a new one."""
+        if self._last is None or not self._last.fits(collected):
+            self._last = None  # first: two of them at a time take memory for nothing
+            self._last = Blueprint(collected, self._rank, self._world_size)
+            self.made += 1
+        return self._last

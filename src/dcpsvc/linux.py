@@ -1,0 +1,51 @@
+"""System calls that Python's ``os`` and ``mmap`` lack, or make with the GIL held. These let other threads run.
+
+Where the C library lacks one, it fails as the kernel would: ``ENOSYS``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+MADV_HUGEPAGE = 14
+MADV_WIPEONFORK = 18
+MADV_POPULATE_WRITE = 23
+_START_WRITING = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def madvise(address: int, nbytes: int, advice: int) -> None:
+    """Tell the kernel how this memory is going to be used.
+
+    Raises:
+        OSError: ``EINVAL`` where the kernel does not know the advice.
+    """
+    _call("madvise", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice))
+
+
+def fallocate(descriptor: int, nbytes: int) -> None:
+    """Give a file its size and its room on the disk at once. Unlike the C library's own, never by writing zeros.
+
+    Raises:
+        OSError: ``ENOSPC``; ``EOPNOTSUPP`` where the file system cannot.
+    """
+    _call("fallocate", ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
+
+
+def begin_writeback(descriptor: int, begin: int, nbytes: int) -> None:
+    """Have the kernel carry what was written to the disk now, and not all of it when somebody syncs."""
+    flags = ctypes.c_uint(_START_WRITING)
+    _call("sync_file_range", ctypes.c_int(descriptor), ctypes.c_int64(begin), ctypes.c_int64(nbytes), flags)
+
+
+def _call(name: str, *arguments: object) -> None:
+    function = getattr(_libc, name, None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    while function(*arguments) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
