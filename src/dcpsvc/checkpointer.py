@@ -93,7 +93,10 @@ class Checkpointer:
         except BaseException:  # whatever it is, no thread stays behind
             self._job.leave()
             raise
-        self._catalog = Catalog({attempt.step: attempt for attempt in self._run.settled.committed})
+        settled = self._run.settled
+        self._catalog = Catalog(
+            {attempt.step: attempt for attempt in settled.committed}, leftovers=set(settled.unfinished)
+        )
         self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
         self._uploader = Uploader(self._life, self._let_go)
         saver = Saver(

@@ -97,6 +97,8 @@ class Retention:
         try:
             for attempt in self._debris(save.key.step):
                 retain.remove_local(self._run.local, attempt, self._job.rank)
+                if attempt.epoch < self._run.settled.epoch:  # it may have had more ranks than there are now
+                    retain.remove_data(self._run.local, attempt)
                 if self._job.coordinates:
                     self._within(functools.partial(retain.finish_removal, self._run.remote, attempt))
                 self._catalog.leftovers.discard(attempt)
