@@ -13,7 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import deadline
+from dcpsvc import deadline, fence
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
@@ -214,14 +214,17 @@ class Life:
         save.pending.resolve(save.pending.local)
         return manifest
 
-    def _upload(self, save: Save, manifest: Manifest, layout: Any) -> ShardRecord:
+    def _upload(self, save: Save, manifest: Manifest, layout: Any) -> ShardRecord | RankFailure:
+        epoch, remote = self._run.settled.epoch, self._run.remote
+        if self._job.coordinates and (theirs := self._within(functools.partial(fence.successor, remote, epoch))):
+            return RankFailure(self._job.rank, "upload", FencedError.__name__, fence.replaced(epoch, theirs))
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
         path = self._run.local_path / record.path
         given_up = functools.partial(self._why_given_up, save)
-        self._within(functools.partial(upload.upload_shard, self._run.remote, record, path), given_up)
+        self._within(functools.partial(upload.upload_shard, remote, record, path), given_up)
         if self._job.coordinates:
-            self._within(functools.partial(upload.put_layout, self._run.remote, layout))
+            self._within(functools.partial(upload.put_layout, remote, layout))
         save.pending.timings.upload_s = time.perf_counter() - began
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
         return record
