@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dcpsvc.errors import StoreError
 from dcpsvc.format.keys import NO_EPOCH
@@ -44,7 +44,7 @@ class Host:
         troubled: The ranks' store has failed this rank since its save began: it may have to decide for itself.
         ambush: What waits for this rank at one point.
         ambush_label: Which.
-        last_wish: What its next write becomes, after which it dies.
+        request: What its next write becomes.
         refuses_upload: The run root does not take what it sends now.
         visits: Points at which it might have fallen.
     """
@@ -62,7 +62,7 @@ class Host:
         self.visits: set[str] = set()
         self.ambush: Callable[[Host], None] | None = None
         self.ambush_label = ""
-        self.last_wish: Request | None = None
+        self.request: Request | None = None
         self.refuses_upload = False
         self._state = state
         kernel.processes.append(self.process)
@@ -92,13 +92,16 @@ class Host:
             self.ambush(self)
         self._state.put(self.process.name, (self.step, label))
 
-    def send_and_die(self, label: str, effect: Callable[[], object]) -> NoReturn:
-        """The request may land at any time; its sender is no more."""
-        assert self.last_wish is not None
-        self.last_wish.effect = lambda: _quietly(effect)
-        self.faults.crash_points[f"{label} ({self.role}) in flight"] += 1
-        self.kernel.kill(self.process)
-        raise Killed
+    def send(self, label: str, effect: Callable[[], object]) -> None:
+        """The request may land at any time; the answer never comes, and the sender may die at once."""
+        assert self.request is not None
+        request, self.request = self.request, None
+        request.effect = lambda: _quietly(effect)
+        if request.is_last:
+            self.faults.crash_points[f"{label} ({self.role}) in flight"] += 1
+            self.kernel.kill(self.process)
+            raise Killed
+        self.kernel.wait(600.0)
 
     def fall(self, fault: str, label: str, effect: Callable[[], T], seconds: float, *, in_flight: bool = False) -> T:
         """Crash or freeze: before what was under way took effect, right after it, or with the request on its way."""

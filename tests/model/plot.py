@@ -20,9 +20,9 @@ _MOST_S = 30.0
 class Plot:
     """The ambush of a history, and the duel that may follow.
 
-    The coordinator of some start is held up where the settings say: its process stands still, or its call hangs, or it
-    dies with its request on the way. The next start begins at once. It goes on after a while; or, in a duel, when the
-    coordinator of a later start has come to a certain point, and that one then waits for a moment.
+    The coordinator of some start is held up where the settings say: its process stands still, or its call hangs, or its
+    request is on the way for long and perhaps it dies. The next start begins at once. The one held up goes on after a
+    while; or, in a duel, when the coordinator of a later start has come to a certain point, and that one waits.
     """
 
     def __init__(self, world: World) -> None:
@@ -58,7 +58,7 @@ class Plot:
                 self._await(_woken(kernel), start)
                 kernel.park(min(seconds, _HANG_S))
             case _:
-                host.last_wish = request = Request()
+                host.request = request = Request(is_last=draw.random() < 0.6)
                 self._await(request.land, start)
                 kernel.at(seconds, request.land)
 
@@ -96,9 +96,15 @@ class Plot:
 
 
 class Request:
-    """On its way when its sender dies; lands once."""
+    """On its way for long; lands once.
 
-    def __init__(self) -> None:
+    Attributes:
+        is_last: Its sender dies.
+        effect: What it does when it lands.
+    """
+
+    def __init__(self, *, is_last: bool) -> None:
+        self.is_last = is_last
         self.effect: Callable[[], None] | None = None
 
     def land(self) -> None:

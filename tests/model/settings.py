@@ -24,12 +24,14 @@ _AMBUSHES = (
 
 EXPIRY = "expiry"
 _DUELS = (
-    *(EXPIRY,) * 3,
-    *("remote.create inheritance", "remote.list manifests", "remote.create manifests", "remote.delete tombstones") * 2,
-    "remote.create epochs", "remote.list epochs", "remote.list tombstones", "remote.delete manifests",
-    "remote.put_file data", "remote.delete data", "kv.compare_set inherit/verdict", "point resumed", "point committed",
+    *("remote.list manifests", "remote.create manifests", "remote.delete tombstones") * 2,
+    *("kv.compare_set inherit/verdict",) * 2,
+    "remote.create epochs", "remote.create inheritance", "remote.list epochs", "remote.list tombstones",
+    "remote.delete manifests", "remote.put_file data", "remote.delete data", "point resumed", "point committed",
 )  # fmt: skip
-"""Where the next job's coordinator stops then, until the one held up goes on, and a moment more; at an expiry nobody stops."""
+"""Where the next coordinator stops then, until the one held up goes on, and a moment more. An expiry stops nobody."""
+
+_DUELS_ABOUT_A_MANIFEST = (EXPIRY, EXPIRY, "remote.create inheritance", "remote.create inheritance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,22 +121,24 @@ class Settings:
         """
         chance, choice = source.random, source.choice
         ambush = choice(_AMBUSHES) if chance() < 0.4 and not stale_listings else ""
+        duels = _DUELS_ABOUT_A_MANIFEST if ambush == "remote.create manifests" and chance() < 0.7 else _DUELS
+        duel = choice(duels) if ambush and chance() < 0.7 else ""
         is_rare = any(word in ambush for word in ("tombstones", "delete", "epochs", "inheritance"))
         return cls(
             grain=choice((0.05, 0.05, 0.3, 1.0)),
             retrying=chance() < 0.25,
             atomic_create=chance() < 0.8,
-            keep_newest=choice((1, 1, 2, 2, 3, None)),
+            keep_newest=choice((1, 1, 2) if duel == EXPIRY else (1, 1, 2, 2, 3, None)),
             keep_local=choice((1, 2)),
             ranks_per_node=choice((1, 1, 2)),
             world_size=choice((2, 2, 3, 4)),
-            most_starts=choice((1, 2, 2, 3) if ambush else (1, 1, 1, 2, 2, 3)),
+            most_starts=choice((2, 3) if duel == EXPIRY else (1, 2, 2, 3) if ambush else (1, 1, 1, 2, 2, 3)),
             changes_structure=chance() < 0.2,
             splits=0.0 if stale_listings else choice((0.0, 0.2, 0.6, 0.9)),
             ambush=ambush,
             ambush_after=choice((1, 1, 1, 2) if is_rare else (1, 1, 2, 2, 3, 5)),
             spoils="tombstones" in ambush or "delete" in ambush,
-            duel=choice(_DUELS) if ambush and chance() < 0.7 else "",
+            duel=duel,
             duel_after=choice((1, 1, 1, 2, 3)),
             shares_nodes=chance() < 0.15,
             steps_back=choice((0.0, 0.0, 0.0, 0.3)),

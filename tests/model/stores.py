@@ -174,8 +174,9 @@ class RemoteStore(SimStore):
         category = _CATEGORIES[operation]
         label = f"remote.{operation} {folder(key)}"
         self._host.at_switch(label)
-        if self._host.last_wish is not None and category in _WRITES:
-            self._host.send_and_die(label, effect)
+        if self._host.request is not None and category in _WRITES:
+            self._host.send(label, effect)
+            raise StoreUnavailableError(operation, key, "simulated: no answer")
         if self._host.refuses_upload and operation == "put_file":
             raise StoreFullError(operation, key, "simulated: this one is refused")
         fault = self._faults.strike(category, label)
