@@ -70,9 +70,11 @@ class Life:
     def live(self, save: Save) -> SaveError | None:
         """Take one save to its commit, or to the error that every rank gets. Never raises."""
         error: SaveError
+        together = False
         try:
             manifest = self._to_commit(save)
         except DisagreementError as err:
+            together = not err.missing
             error = outcomes.of_disagreement(save.key, self.catalog.newest, err)
         except CommitUnknownError as err:
             error = err
@@ -83,6 +85,8 @@ class Life:
             self._finish(save, manifest)
             return None
         self._fail(save, error)
+        if together:  # a run root that is slow keeps the coordinator longer
+            self._job.await_coordinator(f"{save.place}/tidy", self._work)
         return error
 
     def _to_commit(self, save: Save) -> Manifest:
@@ -256,7 +260,7 @@ class Life:
     def _forget_previous(self, save: Save) -> None:
         """Every rank has come to this meeting, so all have left those of the save before."""
         if self._job.coordinates and self._previous is not None:
-            for phase in ("plan", "compare", "room", "local", "remote", "commit", "retain"):
+            for phase in ("plan", "compare", "room", "local", "remote", "commit", "clear", "retain"):
                 self._job.rendezvous.forget(f"{self._previous.place}/{phase}")
         self._previous = save
 

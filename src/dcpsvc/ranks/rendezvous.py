@@ -178,6 +178,21 @@ class Rendezvous:
             self.store.compare_set(f"{place}/verdict", self._coordinate(place, decide, meeting))
         return self._read_verdict(place, where, meeting, began)
 
+    def follow(self, where: str, meeting: Meeting) -> None:
+        """The coordinator says that it is here; the others wait until it does, falls silent, or the time is over.
+
+        Raises:
+            RuntimeError: The store does not answer.
+        """
+        key = f"{self.namespace}/{where}/verdict"
+        if self.rank == 0:
+            self.store.set(key, "here")
+            return
+        life, pause = SignsOfLife(self, meeting.silence_s), Pause(self.clock)
+        ends = self.clock.now() + meeting.timeout_s
+        while self.store.get(key) is None and self.clock.now() < ends and not life.silent([0]):
+            pause.take()
+
     def was_missed(self, where: str) -> bool:
         """Whether the others waited for this rank at a meeting in vain, and have left."""
         text = self.store.get(f"{self.namespace}/{where}/verdict")
