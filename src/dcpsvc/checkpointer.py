@@ -94,7 +94,10 @@ class Checkpointer:
         except BaseException:  # whatever it is, no thread stays behind
             self._job.leave()
             raise
-        self._catalog = Catalog({attempt.step: attempt for attempt in self._run.settled.committed})
+        settled = self._run.settled
+        self._catalog = Catalog(
+            {attempt.step: attempt for attempt in settled.committed}, leftovers=set(settled.unfinished)
+        )
         self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
         self._uploader = Uploader(self._life, self._let_go)
         self._saver = saver = Saver(
@@ -245,7 +248,7 @@ class Checkpointer:
         self._steering.ask_to_stop("request_stop()")
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until every accepted save is committed or has failed, and its retention has run. Any thread.
+        """Until every accepted save is committed or has failed, and what has to be deleted is. Any thread.
 
         Raises:
             WaitTimeoutError: Not yet; the saves go on.

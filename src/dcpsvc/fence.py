@@ -82,6 +82,11 @@ def successor(store: Store, epoch: Epoch) -> str:
     return "" if newest == epoch else describe(store, newest)
 
 
+def replaced(epoch: Epoch, theirs: str) -> str:
+    """Why a job of ``epoch`` saves no more, for people."""
+    return f"this job {epoch.token} (epoch {epoch.number}) was replaced by {theirs}"
+
+
 def _newest(entries: Iterable[Entry], mine: Epoch, where: str) -> Epoch:
     claims = [epoch for _, (epoch, inherited) in _epochs(entries) if not inherited]
     newest = max(claims, default=mine)

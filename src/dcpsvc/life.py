@@ -13,7 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import deadline
+from dcpsvc import deadline, fence, outcomes
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
@@ -22,7 +22,6 @@ from dcpsvc.errors import (
     RanksMissingError,
     RootError,
     SaveError,
-    SaveFailedError,
     SaveSkippedError,
 )
 from dcpsvc.events import Point
@@ -71,18 +70,23 @@ class Life:
     def live(self, save: Save) -> SaveError | None:
         """Take one save to its commit, or to the error that every rank gets. Never raises."""
         error: SaveError
+        together = False
         try:
             manifest = self._to_commit(save)
         except DisagreementError as err:
-            error = self._as_save_error(save, err)
+            together = not err.missing
+            error = outcomes.of_disagreement(save.key, self.catalog.newest, err)
         except CommitUnknownError as err:
             error = err
         except BaseException as err:  # noqa: BLE001 - the ranks' store is gone, or a thread was told to exit
-            error = self._as_control_error(save, err)
+            failure = RankFailure(self._job.rank, "control", type(err).__name__, str(err))
+            error = outcomes.of_control(save, self.catalog.newest, failure)
         else:
             self._finish(save, manifest)
             return None
         self._fail(save, error)
+        if together:  # a run root that is slow keeps the coordinator longer
+            self._job.await_coordinator(f"{save.place}/tidy", self._work)
         return error
 
     def _to_commit(self, save: Save) -> Manifest:
@@ -214,17 +218,26 @@ class Life:
         save.pending.resolve(save.pending.local)
         return manifest
 
-    def _upload(self, save: Save, manifest: Manifest, layout: Any) -> ShardRecord:
+    def _upload(self, save: Save, manifest: Manifest, layout: Any) -> ShardRecord | RankFailure:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
-        path = self._run.local_path / record.path
         given_up = functools.partial(self._why_given_up, save)
-        self._within(functools.partial(upload.upload_shard, self._run.remote, record, path), given_up)
-        if self._job.coordinates:
-            self._within(functools.partial(upload.put_layout, self._run.remote, layout))
+        replaced = self._within(functools.partial(self._carry, record, layout), given_up)  # one deadline for all of it
+        if replaced is not None:
+            return replaced
         save.pending.timings.upload_s = time.perf_counter() - began
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
         return record
+
+    def _carry(self, record: ShardRecord, layout: Any) -> RankFailure | None:
+        """This rank's files to the run root, unless that has another owner by now."""
+        epoch, remote = self._run.settled.epoch, self._run.remote
+        if self._job.coordinates and (theirs := fence.successor(remote, epoch)):
+            return RankFailure(self._job.rank, "upload", FencedError.__name__, fence.replaced(epoch, theirs))
+        upload.upload_shard(remote, record, self._run.local_path / record.path)
+        if self._job.coordinates:
+            upload.put_layout(remote, layout)
+        return None
 
     def _acked_remote(self, save: Save, manifest: Manifest | RankFailure) -> Manifest:
         """Every shard is durable and proven at the run root; nothing is a checkpoint yet."""
@@ -247,29 +260,9 @@ class Life:
     def _forget_previous(self, save: Save) -> None:
         """Every rank has come to this meeting, so all have left those of the save before."""
         if self._job.coordinates and self._previous is not None:
-            for phase in ("plan", "compare", "room", "local", "remote", "commit", "retain"):
+            for phase in ("plan", "compare", "room", "local", "remote", "commit", "clear", "retain"):
                 self._job.rendezvous.forget(f"{self._previous.place}/{phase}")
         self._previous = save
-
-    def _as_control_error(self, save: Save, err: BaseException) -> SaveError:
-        failure = RankFailure(self._job.rank, "control", type(err).__name__, str(err))
-        if save.may_exist:
-            return CommitUnknownError(*save.key, self.catalog.newest, str(failure))
-        return SaveFailedError(*save.key, self.catalog.newest, (failure,))
-
-    def _as_save_error(self, save: Save, err: DisagreementError) -> SaveError:
-        newest = self.catalog.newest
-        if err.missing and (
-            err.phase != "commit" or err.failures
-        ):  # who brought a failure has kept it from being written
-            return RanksMissingError(*save.key, newest, err.phase, err.missing, err.present, err.waited_s)
-        if err.missing:
-            return CommitUnknownError(*save.key, newest, f"ranks {err.missing} fell silent")
-        if fenced := [failure.text for failure in err.failures if failure.error == FencedError.__name__]:
-            return FencedError(*save.key, newest, fenced[0])
-        if err.failures and all(failure.error == SaveSkippedError.__name__ for failure in err.failures):
-            return SaveSkippedError(*save.key, newest, err.failures[0].text)
-        return SaveFailedError(*save.key, newest, err.failures)
 
     def _fail(self, save: Save, error: SaveError) -> None:
         self._previous = None  # its verdict stays on the store, for ranks that come late

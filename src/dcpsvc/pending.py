@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, wait
+import contextlib
+from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass
 
 from dcpsvc.errors import SaveSkippedError, WaitTimeoutError
@@ -43,7 +44,7 @@ class PendingSave:
         attempt: Which try.
         staged: Resolves when the state may change; done already when ``save()`` returns.
         local: Resolves when every rank's shard is durable on its local tier.
-        committed: Resolves when the checkpoint exists; holds the SaveError if it never will.
+        committed: Resolves when the checkpoint exists; holds the SaveError if it failed.
         timings: Complete once ``committed`` is done.
     """
 
@@ -66,7 +67,7 @@ class PendingSave:
         """Until the checkpoint is committed. Any thread.
 
         Raises:
-            SaveError: It was not, and never will be.
+            SaveError: It was not. A restart on the same disks may still finish its upload.
             WaitTimeoutError: Not yet; the save goes on.
         """
         if not wait([self.committed], timeout_s).done:
@@ -77,12 +78,11 @@ class PendingSave:
     def resolve(self, promise: Future[None], error: BaseException | None = None) -> None:
         """Keep a promise, or break it and those that follow; one that is done already stays as it is."""
         for later in [promise] if error is None else [self.staged, self.local, self.committed]:
-            if later.done():
-                continue
-            if error is None:
-                later.set_result(None)
-            else:
-                later.set_exception(error)
+            with contextlib.suppress(InvalidStateError):  # two threads may come here at once
+                if error is None:
+                    later.set_result(None)
+                else:
+                    later.set_exception(error)
 
     def __repr__(self) -> str:
         return f"PendingSave(step={self.step}, attempt={self.attempt!r}, state={self.state!r})"

@@ -6,13 +6,24 @@ than the newest commit carries the shards that are not at the run root yet, unde
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import fence
-from dcpsvc.errors import CorruptShardError, FormatError, ManifestError, RankFailure, RunBusyError, StoreError
+from dcpsvc.errors import (
+    CorruptShardError,
+    FormatError,
+    RankFailure,
+    RunBusyError,
+    StoreError,
+    StoreNotFoundError,
+    StoreUnavailableError,
+)
 from dcpsvc.format import keys
 from dcpsvc.format import manifest as manifests
+from dcpsvc.format.digest import digest
 from dcpsvc.format.keys import Attempt
+from dcpsvc.format.manifest import LayoutRef
 from dcpsvc.ranks.rendezvous import RefusalError
 from dcpsvc.stages import commit, discover, retain, upload
 
@@ -128,9 +139,18 @@ class Recovery:
                 path = self._tiers.local_path / record.path
                 upload.ensure_shard(self._tiers.remote, record, path)
         if plan["journal"] == self._job.rank:
-            layout = self._tiers.local.get(manifest.layout.path, max_nbytes=manifest.layout.nbytes)
-            if upload.put_layout(self._tiers.remote, layout) != manifest.layout:
-                raise CorruptShardError(manifest.layout.path, "the local layout is not the manifest's")
+            self._carry_layout(manifest.layout)
+
+    def _carry_layout(self, reference: LayoutRef) -> None:
+        """One that went or rotted here may be at the run root all the same: earlier checkpoints had it."""
+        local, remote = self._tiers.local, self._tiers.remote
+        for store in (local, remote):
+            with contextlib.suppress(StoreNotFoundError):
+                layout = store.get(reference.path, max_nbytes=reference.nbytes)
+                if LayoutRef(digest=digest(layout), nbytes=len(layout)) == reference:
+                    upload.put_layout(remote, layout)
+                    return
+        raise CorruptShardError(reference.path, "neither this disk nor the run root has the manifest's layout")
 
     def _within(self, work: Callable[[], T]) -> T:
         clock, timeout_s = self._job.rendezvous.clock, self._meeting.timeout_s
@@ -144,7 +164,7 @@ class Recovery:
         if attempt in retain.condemned(remote):
             raise RefusalError([RankFailure(0, "recover", StoreError.__name__, f"{attempt} is being deleted")])
         if (unknown := commit.create(remote, manifest)) is not None:
-            raise RefusalError([RankFailure(0, "recover", ManifestError.__name__, unknown)])
+            raise RefusalError([RankFailure(0, "recover", StoreUnavailableError.__name__, unknown)])
 
     def _then(self, phase: str, work: Callable[[], Any]) -> Any:
         try:

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import fence, preflight
-from dcpsvc.errors import FormatError, RankFailure, RootError, StoreError
+from dcpsvc.errors import FormatError, RankFailure, StoreError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
 from dcpsvc.policies import Everything
@@ -43,7 +43,9 @@ class Retention:
     def run(self, save: Save) -> None:
         """Delete what the policy lets go and what is no checkpoint, then trim the local tier. The commit stands."""
         self._clear(save)
-        if not isinstance(self._options.keep, Everything):
+        if isinstance(self._options.keep, Everything):
+            self._job.await_coordinator(f"{save.place}/clear", self._work)
+        else:
             self._apply_policy(save)
         self._trim_local(save)
 
@@ -59,7 +61,7 @@ class Retention:
         with contextlib.suppress(StoreError):
             retain.remove_local(self._run.local, attempt, self._job.rank)
         if self._job.coordinates and uploading:
-            with contextlib.suppress(StoreError, RootError, TimeoutError):
+            with contextlib.suppress(Exception):
                 self._within(functools.partial(self._empty, attempt))
 
     def make_room(self, need: DiskNeed | None) -> Any:
@@ -97,6 +99,8 @@ class Retention:
         try:
             for attempt in self._debris(save.key.step):
                 retain.remove_local(self._run.local, attempt, self._job.rank)
+                if attempt.epoch < self._run.settled.epoch:  # it may have had more ranks than there are now
+                    retain.remove_data(self._run.local, attempt)
                 if self._job.coordinates:
                     self._within(functools.partial(retain.finish_removal, self._run.remote, attempt))
                 self._catalog.leftovers.discard(attempt)

@@ -13,7 +13,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import fence
-from dcpsvc.errors import RankFailure, RunBusyError, StoreError
+from dcpsvc.errors import (
+    CorruptShardError,
+    LayoutError,
+    ManifestError,
+    RankFailure,
+    RunBusyError,
+    StoreError,
+    StoreNotFoundError,
+)
 from dcpsvc.format.epochs import Claim
 from dcpsvc.format.keys import NO_EPOCH, Attempt, Epoch
 from dcpsvc.ranks.rendezvous import DisagreementError
@@ -32,6 +40,11 @@ logger = logging.getLogger("dcpsvc")
 
 T = TypeVar("T")
 
+_FOR_GOOD = frozenset(
+    kind.__name__ for kind in (CorruptShardError, LayoutError, ManifestError, StoreError, StoreNotFoundError)
+)
+"""What no further try can mend: damage, a file that is gone, an attempt that is being deleted."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
@@ -41,11 +54,14 @@ class Settled:
         epoch: This job's; names its attempts.
         committed: Attempts that count, ascending.
         recovered: Those of them whose upload this start has finished.
+        unfinished: Uploads that could not be finished for a reason that may pass: the next start tries again, unless
+            a commit has passed them.
     """
 
     epoch: Epoch
     committed: tuple[Attempt, ...]
     recovered: tuple[Attempt, ...]
+    unfinished: tuple[Attempt, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,15 +92,15 @@ def settle(job: Job, tiers: Tiers, meeting: Meeting) -> Settled:
         mine = RankFailure(job.rank, "open", type(err).__name__, str(err))
     stock = job.meet("open/claim", mine, lambda held: within(lambda: _claim(job, tiers, held)), meeting)
     epoch = Epoch(*stock["epoch"])
-    recovered = _recover(job, tiers, epoch, stock["plans"], meeting)
+    recovered, unfinished = _recover(job, tiers, epoch, stock["plans"], meeting)
     verdict = job.meet("open/inherit", None, lambda _: within(lambda: _inherit(tiers, epoch, recovered)), meeting)
     committed = tuple(Attempt(*pair) for pair in verdict)
-    dead = [Attempt(*pair) for pair in stock["dead"] if Attempt(*pair) not in committed]
+    dead = [Attempt(*pair) for pair in stock["dead"] if Attempt(*pair) not in {*committed, *unfinished}]
     try:
         _sweep_local(job, tiers, dead)
     except StoreError as err:  # debris is invisible; it must not stop this rank while the others go on
         logger.warning("debris of an earlier job stays: %s", err)
-    return Settled(epoch=epoch, committed=committed, recovered=tuple(recovered))
+    return Settled(epoch=epoch, committed=committed, recovered=tuple(recovered), unfinished=tuple(unfinished))
 
 
 def _claim(job: Job, tiers: Tiers, held: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -123,8 +139,11 @@ def _finish_removals(remote: Store, marked: list[Attempt], committed: list[Attem
             retain.finish_removal(remote, attempt)
 
 
-def _recover(job: Job, tiers: Tiers, epoch: Epoch, candidates: list[dict[str, Any]], meeting: Meeting) -> list[Attempt]:
-    """Finish the newest upload that can be finished. What cannot be is debris: the step is trained again."""
+def _recover(
+    job: Job, tiers: Tiers, epoch: Epoch, candidates: list[dict[str, Any]], meeting: Meeting
+) -> tuple[list[Attempt], list[Attempt]]:
+    """Finish the newest upload that can be finished; and those that might be another time. Damaged ones are debris."""
+    unfinished: list[Attempt] = []
     for number, plan in enumerate(candidates):
         recovery = Recovery(job, tiers, epoch, f"open/recover-{number}", meeting)
         attempt = Attempt(*plan["attempt"])
@@ -133,11 +152,13 @@ def _recover(job: Job, tiers: Tiers, epoch: Epoch, candidates: list[dict[str, An
         except DisagreementError as err:
             if err.missing or any(failure.error == RunBusyError.__name__ for failure in err.failures):
                 raise
+            if not any(failure.error in _FOR_GOOD for failure in err.failures):
+                unfinished.append(attempt)
             reason = "; ".join(map(str, err.failures))
             logger.log(_loud(job), "the upload of step %s (%s) is not finished: %s", attempt.step, attempt, reason)
         else:
-            return [attempt]
-    return []
+            return [attempt], unfinished
+    return [], unfinished
 
 
 def _inherit(tiers: Tiers, epoch: Epoch, recovered: list[Attempt]) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -12,8 +13,8 @@ from dcpsvc.errors import FencedError, RankFailure, SaveFailedError, SaveSkipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
-    from dcpsvc.errors import SaveError
     from dcpsvc.life import Life
     from dcpsvc.save import Save
 
@@ -37,7 +38,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._stopping = False
         self.accepted = self.committed = self.failed = self.skipped = self.consecutive_failures = self.nbytes = 0
-        self.last_error: SaveError | None = None
+        self.last_error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dcpsvc-uploader", daemon=True)
         self._thread.start()
 
@@ -47,10 +48,12 @@ class Uploader:
         with self._changed:
             self._saves.append(save)
             self._changed.notify_all()
-        save.pending.committed.add_done_callback(self._on_change)
+        save.pending.committed.add_done_callback(functools.partial(self._has_ended, save))
 
-    def _on_change(self, _: object) -> None:
+    def _has_ended(self, save: Save, committed: Future[None]) -> None:
+        """It is committed, or has failed; what is left to do about it goes on."""
         with self._changed:
+            self._count(save, committed.exception())
             self._changed.notify_all()
 
     @property
@@ -103,7 +106,7 @@ class Uploader:
         try:
             while (save := self._next()) is not None:
                 try:
-                    self._count(save, self._live(save))
+                    self._live(save)
                 finally:
                     with self._changed:
                         self._saves.popleft()
@@ -111,17 +114,15 @@ class Uploader:
         finally:
             self._on_end()
 
-    def _live(self, save: Save) -> SaveError | None:
+    def _live(self, save: Save) -> None:
         """Whatever comes out of it, the next save has an uploader."""
         try:
-            return self._life.live(save)
+            self._life.live(save)
         except BaseException as err:
             logging.getLogger("dcpsvc").exception("step %s: the uploader goes on", save.key.step)
             failure = RankFailure(-1, "uploader", type(err).__name__, str(err))
             error = SaveFailedError(*save.key, self._life.catalog.newest, (failure,))
             save.pending.resolve(save.pending.committed, error)
-            stands = save.pending.committed.exception() is None
-            return None if stands else error
 
     def _next(self) -> Save | None:
         with self._changed:
@@ -129,7 +130,7 @@ class Uploader:
                 self._changed.wait()
             return self._saves[0] if self._saves else None
 
-    def _count(self, save: Save, error: SaveError | None) -> None:
+    def _count(self, save: Save, error: BaseException | None) -> None:
         if isinstance(error, SaveSkippedError):
             self.skipped += 1
             return

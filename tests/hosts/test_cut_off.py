@@ -67,14 +67,11 @@ def test_a_host_cut_off_in_the_middle_of_our_all_gather_fails_the_save_everywher
     job.held(job.on(FAR), ALL_GATHER)  # the others are inside
     at = job.cut_off(FAR)
     job.release(job.on(FAR), ALL_GATHER)
-    errors = job.faulted("a host is cut off during the all_gather", at, step)
+    errors = job.faulted("a host is cut off during the all_gather", at, step, 2 * DEADLINE_S)
 
     for rank in ranks(job.on(NEAR)):
-        assert errors[rank].type == "SaveFailedError"
-        assert {(failure["phase"], failure["error"]) for failure in errors[rank]["failures"]} == {
-            ("ack", "RuntimeError")
-        }
-        assert {failure["rank"] for failure in errors[rank]["failures"]} <= set(ranks(job.on(NEAR)))
+        assert errors[rank].type == "RanksMissingError"
+        assert list(errors[rank]["missing"]) == ranks(job.on(FAR))
     for rank in ranks(job.on(FAR)):
         assert_alone(errors[rank], rank)
     job.trains_on()
@@ -151,7 +148,7 @@ def test_two_hosts_that_lost_each_other_but_not_the_store_fail_in_time_and_commi
     assert {seen["generation"] for seen in job.look()} == {2}
 
 
-def test_a_host_that_gave_up_a_meeting_and_came_back_before_it_counted_as_dead_is_not_waited_for(start):
+def test_a_host_that_gave_up_a_meeting_and_came_back_is_not_waited_for_there(start):
     job = start(world=2, sync_timeout_s=10.0)
     first = job.saved()
     job.hold(job.on(FAR), Point.ACKED_LOCAL)
@@ -169,5 +166,6 @@ def test_a_host_that_gave_up_a_meeting_and_came_back_before_it_counted_as_dead_i
     assert errors[0].type == "RanksMissingError"
     assert errors[0]["phase"] == "remote"
     assert list(errors[0]["missing"]) == [1]
+    job.answered()
     later = job.saved()
     assert committed(job.root) == [first, later]

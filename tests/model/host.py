@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from tests.model.faults import Faults
     from tests.model.kernel import Kernel
+    from tests.model.plot import Request
     from tests.model.states import GlobalState
 
 T = TypeVar("T")
@@ -37,11 +38,14 @@ class Host:
     Attributes:
         rank: Global rank.
         epoch: Its job's claim on the run root, once it has one.
+        acked: When it last knew all shards of a save to be at the run root.
         step: Which save it is at, counted from its start.
         cut_until: Until then nothing but the run root and the own disk is reached.
         troubled: The ranks' store has failed this rank since its save began: it may have to decide for itself.
         ambush: What waits for this rank at one point.
         ambush_label: Which.
+        request: What its next write becomes.
+        refuses_upload: The run root does not take what it sends now.
         visits: Points at which it might have fallen.
     """
 
@@ -51,12 +55,15 @@ class Host:
         self.kernel, self.faults, self.node, self.rank = kernel, faults, node, rank
         self.process = Process(name)
         self.epoch = NO_EPOCH
+        self.acked = 0.0
         self.step = 0
         self.cut_until = 0.0
         self.troubled = False
         self.visits: set[str] = set()
         self.ambush: Callable[[Host], None] | None = None
         self.ambush_label = ""
+        self.request: Request | None = None
+        self.refuses_upload = False
         self._state = state
         kernel.processes.append(self.process)
         node.hosts.append(self)
@@ -84,6 +91,17 @@ class Host:
         if self.ambush is not None and label == self.ambush_label:
             self.ambush(self)
         self._state.put(self.process.name, (self.step, label))
+
+    def send(self, label: str, effect: Callable[[], object]) -> None:
+        """The request may land at any time; the answer never comes, and the sender may die at once."""
+        assert self.request is not None
+        request, self.request = self.request, None
+        request.effect = lambda: _quietly(effect)
+        if request.is_last:
+            self.faults.crash_points[f"{label} ({self.role}) in flight"] += 1
+            self.kernel.kill(self.process)
+            raise Killed
+        self.kernel.wait(600.0)
 
     def fall(self, fault: str, label: str, effect: Callable[[], T], seconds: float, *, in_flight: bool = False) -> T:
         """Crash or freeze: before what was under way took effect, right after it, or with the request on its way."""

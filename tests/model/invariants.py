@@ -14,6 +14,7 @@ from dcpsvc.errors import (
     CommitUnknownError,
     FencedError,
     RanksMissingError,
+    RunBusyError,
     SaveError,
     SaveFailedError,
     SaveSkippedError,
@@ -21,9 +22,11 @@ from dcpsvc.errors import (
 from dcpsvc.format import digest, epochs, keys, manifest
 from dcpsvc.format.keys import NO_EPOCH, Attempt, Epoch
 from dcpsvc.stages import discover
-from tests.model.stores import Snapshot
+from tests.model.stores import LAG_S, Snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcpsvc.errors import RankFailure
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.settling import Settled
@@ -42,17 +45,21 @@ class _Attempt:
 
     Attributes:
         existed: Its manifest's bytes, once it was there.
+        appeared: When it came, the last time.
         author: The job that wrote it: the one that made the attempt, or one that finished its upload.
         confirmed: Some rank was told that it is committed.
         retired: The policy has let it go since.
+        returned: Its manifest came back after that: when, and whether there was anything behind it.
         denied: Ranks that were told that it is not, and the type of the error.
         shared: What ranks heard that were in touch all the time, and who heard it first.
     """
 
     existed: bytes | None = None
+    appeared: float = 0.0
     author: Epoch | None = None
     confirmed: bool = False
     retired: bool = False
+    returned: tuple[float, bool] | None = None
     denied: dict[int, str] = field(default_factory=dict[int, str])
     shared: tuple[object, int] | None = None
 
@@ -74,10 +81,13 @@ class Ledger:
         self._files: dict[Attempt, list[str]] = {}
         self.valid: list[Attempt] = []
         self.owner = NO_EPOCH
+        self.claimed: dict[Epoch, float] = {}
         self.newest_confirmed = -1
         self.resumed: dict[Epoch, Attempt] = {}
         self.outcomes: Counter[str] = Counter()
+        self.on_expiry: Callable[[], None] = lambda: None
         space.watch = self.changed
+        space.asked = self.asked
 
     # --- what happens at the run root ---------------------------------------------------------------------------
 
@@ -99,6 +109,7 @@ class Ledger:
         epoch, inherits = named
         if not inherits and new is not None:
             self.owner = max(self.owner, epoch)
+            self.claimed[epoch] = self._kernel.now
         if inherits:
             self._look_again(None)
 
@@ -107,22 +118,41 @@ class Ledger:
         if new is None:
             self._kernel.note("manifest gone", str(attempt))
             self._check_deletion(attempt, author)
+            known.returned = None
         else:
             self._kernel.note("manifest appears", str(attempt))
             if old is not None or known.existed not in {None, new}:
                 raise self._broken(f"the manifest of {attempt} was written again, with other bytes")
-            known.existed, known.author = new, author.epoch
-            if self._is_ghost(attempt):
-                if author.epoch == self.owner:
-                    raise self._broken(f"{author.process.name} writes the manifest of {attempt}, which was deleted")
-                self.outcomes["a deleted checkpoint's manifest landed late"] += 1
+            known.existed, known.appeared, known.author = new, self._kernel.now, author.epoch
+            if known.retired:
+                self._check_return(attempt, author)
         self._look_again(author)
         if new is not None and attempt in self.valid and known.denied and author.epoch == attempt.epoch:
             raise self._broken(f"ranks {sorted(known.denied)} heard that {attempt} failed, and now it is a checkpoint")
 
+    def _check_return(self, attempt: Attempt, author: Host) -> None:
+        """The policy let it go, and then a write of its manifest landed that was on its way all the time.
+
+        No store can prevent that. Whoever wrote it must see, if nothing was left by then; else a later start does.
+        """
+        if author.epoch == self.owner:
+            raise self._broken(f"{author.process.name} writes the manifest of {attempt}, which was deleted")
+        is_hollow = not self._space.entries(attempt.data)
+        self._attempts[attempt].returned = (self._kernel.now, is_hollow)
+        behind = "nothing" if is_hollow else "a deletion under way"
+        self.outcomes[f"a deleted checkpoint's manifest landed late, on {behind}"] += 1
+
+    def asked(self, key: str, author: Host) -> None:
+        """A rank is about to create an object: a manifest only if it has looked whether it is still the owner."""
+        if (attempt := keys.attempt_of(key)) is None or key != attempt.manifest or author.epoch == NO_EPOCH:
+            return
+        newer = [when for epoch, when in self.claimed.items() if epoch > author.epoch]
+        if newer and min(newer) + LAG_S < author.acked:
+            raise self._broken(f"{author.process.name} writes the manifest of {attempt}, long after it was replaced")
+
     def _look_again(self, author: Host | None) -> None:
         """What counts now, as discovery sees it; the files of what is new must be there."""
-        valid = [one for one in discover.committed(self._snapshot) if not self._is_ghost(one)]  # type: ignore[arg-type]
+        valid = [one for one in self._counting() if not self._is_ghost(one)]
         for attempt in valid:
             if attempt not in self._files:
                 self._check_files(attempt)
@@ -136,12 +166,16 @@ class Ledger:
         if newest < self.newest_confirmed:
             raise self._broken(f"the newest commit is step {newest}, and step {self.newest_confirmed} was confirmed")
 
-    def _is_ghost(self, attempt: Attempt) -> bool:
-        """The policy let it go, and then a write of its manifest landed that was on its way all the time.
+    def _counting(self) -> list[Attempt]:
+        return discover.committed(self._snapshot)  # type: ignore[arg-type]
 
-        No store can prevent that. Its data is gone, so discovery must pass it over; that is checked where jobs resume.
-        """
-        return self._attempts[attempt].retired and attempt.shard(0) not in self._space.objects
+    def _is_ghost(self, attempt: Attempt) -> bool:
+        """Deleted, though its manifest stands there again: discovery must pass over it if any file of it is gone."""
+        return self._attempts[attempt].returned is not None
+
+    def _is_whole(self, attempt: Attempt) -> bool:
+        found = manifest.loads(attempt.manifest, self._space.objects[attempt.manifest])
+        return all(shard.path in self._space.objects for shard in found.shards)
 
     def _check_files(self, attempt: Attempt) -> None:
         data = self._space.objects[attempt.manifest]
@@ -176,6 +210,7 @@ class Ledger:
             raise self._broken(f"{author.process.name} deletes {attempt}, which the running job resumed from")
         known.retired = True
         self.outcomes["expired"] += 1
+        self.on_expiry()
 
     def _is_inherited(self, attempt: Attempt) -> bool:
         for key in sorted(self._space.objects, reverse=True):
@@ -190,6 +225,8 @@ class Ledger:
         known = self._attempts[attempt]
         if attempt not in self.valid and not known.retired:
             raise self._broken(f"{host.process.name} believes that {attempt} is committed, and it is not")
+        if known.returned is not None and known.returned[1] and host.epoch == attempt.epoch:
+            raise self._broken(f"{host.process.name} believes that {attempt} is committed, and it was deleted before")
         known.confirmed = True
         if attempt in self.valid:
             self.newest_confirmed = max(self.newest_confirmed, attempt.step)
@@ -216,10 +253,18 @@ class Ledger:
         step = -1 if attempt is None else attempt.step
         if step < newest_before:
             raise self._broken(f"{host.process.name} resumes from step {step}; step {newest_before} is committed")
-        if attempt is not None and self._is_ghost(attempt):
+        if attempt is not None and self._is_ghost(attempt) and not self._is_whole(attempt):
             raise self._broken(f"{host.process.name} resumes from {attempt}, whose data is gone")
         if attempt is not None:
             self.resumed[host.epoch] = attempt
+
+    def refused(self, host: Host, token: str, error: BaseException) -> None:
+        """A job could not take the run root over: only if another one has."""
+        failures: tuple[RankFailure, ...] = getattr(error, "failures", ())
+        if any(failure.error == RunBusyError.__name__ for failure in failures):
+            self.outcomes["a start was refused by a newer claim"] += 1
+            if self.owner.token == token:
+                raise self._broken(f"{host.process.name} is refused, and its claim is the newest: {error}")
 
     def heard(self, host: Host, attempt: Attempt, error: SaveError | None) -> None:
         """A rank's save has ended."""
@@ -262,6 +307,22 @@ class Ledger:
             raise self._broken(
                 f"for {attempt} rank {known.shared[1]} heard {known.shared[0]} and rank {host.rank} heard {said}"
             )
+
+    @property
+    def ghosts(self) -> list[Attempt]:
+        """Manifests that came back."""
+        return [attempt for attempt, known in self._attempts.items() if known.returned is not None]
+
+    def tidied(self, owner: Epoch, step: int) -> None:
+        """The last job has committed: of what older ones left before it came nothing is there any more."""
+        for key in self._space.objects:
+            attempt = keys.attempt_of(key)
+            if attempt is None or key != attempt.manifest or attempt.epoch >= owner or attempt.step > step:
+                continue
+            known = self._attempts[attempt]
+            is_gone = known.returned is not None and not self._space.entries(attempt.data)
+            if (is_gone or attempt not in self._counting()) and known.appeared < self.claimed[owner]:
+                raise self._broken(f"the manifest of {attempt} stays for ever")
 
     def took(self, host: Host, what: str, seconds: float, limit_s: float) -> None:
         """Something that has deadlines has ended."""

@@ -168,7 +168,20 @@ class Kernel:
         if process.runs:
             process.frozen, process.since = True, self.now
             self.note("freeze", process.name)
-            self.at(seconds, lambda: self._thaw(process))
+            stop = self.now
+            self.at(seconds, lambda: self.thaw(process) if process.since == stop else None)
+
+    def thaw(self, process: Process) -> None:
+        """SIGCONT."""
+        if process.dead or not process.frozen:
+            return
+        process.frozen = False
+        process.stops.append((process.since, self.now))
+        self.note("thaw", process.name)
+        for task, turn in process.backlog:
+            delay = self.random.random() * 0.001
+            heapq.heappush(self._heap, (self.now + delay, next(self._ordinals), task, turn))
+        process.backlog.clear()
 
     def note(self, what: str, detail: str = "") -> None:
         """Part of the history: goes into its fingerprint, and into the trace if there is one."""
@@ -263,14 +276,3 @@ class Kernel:
             process.backlog.clear()
             for action in process.on_death:
                 action()
-
-    def _thaw(self, process: Process) -> None:
-        if process.dead or not process.frozen:
-            return
-        process.frozen = False
-        process.stops.append((process.since, self.now))
-        self.note("thaw", process.name)
-        for task, turn in process.backlog:
-            delay = self.random.random() * 0.001
-            heapq.heappush(self._heap, (self.now + delay, next(self._ordinals), task, turn))
-        process.backlog.clear()

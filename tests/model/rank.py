@@ -85,7 +85,8 @@ class SimRank:
         options = Options(
             sync_timeout_s=SYNC_S, upload_timeout_s=UPLOAD_S, keep=self.plan.keep, keep_local=self.plan.keep_local
         )
-        catalog = SimCatalog({attempt.step: attempt for attempt in settled.committed})
+        committed = {attempt.step: attempt for attempt in settled.committed}
+        catalog = SimCatalog(committed, leftovers=set(settled.unfinished))
         catalog.tell = lambda attempt: self.ledger.believed(self.host, attempt)
         events = Events(rank=job.rank, observer=self._observe)
         life = Life(job, run, options, events, catalog)
@@ -107,6 +108,7 @@ class SimRank:
         except (DisagreementError, DcpsvcError, RuntimeError) as err:
             self.kernel.note(f"{what} failed", str(err)[:200])
             self.ledger.outcomes[f"{what} failed: {type(err).__name__}"] += 1
+            self.ledger.refused(self.host, self.plan.token, err)
             if self.plan.must_succeed and self.ledger.owner.token in {self._found_owner.token, self.plan.token}:
                 self.ledger.escaped(self.host, f"{what}, with nothing wrong any more,", err)
             raise _Exit from None
@@ -154,6 +156,7 @@ class SimRank:
         for step in range(start + 1, start + 1 + self.plan.saves):
             self.kernel.wait(self.kernel.random.random() * 0.1)
             self.host.step = step - start
+            self.host.refuses_upload = self.host.rank == 1 and self.host.step == self.plan.spoiled
             self.host.faults.advance()
             fault = self.host.faults.strike("save")
             if fault in {"crash", "freeze"}:
@@ -175,6 +178,7 @@ class SimRank:
         """If every rank is still there once everything that went wrong is over, the next save succeeds."""
         if not self.plan.patient or not self._world.assemble(self.plan):
             return
+        self.host.refuses_upload = False
         error = self._save(job, life, saver, events, step, None)
         if error is not None and self.ledger.owner == self.host.epoch:
             self.ledger.escaped(self.host, "a save after all had healed", error)
@@ -251,12 +255,21 @@ class SimRank:
             self._beats += 1
         self.kernel.at(BEAT_S, self._beat)
 
+    def _deserts(self) -> bool:
+        """Does not live to tidy up after a save that has failed."""
+        share, faults = self._world.settings.desertion, self.host.faults
+        return self.host.rank > 0 and not faults.calm and self.kernel.random.random() < share
+
     def _observe(self, event: Event) -> None:
         if event.name == Point.RETAINED and _MISTAKE.search(event.detail):
             self.kernel.failure = MistakeError(event.detail)
         label = f"point {event.name}"
+        if event.name == Point.ACKED_REMOTE:
+            self.host.acked = self.kernel.now
         self.host.at_switch(label)
         fault = self.host.faults.strike("point", label)
+        if event.name == Point.SAVE_FAILED and self._deserts():
+            fault = "crash"
         if fault is not None:
             self.host.fall(fault, label, lambda: None, 0.001)
 

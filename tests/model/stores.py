@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LAG_S = 0.3
+LAG_S = 0.3
 """How far a stale listing may lie behind."""
 
 
@@ -26,12 +26,14 @@ class Space:
 
     Attributes:
         watch: Called after each change with the key, what was there, what is there now and whose doing it was.
+        asked: Called when somebody begins to create something, with the key and who it is.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.objects: dict[str, bytes] = {}
         self.watch: Callable[[str, bytes | None, bytes | None, Host], None] | None = None
+        self.asked: Callable[[str, Host], None] | None = None
         self._past: list[tuple[float, str, bytes | None]] = []
 
     def change(self, key: str, data: bytes | None, author: Host) -> None:
@@ -95,6 +97,8 @@ class SimStore:
 
     def create(self, key: str, data: bytes) -> bool:
         seen = self.atomic_create or key not in self._space.objects
+        if self._space.asked is not None:
+            self._space.asked(key, self._host)
 
         def effect() -> bool:
             if key in self._space.objects and (self.atomic_create or not seen):
@@ -158,6 +162,7 @@ _CATEGORIES = {
     "get": "read", "read": "read", "size": "read", "list": "list", "create": "create", "put": "put", "put_file": "put",
     "delete": "delete",
 }  # fmt: skip
+_WRITES = frozenset({"create", "put", "delete"})
 
 
 class RemoteStore(SimStore):
@@ -169,12 +174,16 @@ class RemoteStore(SimStore):
         category = _CATEGORIES[operation]
         label = f"remote.{operation} {folder(key)}"
         self._host.at_switch(label)
+        if self._host.request is not None and category in _WRITES:
+            self._host.send(label, effect)
+            raise StoreUnavailableError(operation, key, "simulated: no answer")
+        if self._host.refuses_upload and operation == "put_file":
+            raise StoreFullError(operation, key, "simulated: this one is refused")
         fault = self._faults.strike(category, label)
         if fault is None:
             return self._timely(effect, self._random() * 0.02 * self._process.slowness)
         if fault in {"crash", "freeze", "host-down"}:
-            in_flight = category in {"create", "put", "delete"}
-            return self._host.fall(fault, label, effect, 0.01, in_flight=in_flight)
+            return self._host.fall(fault, label, effect, 0.01, in_flight=category in _WRITES)
         self._kernel.note(f"{label}: {fault}")
         return self._failed(fault, operation, key, effect, data)
 
@@ -196,7 +205,7 @@ class RemoteStore(SimStore):
                 answer = self._timely(effect, 0.01) and False
                 return answer  # type: ignore[no-any-return]
             case "stale":
-                answer = self._space.entries_at(key, self._kernel.now - self._random() * _LAG_S)
+                answer = self._space.entries_at(key, self._kernel.now - self._random() * LAG_S)
                 self._kernel.wait(0.01)
                 return answer  # type: ignore[no-any-return]
         self._kernel.wait(self._random() * 0.05)
@@ -236,7 +245,7 @@ class LocalStore(SimStore):
     def _do(self, operation: str, key: str, effect: Callable[[], T], *, data: bytes = b"") -> T:
         if self._process.dead:
             raise Killed
-        writes = _CATEGORIES[operation] in {"create", "put", "delete"}
+        writes = _CATEGORIES[operation] in _WRITES
         label = f"local.{operation} {folder(key)}"
         self._host.at_switch(label)
         fault = self._faults.strike("disk-write" if writes else "disk-read", label)

@@ -13,6 +13,7 @@ from dcpsvc.storage.memory import MemoryStore
 from tests.model.faults import Faults
 from tests.model.host import Host, Node
 from tests.model.kernel import Kernel, Killed
+from tests.model.plot import Request
 from tests.model.states import Distinct, GlobalState
 from tests.model.stores import RemoteStore, Space
 from tests.model.wires import GroupServer, KeyValueServer, SecondVerdictError, SimClock, SimGroup, SimKeyValue
@@ -185,6 +186,51 @@ def test_a_frozen_process_goes_on_where_it_stood_and_later() -> None:
 
     machine.run(work, freezer)
     assert times == [pytest.approx(10.5, abs=0.01)]
+
+
+def test_a_frozen_process_may_go_on_early_and_an_old_alarm_does_not_thaw_it_again() -> None:
+    machine = Machine(2)
+    times: list[float] = []
+
+    def work() -> None:
+        for _ in range(2):
+            machine.kernel.wait(1.0)
+            times.append(machine.kernel.now)
+
+    def freezer() -> None:
+        process = machine.hosts[0].process
+        machine.kernel.wait(0.5)
+        machine.kernel.freeze(process, 3.0)
+        machine.kernel.wait(1.0)
+        machine.kernel.thaw(process)
+        machine.kernel.wait(0.5)
+        machine.kernel.freeze(process, 3.0)
+
+    machine.run(work, freezer)
+    assert times == [pytest.approx(1.5, abs=0.01), pytest.approx(5.0, abs=0.01)]
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_request_lands_once_when_it_is_let_whether_or_not_its_sender_lives(is_last: bool) -> None:  # noqa: FBT001
+    machine = Machine()
+    host, request = machine.hosts[0], Request(is_last=is_last)
+    clock = SimClock(machine.kernel, host.process)
+    host.request = request
+    alive: list[bool] = []
+    for moment in (5.0, 9.0):
+        machine.kernel.at(moment, request.land)
+
+    def work() -> None:
+        with pytest.raises(TimeoutError):
+            clock.bounded(lambda: machine.store().create("run.json", b"1"), 1.0, "create")
+        alive.append(machine.space.objects == {})
+        machine.kernel.wait(5.0)
+        machine.store().delete("run.json")
+        machine.kernel.wait(5.0)
+
+    machine.run(work)
+    assert alive == ([] if is_last else [True])
+    assert machine.space.objects == ({"run.json": b"1"} if is_last else {})
 
 
 def test_whoever_gives_up_waiting_is_not_woken_out_of_something_else() -> None:

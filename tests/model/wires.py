@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from dcpsvc.deadline import GivenUpError
+from dcpsvc.ranks.rendezvous import LostPeerError
 from tests.model.kernel import Killed
 
 if TYPE_CHECKING:
@@ -229,12 +230,12 @@ class SimGroup:
     def all_gather(self, data: bytes) -> list[bytes]:
         group = self._group
         if group is None:
-            raise RuntimeError("the group is closed")
+            raise LostPeerError("the group is closed")
         number, self._round = self._round, self._round + 1
         self._host.at_switch("group.all_gather")
         try:
             return self._gathered(group, number, data)
-        except RuntimeError:
+        except LostPeerError:
             self.poisoned = True
             raise
 
@@ -256,7 +257,7 @@ class SimGroup:
         if fault == "broken":
             self._kernel.note("group.all_gather: broken")
             group.broken = True
-            raise RuntimeError("simulated: connection closed by peer")
+            raise LostPeerError("simulated: connection closed by peer")
         return [said[rank] for rank in range(self._world_size)]
 
     def _until(self, group: _Generation, complete: Callable[[], bool], what: str) -> None:
@@ -271,7 +272,7 @@ class SimGroup:
             if group.broken or self._host.cut or self._kernel.now >= ends:
                 group.broken = True
                 self._kernel.note(f"group.{what}: failed")
-                raise RuntimeError(f"simulated: {what} timed out, or a peer closed its connection")
+                raise LostPeerError(f"simulated: {what} timed out, or a peer closed its connection")
             pause = min(2 * pause, self._POLL_S)
 
     def close(self) -> None:

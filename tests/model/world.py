@@ -14,6 +14,7 @@ from tests.model.faults import Faults
 from tests.model.host import Host, Node
 from tests.model.invariants import BrokenInvariantError, Ledger
 from tests.model.kernel import Kernel
+from tests.model.plot import Plot
 from tests.model.rank import SimRank
 from tests.model.settings import Settings
 from tests.model.states import Distinct, GlobalState
@@ -76,10 +77,12 @@ class World:
         self.root = Space("root")
         self.disks: dict[str, Space] = {}
         self.settings = Settings.draw(draw, stale_listings=self.faults.stale_listings)
-        self._visits_to_ambush = self.settings.ambush_after
+        if self.settings.ambush and draw.random() < 0.5:
+            self.faults.left = min(self.faults.left, 1)  # so that the plot is not spoilt
+        self._plot = Plot(self)
         self.ledger = Ledger(self.kernel, self.root, self.settings.keep_newest)
+        self.starts: list[Start] = []
         self._nodes: list[Node] = []
-        self._starts: list[Start] = []
         self._final: Start | None = None
 
     def run(self) -> Report:
@@ -88,6 +91,9 @@ class World:
         try:
             self._start()
             self.kernel.run()
+            if self.ledger.ghosts:  # whether they stay shows when the job is started once more
+                self._start(final=True)
+                self.kernel.run()
             self._judge()
         except Exception as err:  # noqa: BLE001 - reported with its seed
             error = f"{type(err).__name__}: {err}"
@@ -104,7 +110,7 @@ class World:
             crashes=self.faults.crash_points,
             visits={
                 f"{label} ({rank.host.role})"
-                for start in self._starts
+                for start in self.starts
                 for rank in start.ranks
                 for label in rank.host.visits
             },
@@ -115,7 +121,7 @@ class World:
 
     def assemble(self, plan: Plan) -> bool:
         """Wait until all ranks of a start have done what they had to, and faults are over; whether all still are."""
-        start = next(start for start in self._starts if start.ranks[0].plan is plan)
+        start = next(start for start in self.starts if start.ranks[0].plan is plan)
         start.assembled += 1
         while start.assembled < len(start.ranks) and len(start.running) == len(start.ranks):
             self.kernel.wait(0.5)
@@ -132,10 +138,10 @@ class World:
     def _start(self, *, final: bool = False) -> None:
         draw = self._random
         plan = self.settings.plan(draw, last=final)
-        number = len(self._starts)
+        number = len(self.starts)
         values, groups = KeyValueServer(), GroupServer()
         start = Start(number, [], values, agent=draw.random() < 0.5)
-        self._starts.append(start)
+        self.starts.append(start)
         self.kernel.note("start", f"{number} with {plan.world_size} ranks{', the last one' if final else ''}")
         for rank, node in enumerate(self._places(plan.world_size)):
             host = Host(self.kernel, self.faults, node, rank, f"{number}.{rank}", self.state)
@@ -143,16 +149,15 @@ class World:
                 host.process.slowness = 8.0
             process = SimRank(self, host, plan, values, groups)
             start.ranks.append(process)
-            if rank == 0 and self.settings.ambush and not final:
-                host.ambush_label = self.settings.ambush
-                host.ambush = self._lying_in_wait(start)
+            if rank == 0:
+                self._plot.cast(start, host, final=final)
             host.process.on_death.append(self._watcher(start, process, groups))
             self.kernel.spawn(host.process, "main", self._delayed(process.main, draw.random() * 0.2))
         if final:
             self._final = start
             return
         if draw.random() < self.settings.splits:
-            self.kernel.at(draw.random() * 4.0, lambda: self._follow(start))
+            self.kernel.at(draw.random() * 4.0, lambda: self.follow(start))
         if draw.random() < self.settings.raids:
             self.kernel.at(draw.random() * 3.0, lambda: self._kill_rest(start))
 
@@ -211,35 +216,15 @@ class World:
         if start is self._final:
             self._end_or_try_again(start)
         elif not start.running:
-            self._follow(start)
+            self.follow(start)
         elif start.agent and not rank.finished:
             self.kernel.at(draw.random() * 6.0, lambda: self._kill_rest(start))
         else:
-            self.kernel.at(1.0 + draw.random() * 6.0, lambda: self._follow(start))
-
-    def _lying_in_wait(self, start: Start) -> Callable[[Host], None]:
-        """A coordinator that stands still at the worst moment, and is replaced; perhaps its peers are killed."""
-
-        def strike(host: Host) -> None:
-            self._visits_to_ambush -= not self.faults.calm
-            if self._visits_to_ambush or self.faults.calm:
-                return
-            draw = self._random
-            self.kernel.note("ambush")
-            self._follow(start, gap_s=0.2 * draw.random())
-            if draw.random() < 0.4:
-                for rank in start.running[1:]:
-                    self.kernel.kill(rank.host.process)
-            if draw.random() < 0.5:
-                self.kernel.freeze(host.process, draw.choice((1.5, 4.0, 10.0)) * draw.random() + 0.5)
-            else:
-                self.kernel.wait(0.5 + draw.random() * 3.0)
-
-        return strike
+            self.kernel.at(1.0 + draw.random() * 6.0, lambda: self.follow(start))
 
     def _end_or_try_again(self, start: Start) -> None:
         """A claim that a dead job had sent may land late and refuse a living one, which is then started again."""
-        if not start.running and self.ledger.owner > start.ranks[0].host.epoch and len(self._starts) < _MOST_STARTS:
+        if not start.running and self.ledger.owner > start.ranks[0].host.epoch and len(self.starts) < _MOST_STARTS:
             self.ledger.outcomes["the last start was refused by a claim that landed late"] += 1
             self.kernel.at(1.0, lambda: self._start(final=True))
 
@@ -248,13 +233,13 @@ class World:
             for rank in start.running:
                 self.kernel.kill(rank.host.process)
 
-    def _follow(self, start: Start, gap_s: float | None = None) -> None:
+    def follow(self, start: Start, gap_s: float | None = None) -> None:
         """The next start, once for each."""
         if start.followed:
             return
         start.followed = True
         gap_s = 0.5 + self._random.random() if gap_s is None else gap_s
-        if len(self._starts) <= self.settings.most_starts - 1:
+        if len(self.starts) <= self.settings.most_starts - 1:
             self.kernel.at(gap_s, self._start)
         else:
             self.kernel.at(gap_s, self._last_start)
@@ -262,7 +247,7 @@ class World:
     def _last_start(self) -> None:
         """From here on nothing goes wrong; what was frozen or is left over may still do what it was about to do."""
         self.faults.calm += 1
-        for start in self._starts:
+        for start in self.starts:
             for rank in start.running:
                 if rank.host.epoch.number == 0:
                     self.kernel.kill(rank.host.process)
@@ -277,6 +262,7 @@ class World:
         newest = max((attempt.step for attempt in self.ledger.valid), default=-1)
         if steps != {newest}:
             raise BrokenInvariantError(f"the last job saved step {sorted(steps)}, the newest commit is {newest}")
+        self.ledger.tidied(final.ranks[0].host.epoch, newest)
         snapshot = Snapshot(self.root)
         self.ledger.outcomes["commits at the end"] += len(self.ledger.valid)
         shards = [entry for entry in snapshot.list("data/") if entry.key not in self.ledger.needed]

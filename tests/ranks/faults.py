@@ -75,9 +75,12 @@ class Crew:
                 os.kill(self.pids[rank], signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def wake(self, rank: int) -> None:
-        """Let a rank that was stopped go on."""
-        os.kill(self.pids[rank], signal.SIGCONT)
+    def wake(self, rank: int, name: str) -> None:
+        """Let a rank that is stopped, or will be in a moment, go on until it comes to a line."""
+        ends = time.monotonic() + _PATIENCE_S
+        while not self._store.check([f"line/{name}/{rank}"]) and time.monotonic() < ends:
+            os.kill(self.pids[rank], signal.SIGCONT)
+            time.sleep(5 * _LOOK_S)
 
 
 def _alive(pid: int) -> bool:

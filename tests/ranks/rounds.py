@@ -20,6 +20,7 @@ from tests.ranks.faults import (
     at_rest,
     debris,
     empty_folders,
+    own_threads,
     rig,
     settled_difference,
     unfinished,
@@ -33,9 +34,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SYNC_S, UPLOAD_S = 3.0, 5.0
-_TRIES = 5
 BOUND_S = 40.0
 """What a rank waits for an outcome at most: long past every deadline."""
+_TRIES = 5
+
+
+def does_not_save(rounds: Rounds, step: int) -> None:
+    """This rank has forgotten."""
+    del rounds, step
+
+
+def saves_another_step(rounds: Rounds, step: int) -> Raised | None:
+    """This rank has miscounted."""
+    return rounds.attempt(step + 10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +93,7 @@ class Round:
         struck: The fault, on the rank that has it.
         heard: The error.
         returned_pending: ``save()`` returned while the outcome was open.
-        then: Steps that a stranger finds committed when all have heard, and manifests of this one.
+        then: Steps that a stranger finds committed when all have heard.
         trained: The training step after it was whole.
         afterwards: What came of the next save.
         counted: By how much the counters of committed and failed saves have grown.
@@ -98,7 +109,7 @@ class Round:
     struck: float | None
     heard: float
     returned_pending: bool | None
-    then: tuple[list[int], list[str]]
+    then: list[int]
     trained: bool
     afterwards: Raised | None
     counted: tuple[int, int]
@@ -130,6 +141,11 @@ class Counters:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         del state
+
+
+def victim_of(role: str, world: int) -> int:
+    """The rank at fault: the coordinator, or the last one."""
+    return 0 if role == "coordinator" else world - 1
 
 
 def patiently(call: Callable[[], Any]) -> Any:
@@ -205,7 +221,7 @@ class Rounds:
             if fault.alone and self.rank == self.victim:
                 self.ckpt.wait(BOUND_S)  # nobody holds the save that its own thread was torn out of
             self._gather_after(name, fault)
-            then = self._committed(), [path.name for path in (self.root / "manifests").glob(f"step-{step:012d}.*")]
+            then = self._committed()
             self.crew.line(f"{name}: seen")
         struck = self.trap.struck_at if self.rank == self.victim else None
         self.crew.line(f"{name}: over")
@@ -247,11 +263,13 @@ class Rounds:
 
     def _gather_after(self, name: str, fault: Fault) -> None:
         """All have heard; a rank that hangs comes back when the others have."""
+        if fault.stops:
+            self.ckpt.wait(BOUND_S)  # it may stop after the commit, and others wait for it there, too
         if fault.stops and self.rank != self.victim:
             others = [rank for rank in range(self.world) if rank != self.victim]
             self.crew.line(f"{name}: heard", others)
             if self.rank == others[0]:
-                self.crew.wake(self.victim)
+                self.crew.wake(self.victim, f"{name}: all heard")
         self.crew.line(f"{name}: all heard")
 
     def _counts(self) -> tuple[int, int]:
@@ -271,3 +289,12 @@ class Rounds:
         return [
             name for place in places for name in (*debris(place, attempts), *empty_folders(place), *unfinished(place))
         ]
+
+
+def live_through(
+    rank: int, world: int, place: Path, role: str, faults: dict[str, Fault]
+) -> tuple[dict[str, Round], Raised | None, list[str]]:
+    """The life of one rank: what it saw of each fault, what ``close()`` raised, and threads that are left."""
+    rounds = Rounds(rank, world, place, victim_of(role, world))
+    found = {name: rounds.live_through(name, fault) for name, fault in faults.items()}
+    return found, raised_by(rounds.ckpt.close), own_threads()

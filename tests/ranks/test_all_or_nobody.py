@@ -126,6 +126,7 @@ def save_around_a_fault(rank, world, root, fault, victim, dtype=torch.float32): 
         first = attempt(ckpt, 1)
         with fault(training, observers, Path(root)) if rank == victim else contextlib.nullcontext():
             second = attempt(ckpt, 2)
+            ckpt.wait()  # until what the failure left is tidied up
             dist.barrier()
             left = committed(root), step_files(root, 2), step_files(Path(root).parent / "local", 2)
             dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,14 +19,14 @@ from dcpsvc.format.epochs import Claim, Inheritance
 from dcpsvc.format.keys import Attempt, Epoch
 from dcpsvc.ranks.rendezvous import DisagreementError
 from dcpsvc.stages import commit, discover, retain
-from tests.unit.turns import MEETING, Place, Play, Turn, at_once, manifest, put_checkpoint, put_shards
+from dcpsvc.tiers import Tiers
+from tests.unit.turns import MEETING, RUN_ID, Place, Play, Turn, at_once, manifest, put_checkpoint, put_shards, solo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dcpsvc.ranks.job import Job
     from dcpsvc.storage.memory import MemoryStore
-    from dcpsvc.tiers import Tiers
 
 A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
 
@@ -346,13 +347,27 @@ def test_a_manifest_with_anything_behind_it_is_not_taken_back(there: list[int]) 
         assert discover.committed(play.root) == [attempt]
 
 
-def test_where_nobody_can_tell_whether_the_checkpoint_was_deleted_the_commit_is_unknown() -> None:
-    with Play() as play:
-        attempt = play.job(A, inheriting).end().attempt(1, 0)
-        zombie = finished_elsewhere(play, attempt).until("size", attempt.shard(0))
-        play.root.refuses.add(attempt.shard(0))
-        assert "the manifest stands" in zombie.end().unknown
-        assert discover.committed(play.root) == [attempt]
+class Usurped(Place):
+    """Another job takes it over as soon as a manifest is written, and nobody can ask for a shard."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        made = super().create(key, data)
+        if keys.attempt_of(key) is not None:
+            owned(self, B)
+        return made
+
+    def size(self, key: str) -> int:
+        if keys.is_shard(key):
+            raise StoreUnavailableError("size", key, "try again later")
+        return super().size(key)
+
+
+def test_where_nobody_can_tell_whether_the_checkpoint_was_deleted_the_commit_is_unknown_and_stays() -> None:
+    place = Usurped()
+    attempt = owned(place, A).attempt(1, 0)
+    tiers = Tiers(run_id=RUN_ID, remote=place, local=Place(), local_path=Path("/nowhere"))
+    assert "the manifest stands" in publish(solo(A), tiers, attempt).unknown
+    assert discover.committed(place) == [attempt]
 
 
 def test_while_the_new_owner_has_not_said_what_it_inherits_nobody_knows() -> None:
@@ -385,15 +400,15 @@ def test_with_two_new_owners_on_their_way_only_the_newest_ones_list_decides(sees
 
 @dataclass
 class Ledger:
-    """What the jobs of a play have been told."""
+    """What the jobs of a play on a run root have been told."""
 
+    root: Place
     confirmed: list[Attempt] = field(default_factory=list)
     fenced: list[Attempt] = field(default_factory=list)
-    newest: int = -1
 
-    def check(self, place: Place) -> None:
+    def check(self) -> None:
         """After every call of every job, as a reader sees it."""
-        counting = discover.committed(place)
+        counting = discover.committed(self.root)
         assert set(self.confirmed) <= set(counting), "a commit that somebody believed in does not count any more"
         assert not set(self.fenced) & set(counting), "a manifest counts that its job was told never will"
         newest = max((attempt.step for attempt in counting), default=-1)
@@ -410,6 +425,7 @@ def train(job: Job, tiers: Tiers, ledger: Ledger, saves: int) -> None:
     newest = max((attempt.step for attempt in discover.committed(tiers.remote)), default=0)
     for step in range(newest + 1, newest + saves + 1):
         attempt = epoch.attempt(step, 0)
+        put_shards(ledger.root, attempt)
         try:
             published = publish(job, tiers, attempt)
         except DisagreementError as err:
@@ -451,10 +467,10 @@ def test_whatever_the_order_of_three_jobs_calls_what_was_confirmed_counts_and_wh
     atomic: bool,  # noqa: FBT001
     tokens: list[str],
 ) -> None:
-    ledger = Ledger()
     with Play(atomic=atomic) as play:
+        ledger = Ledger(play.root)
         jobs = [play.job(token, train, ledger, 2) for token in tokens]
-        play_out(play, jobs, turns, deaths, lambda: ledger.check(play.root))
+        play_out(play, jobs, turns, deaths, ledger.check)
         play.job("eeeeeeee", train, ledger, 1).end()
-        ledger.check(play.root)
+        ledger.check()
         assert ledger.confirmed

@@ -134,6 +134,7 @@ def test_a_failed_save_leaves_nothing_on_the_local_tier_and_the_good_ones_stay(t
         data.write_text("a file where a folder belongs")
         with pytest.raises(SaveFailedError):
             ckpt.save(3).wait(BOUND_S)
+        ckpt.wait(BOUND_S)  # until what the failure left is gone
         assert local_attempts(tmp_path) == before
         data.unlink()
         (tmp_path / "aside").rename(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from dcpsvc.errors import RankFailure
 from dcpsvc.ranks.c10d import SoloStore
 from dcpsvc.ranks.rendezvous import Meeting, RefusalError, Rendezvous
-from tests.unit.meetings import TIMEOUT_S, Ranks, assert_all_heard
+from tests.unit.meetings import MEETING, TIMEOUT_S, Clock, Ranks, assert_all_heard
 
 FAILURE = RankFailure(2, "stage", "MemoryError", "no room")
 
@@ -201,6 +202,34 @@ def test_when_all_lost_a_peer_and_all_come_their_reasons_are_told() -> None:
 def test_a_cause_is_told_without_its_consequences() -> None:
     lost, cause = RankFailure(0, "ack", "LostPeerError", "connection closed"), RankFailure(1, "ack", "OSError", "full")
     assert_all_heard(Ranks(3).meet({0: lost, 1: cause, 2: 2}), failures=(cause,))
+
+
+@pytest.mark.parametrize("late_s", [0.0, 3.0, 5 * TIMEOUT_S])
+def test_who_follows_the_coordinator_waits_for_it_while_it_gives_signs_of_life_and_no_longer(late_s: float) -> None:
+    clock, store = Clock(2), SoloStore()
+    first, second = (Rendezvous(rank, 2, store, clock, "run") for rank in range(2))
+
+    def coordinate() -> None:
+        for count in range(int(late_s)):
+            first.beat(count)
+            clock.sleep(1.0)
+        first.follow("save/tidy", MEETING)
+        clock.leave()
+
+    def follow() -> float:
+        second.follow("save/tidy", Meeting(100 * TIMEOUT_S, silence_s=TIMEOUT_S))
+        clock.leave()
+        return clock.now()
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(coordinate)
+        assert pool.submit(follow).result() == pytest.approx(int(late_s), abs=0.5)
+
+
+def test_who_follows_a_coordinator_that_is_dead_goes_on() -> None:
+    clock = Clock(1)
+    Rendezvous(1, 2, SoloStore(), clock, "run").follow("save/tidy", Meeting(100 * TIMEOUT_S, silence_s=TIMEOUT_S))
+    assert clock.now() == pytest.approx(TIMEOUT_S, abs=1.0)
 
 
 def test_a_forgotten_meeting_can_be_held_anew() -> None:

@@ -74,7 +74,7 @@ def whole(place: Place) -> list[Attempt]:
 
 def deleting(job: Job, tiers: Tiers, epoch: Epoch, attempt: Attempt) -> None:
     """What a job of that epoch does when an attempt of its own has failed."""
-    run = opened(tiers, Settled(epoch=epoch, committed=(), recovered=()))
+    run = opened(tiers, Settled(epoch=epoch, committed=(), recovered=(), unfinished=()))
     Retention(job, run, Options(), Events(rank=0, observer=None), Catalog()).discard(attempt)
 
 
@@ -89,7 +89,7 @@ def opened(tiers: Tiers, settled: Settled) -> OpenRun:
 
 def test_a_first_start_finds_nothing_and_owns_the_root() -> None:
     with Play() as play:
-        assert play.job(A, start).end() == Settled(epoch=Epoch(1, A), committed=(), recovered=())
+        assert play.job(A, start).end() == Settled(epoch=Epoch(1, A), committed=(), recovered=(), unfinished=())
         assert play.root.below("") == [Epoch(1, A).inheritance, Epoch(1, A).claim]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -103,6 +104,14 @@ class Job:
     def meet(self, where: str, message: Any, decide: Callable[[list[Any]], Any], meeting: Meeting) -> Any:
         """See :meth:`Rendezvous.meet`."""
         return self.rendezvous.meet(where, message, decide, meeting)
+
+    def await_coordinator(self, where: str, meeting: Meeting) -> None:
+        """The coordinator says that it has come here; the others wait for it, and not at the next meeting, in vain.
+
+        Only where every rank knows that the coordinator comes. Who cannot reach it goes on; one that has died as well.
+        """
+        with contextlib.suppress(RuntimeError):
+            self.rendezvous.follow(where, meeting)
 
     def linger(self, where: str, timeout_s: float) -> None:
         """The coordinator, which may host the store, stays until the others have read their last verdict."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dcpsvc import deadline
 from dcpsvc.errors import RankFailure
+from dcpsvc.ranks.silence import Pause, SignsOfLife
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -177,6 +178,21 @@ class Rendezvous:
             self.store.compare_set(f"{place}/verdict", self._coordinate(place, decide, meeting))
         return self._read_verdict(place, where, meeting, began)
 
+    def follow(self, where: str, meeting: Meeting) -> None:
+        """The coordinator says that it is here; the others wait until it does, falls silent, or the time is over.
+
+        Raises:
+            RuntimeError: The store does not answer.
+        """
+        key = f"{self.namespace}/{where}/verdict"
+        if self.rank == 0:
+            self.store.set(key, "here")
+            return
+        life, pause = SignsOfLife(self, meeting.silence_s), Pause(self.clock)
+        ends = self.clock.now() + meeting.timeout_s
+        while self.store.get(key) is None and self.clock.now() < ends and not life.silent([0]):
+            pause.take()
+
     def was_missed(self, where: str) -> bool:
         """Whether the others waited for this rank at a meeting in vain, and have left."""
         text = self.store.get(f"{self.namespace}/{where}/verdict")
@@ -212,9 +228,9 @@ class Rendezvous:
     def _collect(self, place: str, meeting: Meeting) -> tuple[list[Any], list[int]]:
         """What the ranks brought, in their order, as far as it was waited for; and who is missing."""
         messages: dict[int, Any] = {}
-        life = _SignsOfLife(self, meeting.silence_s)
+        life = SignsOfLife(self, meeting.silence_s)
         ends = self.clock.now() + meeting.timeout_s
-        pause = _Pause(self.clock)
+        pause = Pause(self.clock)
         while absent := [rank for rank in range(self.world_size) if rank not in messages]:
             arrived = self._arrivals(place, absent)
             messages |= arrived
@@ -237,9 +253,9 @@ class Rendezvous:
         return {rank: _decode(text) for rank, text in texts if text is not None}
 
     def _read_verdict(self, place: str, where: str, meeting: Meeting, began: float) -> Any:
-        life = _SignsOfLife(self, meeting.silence_s)
+        life = SignsOfLife(self, meeting.silence_s)
         ends = self.clock.now() + meeting.timeout_s
-        pause = _Pause(self.clock)
+        pause = Pause(self.clock)
         key = f"{place}/verdict"
         while (text := self.store.get(key)) is None:
             if self.clock.now() >= ends or life.silent([0]):
@@ -272,42 +288,6 @@ def _failures(messages: Iterable[Any]) -> list[RankFailure]:
 
 def _decides(message: Any) -> bool:
     return isinstance(message, RankFailure) and message.error != LostPeerError.__name__
-
-
-class _SignsOfLife:
-    """Notices ranks whose heartbeat has not changed for a while."""
-
-    def __init__(self, rendezvous: Rendezvous, silence_s: float | None) -> None:
-        self._rendezvous, self._silence_s = rendezvous, silence_s
-        self._last: dict[int, tuple[str | None, float]] = {}
-        self._next_look = 0.0
-
-    def silent(self, ranks: list[int]) -> list[int]:
-        """Which of ``ranks`` are silent for too long."""
-        now = self._rendezvous.clock.now()
-        if self._silence_s is None or now < self._next_look:
-            return []
-        self._next_look = now + self._silence_s / 20
-        return [rank for rank in ranks if self._is_silent(rank, now, self._silence_s)]
-
-    def _is_silent(self, rank: int, now: float, silence_s: float) -> bool:
-        beat = self._rendezvous.store.get(f"{self._rendezvous.namespace}/alive/{rank}")
-        last, since = self._last.get(rank, (None, now))
-        if rank not in self._last or beat != last:
-            self._last[rank] = (beat, now)
-            return False
-        return now - since >= silence_s
-
-
-class _Pause:
-    """Polls eagerly at first, gently later."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._seconds = clock, 0.0005
-
-    def take(self) -> None:
-        self._clock.sleep(self._seconds)
-        self._seconds = min(self._seconds * 1.5, 0.05)
 
 
 def _encode(message: Any) -> str:

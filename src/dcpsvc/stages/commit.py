@@ -95,20 +95,38 @@ def _confirm(store: Store, manifest: Manifest, within: Within) -> Published:
     Raises:
         RefusalError: It does not, and never will.
     """
+
+    def ask() -> tuple[fence.Verdict, bool]:
+        verdict = fence.verdict(store, manifest.key)
+        return verdict, bool(verdict.counts and verdict.theirs) and _take_back(store, manifest)
+
     try:
-        verdict = within(lambda: fence.verdict(store, manifest.key))
+        verdict, taken_back = within(ask)
     except Exception as err:  # noqa: BLE001 - whatever it is, nobody knows who owns the run root
         return Published(f"the manifest stands, but whether a newer job has taken over is not known: {err}", "")
     if verdict.counts is None:
         return Published(f"at this moment {verdict.theirs} is taking the run root over", "")
-    if not verdict.counts:
+    if taken_back or not verdict.counts:
         raise _replaced(manifest, verdict.theirs)
     return Published("", verdict.theirs)
 
 
+def _take_back(store: Store, manifest: Manifest) -> bool:
+    """Whether the newer job had finished this very attempt, and deleted it before our write landed.
+
+    Then nothing stands behind the manifest, and nothing ever will.
+    """
+    try:
+        store.size(manifest.shards[0].path)
+    except StoreNotFoundError:
+        if not store.list(manifest.key.data):  # else it is damaged, which people want to know
+            store.delete(manifest.key.manifest)
+            return True
+    return False
+
+
 def _replaced(manifest: Manifest, theirs: str) -> RefusalError:
-    epoch = manifest.key.epoch
-    reason = f"this job {epoch.token} (epoch {epoch.number}) was replaced by {theirs}"
+    reason = fence.replaced(manifest.key.epoch, theirs)
     return RefusalError([RankFailure(0, "commit", FencedError.__name__, reason)])
 
 

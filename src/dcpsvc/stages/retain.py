@@ -9,7 +9,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from dcpsvc import policies
-from dcpsvc.format.keys import DATA, MANIFESTS, TOMBSTONES, Attempt, Epoch, attempt_of, rank_of
+from dcpsvc.errors import StoreNotFoundError
+from dcpsvc.format.keys import DATA, MANIFESTS, TOMBSTONES, Attempt, Epoch, attempt_below, attempt_of, rank_of
 from dcpsvc.format.parse import compact
 
 if TYPE_CHECKING:
@@ -68,10 +69,25 @@ def remove_data(store: Store, attempt: Attempt) -> None:
 
 
 def debris(store: Store, epoch: Epoch, inherited: Collection[Attempt]) -> list[Attempt]:
-    """Attempts of jobs before ``epoch`` that did not become checkpoints and never will. One LIST of all shards."""
-    keys = [entry.key for prefix in (DATA, MANIFESTS) for entry in store.list(prefix)]
-    attempts = {attempt for key in keys if (attempt := attempt_of(key)) is not None}
-    return sorted(one for one in attempts if one.epoch.number > 0 and one.epoch < epoch and one not in inherited)
+    """Attempts of jobs before ``epoch`` that are no checkpoints and never will be. One LIST of all shards.
+
+    Also one that was inherited, if its manifest is all there is of it: a write that was on its way while the checkpoint
+    was finished by another job, and deleted.
+    """
+    shards, manifests = ([entry.key for entry in store.list(prefix)] for prefix in (DATA, MANIFESTS))
+    attempts = {attempt for key in (*shards, *manifests) if (attempt := attempt_of(key)) is not None}
+    older = {one for one in attempts if one.epoch.number > 0 and one.epoch < epoch}
+    hollow = older.intersection(inherited) - {attempt_below(key) for key in shards}
+    return sorted(one for one in older if one not in inherited or (one in hollow and _is_hollow(store, one)))
+
+
+def _is_hollow(store: Store, attempt: Attempt) -> bool:
+    """The listing shows no file of it; one that lies behind must not cost a checkpoint."""
+    try:
+        store.size(attempt.shard(0))
+    except StoreNotFoundError:
+        return True
+    return False
 
 
 def condemned(store: Store) -> list[Attempt]:
