@@ -10,7 +10,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check --no-input --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test simulate check fmt clean
+.PHONY: help venv demo test simulate bench peers check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ endif
 simulate: $(READY) ## run the protocol on simulated ranks, stores and clocks (SEEDS=100000)
 	@$(BIN)/python -m tests.model.simulate --seeds $(SEEDS) --jobs $$(nproc)
 
+bench: $(READY) ## side by side with what else there is, ten minutes (ARGS="--settings ddpx2 --out FILE")
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
+peers: $(READY) ## environments for the systems to compare with that are not part of torch (ARGS="nvrx")
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
 check: $(READY) ## format, lint, types, architecture
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -42,7 +48,7 @@ fmt: $(READY) ## format, and repair what ruff can
 	$(BIN)/ruff check --fix
 
 clean: ## back to a fresh clone: drop .venv, caches and build output
-	rm -rf .venv build dist .hypothesis .*_cache
+	rm -rf .venv .venv-peers build dist .hypothesis .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(READY) ## the environment the other targets use: .venv

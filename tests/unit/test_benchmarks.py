@@ -1,0 +1,122 @@
+"""Each benchmark runs, small, and gives the JSON it promises; and it tells the torn from the whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common.crew import Crew, CrewError
+from benchmarks.common.report import Column
+from benchmarks.common.rounds import Setting, medians
+from benchmarks.peers import SYSTEMS, Entry, install
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--mib", "1", "--systems", "dcpsvc,dcp_thread_cached"]
+ONE_RANK = Setting("fsdp2", 1)
+PROMISED = {
+    "bench": ({"stall_s", "visible_s", "added_s", "durable_s", "speed", "memory", "cpu_s_per_gib"}, ["--rounds", "1"]),
+    "bench_stall": ({"blocked_s", "next_s", "stall_s", "visible_s", "added_s", "cpu_s"}, ["--rounds", "1"]),
+    "bench_write": ({"durable_s", "first_durable_s", "gib_per_s"}, ["--rounds", "1", "--settings", "ddpx2"]),
+    "bench_interference": ({"step_s", "speed", "added_s"}, ["--rounds", "1"]),
+    "bench_memory": ({"memory", "memory_grown"}, ["--saves", "2"]),
+    "bench_first_save": ({"first_blocked_s", "tenth_durable_s", "durable_ratio"}, ["--rounds", "1"]),
+}
+FACTS = {"command", "commit", "cpu", "cores", "memory_gib", "file_system", "kernel", "torch"}
+
+
+def run(script, *arguments):
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("script", PROMISED)
+def test_a_benchmark_measures_ours_and_a_peer_in_one_run(script, tmp_path):
+    promised, arguments = PROMISED[script]
+    result = run(script, *SMALL, *arguments, "--dir", str(tmp_path), "--out", str(tmp_path / "results" / "one.json"))
+    (rows,) = result["settings"].values()
+    assert [row["system"] for row in rows] == ["dcpsvc", "dcp_thread_cached"]
+    for row in rows:
+        assert "skipped" not in row
+        assert promised <= row.keys()
+        assert row["torn"] == 0
+        assert row["limits"].keys() == {"memcpy_s", "direct_s", "hash_s"}
+    assert result["facts"].keys() >= FACTS
+    assert json.loads((tmp_path / "results" / "one.json").read_text()) == result
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_the_scale_benchmark_measures_every_phase_and_says_what_it_leaves_out():
+    result = run("bench_scale", "--ranks", "2,8", "--tensors", "100", "--max-pieces", "500")
+    small, large = ({row["phase"]: row for row in result["rows"] if row["ranks"] == ranks} for ranks in (2, 8))
+    assert small.keys() == large.keys()
+    assert {
+        "plan",
+        "plan again",
+        "layout",
+        "agree",
+        "ack local",
+        "ack remote",
+        "manifest",
+        "commit",
+        "discover",
+    } < small.keys()
+    assert all({"s", "nbytes", "peak_mib"} <= phase.keys() for phase in small.values())
+    assert "--max-pieces" in large["layout"]["skipped"]
+    assert small["manifest"]["nbytes"] < large["manifest"]["nbytes"]
+    assert small["steady"]["nbytes"] == pytest.approx(large["steady"]["nbytes"], abs=50)
+
+
+def test_a_snapshot_that_changes_with_the_state_is_told_from_a_whole_one(tmp_path):
+    torn, whole = (
+        crew_does(entry, tmp_path)["torn"] for entry in (Entry("torn", "tests.unit.torn_system"), SYSTEMS["dcp"])
+    )
+    assert torn > 0
+    assert whole == 0
+
+
+def test_a_system_that_cannot_start_says_why_and_leaves_nothing(tmp_path):
+    with pytest.raises(CrewError, match="ModuleNotFoundError"):
+        crew_does(Entry("absent", "tests.unit.no_such_system"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_torn_system_is_not_compared():
+    column = Column("stall s", "stall_s", of_ours=True, limit="memcpy_s")
+    row = {"stall_s": 2.0, "ours": {"stall_s": 4.0}, "limits": {"memcpy_s": 1.0}, "torn": 0}
+    assert list(column.cells(row)) == ["2.000", "0.50", "2.00"]
+    assert list(column.cells(row | {"torn": 3})) == ["2.000", "-", "-"]
+
+
+def test_medians_are_taken_over_the_rounds_also_of_lists():
+    rounds = [{"s": 1.0, "each_s": [1, 9]}, {"s": 5.0, "each_s": [2, 8]}, {"s": 2.0, "each_s": [9, 1]}]
+    assert medians(rounds) == {"s": 2.0, "each_s": [2, 8]}
+
+
+def test_a_peer_without_an_environment_is_skipped_with_the_reason(tmp_path):
+    assert Entry("absent", "nowhere", environment="no-such-peer").python is None
+    assert install.reason("absent", tmp_path) == "not installed: make peers"
+    (tmp_path / "absent.failed").write_text("ERROR: no matching distribution\n")
+    assert install.reason("absent", tmp_path) == "ERROR: no matching distribution"
+
+
+@pytest.mark.parametrize("text", ["fsdp1x2", "ddp", "ddpx0", "x2"])
+def test_a_setting_that_makes_no_sense_is_refused(text):
+    with pytest.raises(ValueError, match="use fsdp2x1"):
+        Setting.parse(text)
+
+
+def crew_does(entry, directory):
+    crew = Crew(entry, ONE_RANK, 1, directory)
+    try:
+        crew.ready()
+        return crew.do("at_once")
+    finally:
+        crew.end()
