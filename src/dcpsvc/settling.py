@@ -95,6 +95,7 @@ def settle(job: Job, tiers: Tiers, meeting: Meeting) -> Settled:
     recovered, unfinished = _recover(job, tiers, epoch, stock["plans"], meeting)
     verdict = job.meet("open/inherit", None, lambda _: within(lambda: _inherit(tiers, epoch, recovered)), meeting)
     committed = tuple(Attempt(*pair) for pair in verdict)
+    unfinished = [one for one in unfinished if one not in committed]  # its manifest stood, and could not be read back
     dead = [Attempt(*pair) for pair in stock["dead"] if Attempt(*pair) not in {*committed, *unfinished}]
     try:
         _sweep_local(job, tiers, dead)

@@ -385,6 +385,7 @@ def test_a_start_in_which_one_call_fails_ends_or_goes_on_and_the_next_one_finish
         first = begin(failing if tier == "remote" else remote, failing if tier == "local" else disk)
         if isinstance(first, Settled):
             assert whole(root) == list(first.committed), at
+            assert not {*first.unfinished} & {*first.committed}, at  # what is unfinished is going to be deleted
         (settled,) = start(root, disk)
         assert isinstance(settled, Settled)
         assert whole(root) == list(settled.committed), at
