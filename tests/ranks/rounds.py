@@ -124,7 +124,7 @@ class Brittle(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.copy_:
+        if func in {torch.Tensor.copy_, torch._foreach_copy_}:
             raise RuntimeError("the device is gone")
         return super().__torch_function__(func, types, args, kwargs or {})
 

@@ -128,10 +128,12 @@ def save_around_a_fault(rank, world, root, fault, victim, dtype=torch.float32): 
             second = attempt(ckpt, 2)
             ckpt.wait()  # until what the failure left is tidied up
             dist.barrier()
-            left = committed(root), step_files(root, 2), step_files(Path(root).parent / "local", 2)
+            left = committed(root), step_files(Path(root).parent / "local", 2)
             dist.barrier()
         third = attempt(ckpt, 3)
         ckpt.wait()
+        dist.barrier()
+        left = *left, step_files(root, 2)  # a shard that came after the coordinator tidied up goes with the next commit
         statistics = ckpt.statistics()
     counted = (statistics.accepted, statistics.committed, statistics.failed)
     return {"first": first, "second": second, "third": third, "left": left, "counted": counted}
