@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Sequence
 
 KINDS: dict[str, tuple[str, ...]] = {
     # the ranks' own key-value store
@@ -31,6 +32,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         "host-down",
     ),
     "delete": ("crash", "freeze", "transient", "lost", "permanent", "late", "late-lost", "never", "slow"),
+    # the run root, while an upload that was cut short is being finished
+    "recovery": ("crash", "freeze", "transient", "lost", "permanent", "late", "late-lost", "never", "slow"),
     # the node's own disk
     "disk-read": ("crash", "freeze", "refused", "slow"),
     "disk-write": ("crash", "freeze", "refused", "full", "slow", "host-down"),
@@ -46,7 +49,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 _MEAN_OPERATIONS = {
     "kv-read": 800, "kv-write": 80, "group": 10, "read": 30, "list": 30, "create": 10, "put": 4, "delete": 2,
-    "disk-read": 80, "disk-write": 20, "shard": 5, "point": 50, "save": 8,
+    "recovery": 8, "disk-read": 80, "disk-write": 20, "shard": 5, "point": 50, "save": 8,
 }  # fmt: skip
 
 
@@ -83,10 +86,13 @@ class Faults:
         self.count: Counter[str] = Counter()
         self.crash_points: Counter[str] = Counter()
         self.calm = 0
+        self._hindrances = [] if source.random() < 0.6 else [source.randint(1, 12) for _ in range(source.randint(1, 3))]
         self._mercy = source.choice((0, 0, 2, 4, 8, 16))
 
     def strike(self, category: str, label: str | None = None) -> str | None:
         """What goes wrong with the operation that begins now; nearly always nothing."""
+        if category == "recovery" and self._hinders():
+            return self._counted(category, KINDS[category])
         if self._mercy > 0 or self.calm:
             return None
         self._next[category] = left = self._next[category] - 1
@@ -98,13 +104,26 @@ class Faults:
         if self.left <= 0 or not kinds:
             return None
         self.left -= 1
-        kind = self._random.choice(kinds)
-        self.count[f"{category}: {kind}"] += 1
-        return kind
+        return self._counted(category, kinds)
 
     def advance(self) -> None:
         """A save has begun on some rank: in many schedules nothing goes wrong before a few have."""
         self._mercy -= 1
+
+    def _counted(self, category: str, kinds: Sequence[str]) -> str:
+        kind = self._random.choice(kinds)
+        self.count[f"{category}: {kind}"] += 1
+        return kind
+
+    def _hinders(self) -> bool:
+        """In many schedules some call of the first recoveries fails for sure: they are few, and short."""
+        if not self._hindrances or self.calm:
+            return False
+        self._hindrances[0] -= 1
+        if self._hindrances[0] > 0:
+            return False
+        del self._hindrances[0]
+        return True
 
     def _is_cursed(self, label: str) -> bool:
         """At one of the first visits to some points."""

@@ -37,6 +37,7 @@ class Host:
 
     Attributes:
         rank: Global rank.
+        token: Its job's name.
         epoch: Its job's claim on the run root, once it has one.
         acked: When it last knew all shards of a save to be at the run root.
         step: Which save it is at, counted from its start.
@@ -54,6 +55,7 @@ class Host:
     ) -> None:
         self.kernel, self.faults, self.node, self.rank = kernel, faults, node, rank
         self.process = Process(name)
+        self.token = ""
         self.epoch = NO_EPOCH
         self.acked = 0.0
         self.step = 0

@@ -14,21 +14,21 @@ from dcpsvc.errors import (
     CommitUnknownError,
     FencedError,
     RanksMissingError,
-    RunBusyError,
     SaveError,
     SaveFailedError,
     SaveSkippedError,
 )
-from dcpsvc.format import digest, epochs, keys, manifest
-from dcpsvc.format.keys import NO_EPOCH, Attempt, Epoch
+from dcpsvc.format import epochs, keys
 from dcpsvc.stages import discover
-from tests.model.stores import LAG_S, Snapshot
+from tests.model.files import TornError, files_of, is_whole
+from tests.model.owners import Owners
+from tests.model.stores import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dcpsvc.errors import RankFailure
-    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.format.keys import Attempt, Epoch
     from dcpsvc.settling import Settled
     from tests.model.host import Host
     from tests.model.kernel import Kernel
@@ -76,18 +76,22 @@ class Ledger:
     def __init__(self, kernel: Kernel, space: Space, keep_newest: int | None) -> None:
         self._kernel, self._space, self._keep = kernel, space, keep_newest
         self._snapshot = Snapshot(space)
+        self.outcomes: Counter[str] = Counter()
         self._attempts: dict[Attempt, _Attempt] = defaultdict(_Attempt)
         self.needed: dict[str, tuple[bytes, int]] = {}
         self._files: dict[Attempt, list[str]] = {}
         self.valid: list[Attempt] = []
-        self.owner = NO_EPOCH
-        self.claimed: dict[Epoch, float] = {}
+        self.owners = Owners(kernel, self.broken, self.outcomes)
         self.newest_confirmed = -1
         self.resumed: dict[Epoch, Attempt] = {}
-        self.outcomes: Counter[str] = Counter()
         self.on_expiry: Callable[[], None] = lambda: None
         space.watch = self.changed
-        space.asked = self.asked
+        space.asked = self.owners.asked
+
+    @property
+    def owner(self) -> Epoch:
+        """Who owns the run root."""
+        return self.owners.newest
 
     # --- what happens at the run root ---------------------------------------------------------------------------
 
@@ -96,7 +100,7 @@ class Ledger:
         if key in self.needed and new != self.needed[key][0]:
             what = "was deleted" if new is None else "was changed"
             users = [str(attempt) for attempt, files in self._files.items() if key in files]
-            raise self._broken(f"{key}, which commits {users} need, {what} by {author.process.name}")
+            raise self.broken(f"{key}, which commits {users} need, {what} by {author.process.name}")
         if key.startswith(keys.EPOCHS):
             self._epoch_changed(key, new)
         elif (attempt := keys.attempt_of(key)) is not None and key == attempt.manifest:
@@ -107,11 +111,10 @@ class Ledger:
         if named is None:
             return
         epoch, inherits = named
-        if not inherits and new is not None:
-            self.owner = max(self.owner, epoch)
-            self.claimed[epoch] = self._kernel.now
         if inherits:
             self._look_again(None)
+        elif new is not None:
+            self.owners.claim(epoch)
 
     def _manifest_changed(self, attempt: Attempt, old: bytes | None, new: bytes | None, author: Host) -> None:
         known = self._attempts[attempt]
@@ -122,49 +125,41 @@ class Ledger:
         else:
             self._kernel.note("manifest appears", str(attempt))
             if old is not None or known.existed not in {None, new}:
-                raise self._broken(f"the manifest of {attempt} was written again, with other bytes")
+                raise self.broken(f"the manifest of {attempt} was written again, with other bytes")
             known.existed, known.appeared, known.author = new, self._kernel.now, author.epoch
             if known.retired:
                 self._check_return(attempt, author)
         self._look_again(author)
         if new is not None and attempt in self.valid and known.denied and author.epoch == attempt.epoch:
-            raise self._broken(f"ranks {sorted(known.denied)} heard that {attempt} failed, and now it is a checkpoint")
+            raise self.broken(f"ranks {sorted(known.denied)} heard that {attempt} failed, and now it is a checkpoint")
 
     def _check_return(self, attempt: Attempt, author: Host) -> None:
         """The policy let it go, and then a write of its manifest landed that was on its way all the time.
 
         No store can prevent that. Whoever wrote it must see, if nothing was left by then; else a later start does.
         """
-        if author.epoch == self.owner:
-            raise self._broken(f"{author.process.name} writes the manifest of {attempt}, which was deleted")
+        if author.token == self.owner.token:
+            raise self.broken(f"{author.process.name} writes the manifest of {attempt}, which was deleted")
         is_hollow = not self._space.entries(attempt.data)
         self._attempts[attempt].returned = (self._kernel.now, is_hollow)
         behind = "nothing" if is_hollow else "a deletion under way"
         self.outcomes[f"a deleted checkpoint's manifest landed late, on {behind}"] += 1
-
-    def asked(self, key: str, author: Host) -> None:
-        """A rank is about to create an object: a manifest only if it has looked whether it is still the owner."""
-        if (attempt := keys.attempt_of(key)) is None or key != attempt.manifest or author.epoch == NO_EPOCH:
-            return
-        newer = [when for epoch, when in self.claimed.items() if epoch > author.epoch]
-        if newer and min(newer) + LAG_S < author.acked:
-            raise self._broken(f"{author.process.name} writes the manifest of {attempt}, long after it was replaced")
 
     def _look_again(self, author: Host | None) -> None:
         """What counts now, as discovery sees it; the files of what is new must be there."""
         valid = [one for one in self._counting() if not self._is_ghost(one)]
         for attempt in valid:
             if attempt not in self._files:
-                self._check_files(attempt)
+                self._need(attempt)
         for attempt in [one for one in self._files if one not in valid]:
             self._release(attempt)
             known = self._attempts[attempt]
             if known.confirmed and not known.retired:
-                raise self._broken(f"{attempt}, of which ranks heard that it is committed, does not count any more")
+                raise self.broken(f"{attempt}, of which ranks heard that it is committed, does not count any more")
         self.valid = valid
         newest = max((attempt.step for attempt in valid), default=-1)
         if newest < self.newest_confirmed:
-            raise self._broken(f"the newest commit is step {newest}, and step {self.newest_confirmed} was confirmed")
+            raise self.broken(f"the newest commit is step {newest}, and step {self.newest_confirmed} was confirmed")
 
     def _counting(self) -> list[Attempt]:
         return discover.committed(self._snapshot)  # type: ignore[arg-type]
@@ -173,21 +168,12 @@ class Ledger:
         """Deleted, though its manifest stands there again: discovery must pass over it if any file of it is gone."""
         return self._attempts[attempt].returned is not None
 
-    def _is_whole(self, attempt: Attempt) -> bool:
-        found = manifest.loads(attempt.manifest, self._space.objects[attempt.manifest])
-        return all(shard.path in self._space.objects for shard in found.shards)
-
-    def _check_files(self, attempt: Attempt) -> None:
-        data = self._space.objects[attempt.manifest]
-        found = manifest.loads(attempt.manifest, data)
-        files = [found.layout.path, *(attempt.shard(rank) for rank in range(found.world_size))]
-        if [shard.path for shard in found.shards] != files[1:]:
-            raise self._broken(f"{attempt} is a checkpoint, and names the shards of another")
-        for path in files:
-            if path not in self._space.objects:
-                raise self._broken(f"{attempt} is a checkpoint, and {path} is not there")
-        self._check_bytes(found)
-        self._files[attempt] = files
+    def _need(self, attempt: Attempt) -> None:
+        """A checkpoint that is new: its files must be there, and stay."""
+        try:
+            self._files[attempt] = files = files_of(self._space, attempt)
+        except TornError as err:
+            raise self.broken(f"{attempt} is a checkpoint, and {err}") from None
         for path in files:
             content, users = self.needed.get(path, (self._space.objects[path], 0))
             self.needed[path] = (content, users + 1)
@@ -205,9 +191,9 @@ class Ledger:
             return
         newer = [one for one in self.valid if one > attempt]
         if self._keep is None or len(newer) < self._keep:
-            raise self._broken(f"{author.process.name} deletes {attempt}; only {len(newer)} commits are newer")
+            raise self.broken(f"{author.process.name} deletes {attempt}; only {len(newer)} commits are newer")
         if self.resumed.get(self.owner) == attempt:
-            raise self._broken(f"{author.process.name} deletes {attempt}, which the running job resumed from")
+            raise self.broken(f"{author.process.name} deletes {attempt}, which the running job resumed from")
         known.retired = True
         self.outcomes["expired"] += 1
         self.on_expiry()
@@ -224,9 +210,9 @@ class Ledger:
         """A rank heard that an attempt is committed."""
         known = self._attempts[attempt]
         if attempt not in self.valid and not known.retired:
-            raise self._broken(f"{host.process.name} believes that {attempt} is committed, and it is not")
+            raise self.broken(f"{host.process.name} believes that {attempt} is committed, and it is not")
         if known.returned is not None and known.returned[1] and host.epoch == attempt.epoch:
-            raise self._broken(f"{host.process.name} believes that {attempt} is committed, and it was deleted before")
+            raise self.broken(f"{host.process.name} believes that {attempt} is committed, and it was deleted before")
         known.confirmed = True
         if attempt in self.valid:
             self.newest_confirmed = max(self.newest_confirmed, attempt.step)
@@ -237,10 +223,14 @@ class Ledger:
             return
         known = set(settled.committed)
         if missing := [attempt for attempt in self.valid if attempt not in known and attempt.epoch < settled.epoch]:
-            raise self._broken(f"{host.process.name} does not know of the commits {[str(one) for one in missing]}")
+            raise self.broken(f"{host.process.name} does not know of the commits {[str(one) for one in missing]}")
         for attempt in settled.committed:
             if not self._is_ghost(attempt):
                 self.believed(host, attempt)
+        for attempt in settled.unfinished:
+            self.outcomes["left unfinished (seen by a rank)"] += 1
+            if attempt in self.valid:
+                raise self.broken(f"{host.process.name} is going to delete {attempt}, which is committed")
         for attempt in settled.recovered:
             self.outcomes["recovered (seen by a rank)"] += 1
             for name in set(self._attempts[attempt].denied.values()):
@@ -252,26 +242,18 @@ class Ledger:
             return
         step = -1 if attempt is None else attempt.step
         if step < newest_before:
-            raise self._broken(f"{host.process.name} resumes from step {step}; step {newest_before} is committed")
-        if attempt is not None and self._is_ghost(attempt) and not self._is_whole(attempt):
-            raise self._broken(f"{host.process.name} resumes from {attempt}, whose data is gone")
+            raise self.broken(f"{host.process.name} resumes from step {step}; step {newest_before} is committed")
+        if attempt is not None and self._is_ghost(attempt) and not is_whole(self._space, attempt):
+            raise self.broken(f"{host.process.name} resumes from {attempt}, whose data is gone")
         if attempt is not None:
             self.resumed[host.epoch] = attempt
-
-    def refused(self, host: Host, token: str, error: BaseException) -> None:
-        """A job could not take the run root over: only if another one has."""
-        failures: tuple[RankFailure, ...] = getattr(error, "failures", ())
-        if any(failure.error == RunBusyError.__name__ for failure in failures):
-            self.outcomes["a start was refused by a newer claim"] += 1
-            if self.owner.token == token:
-                raise self._broken(f"{host.process.name} is refused, and its claim is the newest: {error}")
 
     def heard(self, host: Host, attempt: Attempt, error: SaveError | None) -> None:
         """A rank's save has ended."""
         known = self._attempts[attempt]
         if error is None:
             if not known.confirmed:
-                raise self._broken(f"{host.process.name} was told of no error, and not that {attempt} is committed")
+                raise self.broken(f"{host.process.name} was told of no error, and not that {attempt} is committed")
             self.outcomes["rank heard: committed"] += 1
             return
         self.outcomes[f"rank heard: {type(error).__name__}"] += 1
@@ -280,14 +262,14 @@ class Ledger:
                 self._check_denial(host, attempt, error)
             known.denied[host.rank] = type(error).__name__
         elif not isinstance(error, (CommitUnknownError, FencedError)):
-            raise self._broken(f"{host.process.name} raises {error!r}")
+            raise self.broken(f"{host.process.name} raises {error!r}")
         self._check_same(host, attempt, error)
 
     def _check_denial(self, host: Host, attempt: Attempt, error: SaveError) -> None:
         """A job that was replaced cannot know what its successor has finished; of its own doing it must know."""
         known = self._attempts[attempt]
         if known.author == attempt.epoch or self.owner <= attempt.epoch:
-            raise self._broken(f"{host.process.name} reports {error}; but its manifest is there")
+            raise self.broken(f"{host.process.name} reports {error}; but its manifest is there")
         self.outcomes["reported as broken off after a successor had finished it"] += 1
 
     def _check_same(self, host: Host, attempt: Attempt, error: SaveError) -> None:
@@ -304,7 +286,7 @@ class Ledger:
         if known.shared is None:
             known.shared = (said, host.rank)
         elif known.shared[0] != said:
-            raise self._broken(
+            raise self.broken(
                 f"for {attempt} rank {known.shared[1]} heard {known.shared[0]} and rank {host.rank} heard {said}"
             )
 
@@ -321,30 +303,21 @@ class Ledger:
                 continue
             known = self._attempts[attempt]
             is_gone = known.returned is not None and not self._space.entries(attempt.data)
-            if (is_gone or attempt not in self._counting()) and known.appeared < self.claimed[owner]:
-                raise self._broken(f"the manifest of {attempt} stays for ever")
+            if (is_gone or attempt not in self._counting()) and known.appeared < self.owners.claimed[owner]:
+                raise self.broken(f"the manifest of {attempt} stays for ever")
 
     def took(self, host: Host, what: str, seconds: float, limit_s: float) -> None:
         """Something that has deadlines has ended."""
         if seconds > limit_s:
-            raise self._broken(f"{host.process.name}: {what} took {seconds:.1f} s, its deadlines add up to {limit_s} s")
+            raise self.broken(f"{host.process.name}: {what} took {seconds:.1f} s, its deadlines add up to {limit_s} s")
 
     def escaped(self, host: Host, what: str, error: BaseException) -> None:
         """An exception came out where only typed ones may."""
-        raise self._broken(f"{host.process.name}: {what} raised {error!r}") from error
+        raise self.broken(f"{host.process.name}: {what} raised {error!r}") from error
 
-    def _broken(self, text: str) -> BrokenInvariantError:
+    def broken(self, text: str) -> BrokenInvariantError:
+        """What to raise; the history ends with it, whoever catches it."""
         self._kernel.note("BROKEN", text)
         error = BrokenInvariantError(f"at {self._kernel.now:.3f} s: {text}")
-        self._kernel.failure = self._kernel.failure or error  # whoever catches it: the history ends here
+        self._kernel.failure = self._kernel.failure or error
         return error
-
-    def _check_bytes(self, found: Manifest) -> None:
-        for shard in found.shards:
-            data = self._space.objects[shard.path]
-            body, table = data[: shard.body_nbytes], data[shard.body_nbytes :]
-            whole = len(data) == shard.nbytes and digest.digest(table) == shard.digest
-            if not whole or digest.table(memoryview(body)) != table:
-                raise self._broken(f"{found.key} is a checkpoint, and {shard.path} has not the bytes it says")
-        if digest.digest(self._space.objects[found.layout.path]) != found.layout.digest:
-            raise self._broken(f"{found.key} is a checkpoint, and {found.layout.path} has not the bytes it says")

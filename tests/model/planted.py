@@ -1,23 +1,29 @@
-"""Six ways to break the protocol, one production function each: the simulation must find every one of them."""
+"""Ways to break the protocol, one production function each: the simulation must find every one of them."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import RankFailure
+from dcpsvc import fence
+from dcpsvc.errors import RankFailure, RunBusyError
+from dcpsvc.format.keys import EPOCHS, epoch_of
 from dcpsvc.life import Life
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, Rendezvous
 from dcpsvc.save import Save
 from dcpsvc.stages import ack, commit, retain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from dcpsvc.format.epochs import Claim
     from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
 
 _acknowledge = ack.acknowledge
+_claim = fence.claim
+_condemn = retain.condemn
 _upload = Life._upload  # pyright: ignore[reportPrivateUsage]
 
 
@@ -66,6 +72,38 @@ def _own_decision(self: Rendezvous, place: str, where: str, meeting: Meeting, be
     return _read_verdict(self, place, where, meeting, began)
 
 
+def _unconfirmed(store: Store, manifest: Manifest, within: Any) -> commit.Published:
+    """Nobody looks for a newer job once the manifest is written."""
+    return commit.Published("", "")
+
+
+def _unasked(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
+    """A deletion goes on, whoever owns the run root by now."""
+    _condemn(store, attempt, owned)
+    return True
+
+
+def _blind(store: Store) -> list[Attempt]:
+    """A new job does not see what an older one is deleting, and finishes its upload."""
+    return []
+
+
+def _any_inheritance(store: Store, attempt: Attempt) -> fence.Verdict:
+    """While the newest job has not said what it inherits, the one before decides."""
+    newest = fence.newest_inheritance(store, store.list(EPOCHS))
+    theirs = fence.successor(store, attempt.epoch)
+    return fence.Verdict(counts=newest is None or newest.counts(attempt), theirs=theirs)
+
+
+def _nobody_wins(store: Store, make: Callable[[int], Claim]) -> Claim:
+    """Of jobs that claim the same number at once all are refused, not all but one."""
+    mine = _claim(store, make)
+    named = (epoch_of(entry.key) for entry in store.list(EPOCHS))
+    if len({one[0].token for one in named if one and one[0].number == mine.epoch.number}) > 1:
+        raise RunBusyError(store.url, "another job claims it, too")
+    return mine
+
+
 BUGS: dict[str, tuple[Any, str, Any]] = {
     "commit without acks": (ack, "acknowledge", _without_acks),
     "manifest before data": (Life, "_upload", _manifest_first),
@@ -75,11 +113,20 @@ BUGS: dict[str, tuple[Any, str, Any]] = {
     "one rank decides on its own": (Rendezvous, "_read_verdict", _own_decision),
 }
 
+BUGS_OF_TWO_JOBS: dict[str, tuple[Any, str, Any]] = {
+    "commit without a second look": (commit, "_confirm", _unconfirmed),
+    "deletion without a look": (retain, "condemn", _unasked),
+    "tombstones not seen": (retain, "condemned", _blind),
+    "any inheritance decides": (fence, "verdict", _any_inheritance),
+    "nobody wins": (fence, "claim", _nobody_wins),
+}
+"""Found where an older job is held up and a newer one meets it: where there is a plot."""
+
 
 @contextlib.contextmanager
 def planted(bug: str) -> Iterator[None]:
     """With a bug in the protocol."""
-    owner, name, wrong = BUGS[bug]
+    owner, name, wrong = (BUGS | BUGS_OF_TWO_JOBS)[bug]
     right = vars(owner)[name]
     setattr(owner, name, wrong)
     try:

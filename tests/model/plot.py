@@ -21,8 +21,8 @@ class Plot:
     """The ambush of a history, and the duel that may follow.
 
     The coordinator of some start is held up where the settings say: its process stands still, or its call hangs, or its
-    request is on the way for long and perhaps it dies. The next start begins at once. The one held up goes on after a
-    while; or, in a duel, when the coordinator of a later start has come to a certain point, and that one waits.
+    request is on the way for long and perhaps it dies. Mostly the next start begins at once. The one held up goes on
+    after a while; or, in a duel, when the coordinator of a later start has come to a certain point, and waits there.
     """
 
     def __init__(self, world: World) -> None:
@@ -44,10 +44,8 @@ class Plot:
         if self._visits or world.faults.calm:
             return
         kernel.note("ambush")
-        world.follow(start, gap_s=0.2 * draw.random())
-        if draw.random() < 0.5:
-            for rank in start.running[1:]:
-                kernel.kill(rank.host.process)
+        if self._settings.duel or draw.random() < 0.7:
+            self._follow(start)
         seconds = 0.5 + (_MOST_S if self._settings.duel else draw.choice((1.5, 4.0, 10.0))) * draw.random()
         is_write = host.ambush_label.startswith(("remote.create", "remote.put", "remote.delete"))
         match draw.choice(("freeze", "freeze", "hang", "in flight" if is_write else "hang")):
@@ -61,6 +59,14 @@ class Plot:
                 host.request = request = Request(is_last=draw.random() < 0.6)
                 self._await(request.land, start)
                 kernel.at(seconds, request.land)
+
+    def _follow(self, start: Start) -> None:
+        """The next start begins. Only an attempt whose ranks are gone is finished by it, and expires one day."""
+        self._world.follow(start, gap_s=0.2 * self._draw.random())
+        if self._draw.random() < 0.5 or self._settings.duel == EXPIRY:
+            start.agent = False  # which would end the one held up, too
+            for rank in start.running[1:]:
+                self._kernel.kill(rank.host.process)
 
     def _await(self, release: Callable[[], None], start: Start) -> None:
         if not self._settings.duel:

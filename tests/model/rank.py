@@ -56,6 +56,7 @@ class SimRank:
         self._rendezvous.watch = self._watch
         self._quiet = Rendezvous(host.rank, plan.world_size, Pulse(host, values), self._clock)
         self._beats = 0
+        host.token = plan.token
         self._found_owner = world.ledger.owner
         self.last_step = 0
 
@@ -108,7 +109,7 @@ class SimRank:
         except (DisagreementError, DcpsvcError, RuntimeError) as err:
             self.kernel.note(f"{what} failed", str(err)[:200])
             self.ledger.outcomes[f"{what} failed: {type(err).__name__}"] += 1
-            self.ledger.refused(self.host, self.plan.token, err)
+            self.ledger.owners.refused(self.host, err)
             if self.plan.must_succeed and self.ledger.owner.token in {self._found_owner.token, self.plan.token}:
                 self.ledger.escaped(self.host, f"{what}, with nothing wrong any more,", err)
             raise _Exit from None

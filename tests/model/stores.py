@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import StoreAccessError, StoreError, StoreFullError, StoreNotFoundError, StoreUnavailableError
+from dcpsvc.format.keys import NO_EPOCH
 from dcpsvc.storage.base import Entry
 from dcpsvc.storage.ranges import check_end, check_limit
 from tests.model.kernel import Killed
@@ -162,6 +163,12 @@ _CATEGORIES = {
     "get": "read", "read": "read", "size": "read", "list": "list", "create": "create", "put": "put", "put_file": "put",
     "delete": "delete",
 }  # fmt: skip
+_OF_RECOVERY = frozenset({
+    "remote.put_file data", "remote.size data", "remote.read data", "remote.create manifests", "remote.get manifests",
+    "remote.create layouts", "remote.put layouts", "remote.size layouts", "remote.read layouts",
+})  # fmt: skip
+"""Calls that a job makes before it owns the run root only when it finishes an upload."""
+
 _WRITES = frozenset({"create", "put", "delete"})
 
 
@@ -179,7 +186,8 @@ class RemoteStore(SimStore):
             raise StoreUnavailableError(operation, key, "simulated: no answer")
         if self._host.refuses_upload and operation == "put_file":
             raise StoreFullError(operation, key, "simulated: this one is refused")
-        fault = self._faults.strike(category, label)
+        recovers = self._host.epoch == NO_EPOCH and label in _OF_RECOVERY
+        fault = self._faults.strike("recovery" if recovers else category, label)
         if fault is None:
             return self._timely(effect, self._random() * 0.02 * self._process.slowness)
         if fault in {"crash", "freeze", "host-down"}:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.model.planted import BUGS, planted
+from tests.model.planted import BUGS, BUGS_OF_TWO_JOBS, planted
 from tests.model.simulate import play_many
-from tests.model.world import Report, play, silence
+from tests.model.states import Distinct
+from tests.model.world import Report, World, play, silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SEEDS, PARTS = 2000, 8
-MOST_SEEDS_TO_FIND = 600
+MOST_SEEDS_TO_FIND, MOST_SEEDS_TO_FIND_WITH_A_PLOT = 600, 8000
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +66,25 @@ def test_planted_bugs(bug: str) -> None:
     assert not play(found.seed).error  # it was the bug, not the seed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # the one that hides best takes 10 s on a core of its own
+@pytest.mark.parametrize("bug", BUGS_OF_TWO_JOBS)
+def test_planted_bugs_of_two_jobs(bug: str) -> None:
+    with planted(bug):
+        found = _first_failure_of_a_plot()
+    assert found is not None, f"{bug}: not found within {MOST_SEEDS_TO_FIND_WITH_A_PLOT} seeds"
+    print(f"{bug}: seed {found.seed}: {found.error}")
+    assert not play(found.seed).error
+
+
 def _first_failure() -> Report | None:
     reports = (play(seed) for seed in range(MOST_SEEDS_TO_FIND))
+    return next((report for report in reports if report.error), None)
+
+
+def _first_failure_of_a_plot() -> Report | None:
+    worlds = (World(seed, Distinct()) for seed in range(MOST_SEEDS_TO_FIND_WITH_A_PLOT))
+    reports = (world.run() for world in worlds if world.settings.ambush)
     return next((report for report in reports if report.error), None)
 
 
