@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcpsvc.format import shardfile
+from dcpsvc.outline import Large
 from dcpsvc.stages import ack
 from dcpsvc.state import division
 from dcpsvc.state.division import Structure
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from dcpsvc.state.collected import Collected
+
+LARGE_NBYTES = 64 << 10
+"""From here on copying a tensor takes longer than saying so."""
 
 
 class Blueprint:
@@ -37,6 +41,7 @@ class Blueprint:
         self.part = ack.part(self.placement, rank, collected.aliases)
         by_name = {share.piece.name: share for share in shares}
         self._shares = [by_name[name] for name in self.placement.names]
+        self._large = [n for n, share in enumerate(self._shares) if share.piece.nbytes >= LARGE_NBYTES]
 
     def fits(self, collected: Collected) -> bool:
         """Whether the state still has this structure."""
@@ -45,6 +50,16 @@ class Blueprint:
     def sources(self, collected: Collected) -> list[torch.Tensor]:
         """The tensors, or views of them, in the order of the file."""
         return [share.source(collected) for share in self._shares]
+
+    def large(self, collected: Collected, *, guarded: bool) -> list[Large]:
+        """Those that take their time to copy.
+
+        Args:
+            collected: The state as of now.
+            guarded: Whether the optimizers wait for that.
+        """
+        items = [(n, collected.items[self._shares[n].piece.key]) for n in self._large]
+        return [Large(n, item.origin, item.owner if guarded else None) for n, item in items]
 
 
 class Blueprints:

@@ -103,6 +103,7 @@ class Checkpointer:
         self._saver = saver = Saver(
             self._job, self._run, self._state, self._life, self._events,
             staging_nbytes=self._options.staging_nbytes, max_inflight=self._options.max_inflight,
+            overlap=self._options.staging == "overlap",
         )  # fmt: skip
         predicted_nbytes = saver.predicted_nbytes()
         try:
@@ -170,6 +171,7 @@ class Checkpointer:
             self._job, f"resume-{self._resumes}", self._run.remote, [self._run.local], self._state,
             options.sync_timeout_s, options.upload_timeout_s,
         )  # fmt: skip
+        self._saver.wait_copied()
         found = resuming.run(step, skip)
         self._saver.prepare_once(Collected(self._job.rank))
         self._announcer.resumed(found)

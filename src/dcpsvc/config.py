@@ -57,6 +57,11 @@ class Options:
     """Saves under way at once. Each holds host memory of the size of this rank's shard until it is on the local disk,
     and disk space until it is committed."""
 
+    staging: Literal["overlap", "block"] = "overlap"
+    """``overlap``: large tensors that only an optimizer of the state changes are copied while the next forward and
+    backward run; its ``step()`` waits for what is not copied yet. Whoever changes them otherwise waits for
+    ``pending.staged``, or that save fails. ``block``: ``save()`` returns when all is copied."""
+
     staging_nbytes: int | None = None
     """Host memory that staging may take on this rank. A shard that does not fit is written straight from the state
     before ``save()`` returns: slower, and the same bytes. None: what the machine has free."""
@@ -99,6 +104,7 @@ class Options:
         if not is_count(self.max_inflight):
             raise ConfigError(f"max_inflight={self.max_inflight!r} must be an int of at least 1")
         _one_of("on_failure", self.on_failure, ("continue", "raise"))
+        _one_of("staging", self.staging, ("overlap", "block"))
         _one_of("backpressure", self.backpressure, ("wait", "skip", "drop-oldest"))
         _positive("grace_s", self.grace_s)
         _count_or_none("staging_nbytes", self.staging_nbytes)

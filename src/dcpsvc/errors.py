@@ -10,7 +10,8 @@
     |   `-- RunBusyError            another live process on this host writes this run
     |-- StateError                  something in the state cannot be saved or loaded as declared
     |   |-- UnsupportedStateError   an object that is neither tensor nor JSON-like, named by key
-    |   `-- StateMismatchError      the checkpoint and the state in memory do not fit
+    |   |-- StateMismatchError      the checkpoint and the state in memory do not fit
+    |   `-- TornSnapshotError       a tensor was changed while it was being copied
     |-- SaveError                   one attempt to save one step did not become a checkpoint
     |   |-- SaveFailedError         ranks failed, or disagreed about what to save
     |   |-- RanksMissingError       ranks did not arrive before the deadline
@@ -119,6 +120,10 @@ class UnsupportedStateError(StateError):
 
 class StateMismatchError(StateError):
     """The checkpoint and the state in memory do not fit; nothing in memory was changed."""
+
+
+class TornSnapshotError(StateError):
+    """A tensor was changed while it was being copied; what was copied is never published."""
 
 
 # --- save -----------------------------------------------------------------------------------------

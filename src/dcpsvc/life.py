@@ -90,6 +90,7 @@ class Life:
         return error
 
     def _to_commit(self, save: Save) -> Manifest:
+        self._complete(save)
         need = save.proposal.disk if isinstance(save.proposal, ack.Proposal) else None
         agreement = ack.agree(self._job, save.place, save.proposal, self._sync, lambda: self._make_room(save, need))
         self._forget_previous(save)
@@ -110,6 +111,20 @@ class Life:
         self._replaced_by = published.replaced
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
+
+    def _complete(self, save: Save) -> None:
+        """The hashes of replicated tensors may come after the rest of what this rank says."""
+        proposal, replicas = save.proposal, save.replicas
+        if replicas is None or isinstance(proposal, RankFailure):
+            return
+
+        def complete() -> ack.Proposal:
+            if save.copying is not None:
+                save.copying.wait_aside()
+            replicas.complete(proposal.said)
+            return proposal
+
+        save.proposal = self._tried(save, "stage", complete)
 
     def check_room(self, nbytes: int | None) -> None:
         """Whether the local disks can take a first save. Collective; before the first step.

@@ -15,8 +15,9 @@ class Timings:
 
     Attributes:
         blocked_s: What the training thread waited inside ``save()``.
+        held_s: What optimizers waited afterwards, before they stepped, for the rest of the copy.
         waited_s: The part of it spent waiting for the save before.
-        stage_s: Copying into the arena, a part of ``blocked_s``.
+        stage_s: From the first tensor copied into the arena to the last.
         write_s: Writing and syncing the local file.
         local_s: From the call to "every rank's shard is durable on its local tier".
         upload_s: Carrying the shard to the run root and proving it.
@@ -26,6 +27,7 @@ class Timings:
     """
 
     blocked_s: float = 0.0
+    held_s: float = 0.0
     waited_s: float = 0.0
     stage_s: float = 0.0
     write_s: float = 0.0
@@ -42,7 +44,8 @@ class PendingSave:
     Attributes:
         step: Training step.
         attempt: Which try.
-        staged: Resolves when the state may change; done already when ``save()`` returns.
+        staged: Resolves when the whole state may change; the optimizers of the state wait for their part by
+            themselves. With ``staging="block"`` done already when ``save()`` returns.
         local: Resolves when every rank's shard is durable on its local tier.
         committed: Resolves when the checkpoint exists; holds the SaveError if it failed.
         timings: Complete once ``committed`` is done.
@@ -118,7 +121,7 @@ class Statistics:
         failed: Saves that did not.
         skipped: Saves that were left out, or given up for newer ones, as ``backpressure`` says.
         consecutive_failures: Since the last commit.
-        blocked_s: Training time lost in ``save()``, all saves together.
+        blocked_s: Training time lost in ``save()`` and before the next step of an optimizer, all saves together.
         nbytes: Committed, all ranks.
         newest: Newest committed step; None if there is none.
         resumed_from: Step that was loaded; None on a fresh run.

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from dcpsvc.copying import Copying
     from dcpsvc.errors import RankFailure
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.pending import PendingSave
     from dcpsvc.stages import ack
+    from dcpsvc.state.claims import Replicas
 
 
 class Shard(Protocol):
@@ -50,6 +52,8 @@ class Save:
         began: When it was accepted, on the performance counter.
         proposal: What this rank brings to the ranks; a failure if it could not stage.
         shard: None if staging failed.
+        copying: What of the state is still being read.
+        replicas: Hashes that this rank has still to say.
         phase: The last labelled point it came to.
         dropped: Why this save is given up; empty while it is wanted.
         keeps_files: What it has on disk stays when it is given up: the next start may finish it.
@@ -62,6 +66,8 @@ class Save:
     began: float
     proposal: ack.Proposal | RankFailure
     shard: Shard | None = None
+    copying: Copying | None = None
+    replicas: Replicas | None = None
     phase: str = ""
     dropped: str = ""
     keeps_files: bool = False

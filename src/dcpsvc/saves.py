@@ -26,7 +26,6 @@ class Saves:
 
     Attributes:
         skipped: Saves that back-pressure left out.
-        blocked_s: Training time that all saves together took.
         last: The last one that was begun.
         last_began: When that was, on the monotonic clock.
     """
@@ -36,9 +35,14 @@ class Saves:
     ) -> None:
         self._admission, self._saver, self._uploader = admission, saver, uploader
         self._catalog, self._events = catalog, events
-        self.skipped, self.blocked_s = 0, 0.0
+        self.skipped, self._blocked_s = 0, 0.0
         self.last: PendingSave | None = None
         self.last_began = time.monotonic()
+
+    @property
+    def blocked_s(self) -> float:
+        """Training time that all saves together took."""
+        return self._blocked_s + self._saver.held_s
 
     def check_new(self, step: int) -> None:
         """A committed step is never saved again.
@@ -58,7 +62,7 @@ class Saves:
         must: bool = False,
         left_s: float | None = None,
     ) -> PendingSave:
-        """Snapshot the state, or leave the save out. When this returns the state may change.
+        """Snapshot the state, or leave the save out. When this returns the optimizers may step.
 
         Args:
             step: Training step.
@@ -92,7 +96,7 @@ class Saves:
             self._saver.let_go(save)
             raise
         timings.blocked_s = save.elapsed_s()
-        self.blocked_s += timings.blocked_s
+        self._blocked_s += timings.blocked_s
         return save.pending
 
     def _leave_out(self, pending: PendingSave, reason: str) -> PendingSave:

@@ -19,20 +19,25 @@ from dcpsvc import preflight
 from dcpsvc.arena import Arena
 from dcpsvc.arenas import Arenas
 from dcpsvc.blueprint import Blueprints
-from dcpsvc.errors import RankFailure, StateError
+from dcpsvc.errors import RankFailure, StateError, TornSnapshotError
 from dcpsvc.events import Point
+from dcpsvc.holdback import Holdback
+from dcpsvc.outline import Outline
 from dcpsvc.pending import PendingSave
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.save import Save, meeting_place
 from dcpsvc.stages import ack, shard
-from dcpsvc.stages.stage import Gate, Outline, Snapshot, Stream
+from dcpsvc.stages.stage import Gate, Snapshot
+from dcpsvc.stages.stream import Stream
 from dcpsvc.state import claims, division
+from dcpsvc.state.claims import Replicas
 from dcpsvc.state.collected import Collected
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
     from dcpsvc.blueprint import Blueprint
+    from dcpsvc.copying import Copying
     from dcpsvc.events import Events
     from dcpsvc.format.keys import Attempt
     from dcpsvc.life import Life
@@ -58,6 +63,7 @@ class Saver:
         events: For the observer.
         staging_nbytes: Host memory for arenas; None takes a fair share of what the machine has free.
         max_inflight: Saves on their way at a time.
+        overlap: Whether training may go on while large tensors are copied.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Saver:
         *,
         staging_nbytes: int | None = None,
         max_inflight: int = 1,
+        overlap: bool = True,
     ) -> None:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
         spare = 1  # for a save after one that the disk has not taken in time
@@ -77,6 +84,8 @@ class Saver:
         self._blueprints = Blueprints(job.rank, job.world_size)
         self._tries: dict[int, int] = {}
         self._unwritten: list[tuple[DcpShard, int]] = []
+        self._overlap, self._holdback = overlap, Holdback()
+        self._copying: Copying | None = None
         self._staged_with = 0
         self._has_warned = self._has_said_replanned = self._is_prepared = False
 
@@ -141,8 +150,18 @@ class Saver:
         if not self._is_prepared and all(optimizer.state for optimizer in self._state.optimizers()):
             self.prepare(values)
 
+    @property
+    def held_s(self) -> float:
+        """What optimizers waited for copies, all saves together."""
+        return self._holdback.waited_s
+
+    def wait_copied(self) -> None:
+        """Until nothing of the state is being read: it is about to be changed. Training thread."""
+        self._holdback.wait()
+
     def close(self) -> None:
         """No save is going to be staged any more."""
+        self._holdback.close()
         self._arenas.close()
 
     def _make_ready(self, collected: Collected) -> None:
@@ -155,13 +174,16 @@ class Saver:
             logger.debug("nothing is prepared for the first save: %s", err)
 
     def settle(self, save: Save) -> None:
-        """Wait until the state may be changed: at once, or when a shard that had no room in memory is written.
+        """Wait until the optimizers may step: a shard that had no room in memory is written then.
 
         The uploader must have the save. Bounded by the deadlines of its stages. Whoever is interrupted on the way here
         calls :meth:`let_go`.
         """
         if isinstance(save.proposal, RankFailure):
             return  # nothing of it will be read
+        if save.copying is not None:
+            save.copying.release(None)
+            return
         while not wait([save.pending.staged], _LOOK_S).done:
             pass  # a Ctrl-C that came a moment before the wait is seen only between two waits
 
@@ -184,16 +206,12 @@ class Saver:
             return None
 
     def _stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
-        began = time.perf_counter()
         self._is_prepared = True
-        rank, world_size = self._job.rank, self._job.world_size
-        collected = self._state.collect(rank, values=values)
-        said = claims.claims(collected, verify_replicas=world_size > 1)
+        self._look_back()
+        collected = self._state.collect(self._job.rank, values=values)
+        said = claims.claims(collected)
         blueprint = self._blueprint(collected)
-        documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
-        about = {"step": str(save.key.step), "attempt": save.key.attempt, "rank": str(rank)}
-        outline = Outline(blueprint.placement, blueprint.sources(collected), documents, about)
-        is_copied = self._begin_shard(save, outline, blueprint)
+        self._begin_shard(save, self._outline(save, collected, blueprint), blueprint, collected)
         save.proposal = ack.Proposal(
             step=save.key.step,
             said=said,
@@ -202,10 +220,24 @@ class Saver:
             stamp=_stamp(metrics),
             disk=self._disk_need(),
         )
-        save.pending.timings.stage_s = time.perf_counter() - began
-        if is_copied:
-            save.pending.resolve(save.pending.staged)
-        self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=outline.nbytes)
+        if save.copying is not None:
+            self._holdback.watch(self._state.optimizers(), save.copying, functools.partial(_hold, save.pending))
+
+    def _outline(self, save: Save, collected: Collected, blueprint: Blueprint) -> Outline:
+        documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
+        about = {"step": str(save.key.step), "attempt": save.key.attempt, "rank": str(self._job.rank)}
+        large = blueprint.large(collected, guarded=self._overlap)
+        return Outline(blueprint.placement, blueprint.sources(collected), documents, about, large)
+
+    def _look_back(self) -> None:
+        """Whoever changes tensors behind their optimizer's back does so again: better wait for the copy from now on."""
+        if self._copying is not None and isinstance(self._copying.error, TornSnapshotError) and self._overlap:
+            self._overlap = False
+            logger.warning(
+                'rank %s: as with staging="block", save() returns when all is copied, from now on: %s',
+                self._job.rank,
+                self._copying.error,
+            )
 
     def _blueprint(self, collected: Collected) -> Blueprint:
         self._arenas.settle()  # it may be in the making, too
@@ -222,26 +254,38 @@ class Saver:
         need_nbytes = sum(nbytes - begun.reserved_nbytes for begun, nbytes in self._unwritten)
         return DiskNeed.measure(self._run.local_path, rank=self._job.rank, need_nbytes=need_nbytes)
 
-    def _begin_shard(self, save: Save, outline: Outline, blueprint: Blueprint) -> bool:
-        """Hand over to DCP; says whether the state may be changed now."""
-        key, staged, plan = save.key.shard(self._job.rank), self._hold(outline), blueprint.plan
-        begun = save.shard = shard.begin(
-            staged,
-            stager=Gate(staged),
-            plan=plan,
-            writer=shard.ShardWriter(self._run.local_path / key, staged, plan, rank=self._job.rank, key=key),
-            process_group=self._job.dcp_group,
-        )
+    def _begin_shard(self, save: Save, outline: Outline, blueprint: Blueprint, collected: Collected) -> None:
+        """Hand over to DCP."""
+        began = time.perf_counter()
+        key, plan = save.key.shard(self._job.rank), blueprint.plan
+        staged = self._hold(save, outline, collected)
+        try:
+            begun = save.shard = shard.begin(
+                staged,
+                stager=Gate(staged),
+                plan=plan,
+                writer=shard.ShardWriter(self._run.local_path / key, staged, plan, rank=self._job.rank, key=key),
+                process_group=self._job.dcp_group,
+            )
+        except BaseException:  # nobody is going to write it
+            staged.forget()
+            raise
         self._unwritten.append((begun, preflight.file_nbytes(outline.nbytes)))
         if isinstance(staged, Snapshot):
-            staged.arena.reader = begun
-        return isinstance(staged, Snapshot)
+            staged.reader, save.copying, self._copying = begun, staged.copying, staged.copying
+        else:
+            self._has_staged(save, outline.nbytes, began)
 
-    def _hold(self, outline: Outline) -> Snapshot | Stream:
+    def _hold(self, save: Save, outline: Outline, collected: Collected) -> Snapshot | Stream:
         """Where there is memory for a copy, one is made; else the state itself has to hold still."""
         arena = self._arenas.take(outline.nbytes)
+        if self._job.world_size > 1:
+            save.replicas = Replicas(collected, later=isinstance(arena, Arena), guarded=self._overlap)
         if isinstance(arena, Arena):
-            return Snapshot(outline, arena)
+            beside = save.replicas.tasks if save.replicas else []
+            on_copied = functools.partial(self._has_copied, save, outline.nbytes, time.perf_counter())
+            staged = arena.reader = Snapshot(outline, arena, beside, on_copied)
+            return staged
         window_nbytes = preflight.window_nbytes(arena.spare_nbytes)
         if not self._has_warned:
             self._has_warned = True
@@ -252,6 +296,19 @@ class Saver:
                 *map(preflight.mebibytes, (outline.nbytes, arena.spare_nbytes, window_nbytes)),
             )
         return Stream(outline, window_nbytes)
+
+    def _has_copied(self, save: Save, nbytes: int, began: float) -> None:
+        """Any thread."""
+        self._has_staged(save, nbytes, began)
+        save.pending.resolve(save.pending.staged)
+
+    def _has_staged(self, save: Save, nbytes: int, began: float) -> None:
+        save.pending.timings.stage_s = time.perf_counter() - began
+        self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=nbytes)
+
+
+def _hold(pending: PendingSave, seconds: float) -> None:
+    pending.timings.held_s += seconds
 
 
 @contextlib.contextmanager

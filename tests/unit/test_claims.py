@@ -26,7 +26,11 @@ def model(seed: int = 0) -> nn.Module:
 
 
 def said(state: dict[str, Any], rank: int = 0, *, verify_replicas: bool = True) -> Claims:
-    return claims.claims(AppState(state).collect(rank), verify_replicas=verify_replicas)
+    collected = AppState(state).collect(rank)
+    found = claims.claims(collected)
+    if verify_replicas:
+        claims.Replicas(collected, later=False, guarded=False).complete(found)
+    return found
 
 
 def differing(*states: dict[str, Any], **options: bool) -> list[str]:

@@ -38,7 +38,7 @@ def collected(state: dict[str, tuple[str, tuple[int, ...]]], sharing: Sharing = 
     found = Collected(0)
     for key, (dtype, shape) in state.items():
         tensor = torch.zeros((), dtype=dtype_of(dtype)).expand(shape)
-        found.items[key] = Item(tensor, dtype, shape, (0,) * len(shape), sharing, writes=True)
+        found.items[key] = Item(tensor, dtype, shape, (0,) * len(shape), sharing, writes=True, origin=tensor)
     return found
 
 
@@ -143,5 +143,7 @@ def test_a_rank_of_its_own_value_writes_it_whole() -> None:
 def test_a_sharded_part_is_written_by_the_rank_that_writes_it() -> None:
     found = Collected(0)
     for key, writes in (("mine", True), ("other", False)):
-        found.items[key] = Item(torch.zeros(2, 4), "F32", (8, 4), (2, 0), Sharing.SHARDED, writes=writes)
+        found.items[key] = Item(
+            torch.zeros(2, 4), "F32", (8, 4), (2, 0), Sharing.SHARDED, writes=writes, origin=torch.zeros(2, 4)
+        )
     assert [share.piece.name for share in division.shares(found, 5, 9)] == ["mine[2:4,0:4]"]

@@ -24,6 +24,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "StateError": ("model.weight", "two tensors would have this name"),
     "UnsupportedStateError": ("loader.fn", "builtins.function is neither a tensor nor JSON-like"),
     "StateMismatchError": ("model.weight", "saved with shape [2], here it is [3]"),
+    "TornSnapshotError": ("model.weight", "it was changed while it was copied"),
     "SaveError": (40, "cafe-0", 30),
     "SaveFailedError": (40, "cafe-0", 30, (FAILURE,)),
     "RanksMissingError": (40, "cafe-0", None, "plan", (3,), (0, 1, 2), 60.0, "rank 3 was last seen in step 39"),

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 def disagreements(*states: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
-    said = [claims.claims(AppState(state).collect(rank), verify_replicas=True) for rank, state in enumerate(states)]
+    said: list[claims.Claims] = []
+    for rank, state in enumerate(states):
+        collected = AppState(state).collect(rank)
+        said.append(claims.claims(collected))
+        claims.Replicas(collected, later=False, guarded=False).complete(said[-1])
     differing = claims.differing([claims.digests(one) for one in said])
     found = dict(claims.disagreements(said))
     assert differing == sorted({claims.component_of(key) for key in found})

@@ -18,8 +18,10 @@ from dcpsvc.arena import Arena
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.shardfile import Piece
+from dcpsvc.outline import Outline
 from dcpsvc.stages import shard, stage
-from dcpsvc.stages.stage import Gate, Outline, Snapshot, Stream
+from dcpsvc.stages.stage import Gate, Snapshot
+from dcpsvc.stages.stream import Stream
 from dcpsvc.state.dtypes import dtype_of, name_of
 from dcpsvc.state.saveplan import ShardPlan
 from tests.unit.one_process import bits
@@ -164,7 +166,7 @@ def test_every_tensor_is_in_one_batch_and_no_batch_is_long(sizes: list[int]) -> 
     placement = shardfile.place(
         Piece(f"{number:03d}", "U8", (nbytes,), (0,), (nbytes,)) for number, nbytes in enumerate(sizes)
     )
-    batches = list(stage._batches(placement))
+    batches = list(stage._batches(placement, 0, len(sizes)))
     assert list(itertools.chain.from_iterable(range(len(sizes))[batch] for batch in batches)) == list(range(len(sizes)))
     assert all(sum(piece.nbytes for piece in placement.pieces[batch][:-1]) <= 256 * MIB for batch in batches)
 

@@ -23,8 +23,10 @@ from dcpsvc.errors import CommitUnknownError, SaveFailedError
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES
 from dcpsvc.format.shardfile import Piece
+from dcpsvc.outline import Outline
 from dcpsvc.stages import shard
-from dcpsvc.stages.stage import Gate, Outline, Snapshot, Stream, copy_elements
+from dcpsvc.stages.stage import Gate, Snapshot
+from dcpsvc.stages.stream import Stream, copy_elements
 from dcpsvc.state.dtypes import name_of
 from dcpsvc.state.saveplan import ShardPlan
 from tests.unit.one_process import bits, resume, told

@@ -1,7 +1,7 @@
-"""Stage: hold still what this rank writes: copied into an arena, which is the image of the file, or left where it is.
+"""Stage: hold still what this rank writes, by copying it into an arena, which is the image of the file.
 
-What does not fit into memory a second time is not copied: it goes through a small window while it is written, and
-``save()`` returns when that is done. The file is the same, byte for byte.
+Small tensors, and those that anybody may change, are copied before ``save()`` returns; large ones that only an
+optimizer changes, while training goes on, but before that optimizer steps. The shard is written behind the copy.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcpsvc.arena import Arena
-from dcpsvc.format import shardfile
-from dcpsvc.format.layout import ITEM_NBYTES
-from dcpsvc.format.parse import compact
-from dcpsvc.state.dtypes import dtype_of
+from dcpsvc import copying
+from dcpsvc.copying import Copying, Extent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
-    from dcpsvc.format.shardfile import Piece, Placement
+    from dcpsvc.arena import Arena, Reader
+    from dcpsvc.copying import Batch, Task
+    from dcpsvc.format.shardfile import Placement
+    from dcpsvc.outline import Large, Outline
 
 _WRITE_NBYTES = 64 << 20
 """Written by one call. A busy training thread gives the interpreter back after 5 ms, which is 16 MiB of disk time."""
@@ -35,30 +35,6 @@ _BATCH_NBYTES = 256 << 20
 
 # Private in name, and what torch's own optimizers and FSDP2 are made of.
 _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-
-
-class Outline:
-    """What one rank writes for one attempt; nothing is copied yet.
-
-    Attributes:
-        placement: Where each piece lies in the file.
-        sources: The tensors, or views of them, in the order of the file. Their dtype may be another than the file's.
-        header: The file's first bytes.
-        objects: Its JSON documents.
-        nbytes: Of the file up to its block table.
-    """
-
-    def __init__(
-        self,
-        placement: Placement,
-        sources: Sequence[torch.Tensor],
-        documents: Mapping[str, Any],
-        metadata: Mapping[str, str],
-    ) -> None:
-        self.placement, self.sources = placement, list(sources)
-        self.objects = compact(documents)
-        self.header = shardfile.header(placement, len(self.objects), metadata)
-        self.nbytes = placement.tensors_end + len(self.objects)
 
 
 class Staged(Protocol):
@@ -92,17 +68,33 @@ class Staged(Protocol):
 
 
 class Snapshot:
-    """Copied into an arena: the state may change as soon as :meth:`stage` returns.
+    """Copied into an arena.
+
+    Args:
+        outline: What; its tensors are let go of when they are copied.
+        arena: Where to.
+        beside: What else must be read from the tensors before they change.
+        on_copied: Called once, on any thread, when nothing is read from the state any more.
 
     Attributes:
         nbytes: Of the file up to its block table.
         arena: Where to.
+        copying: What is not copied when :meth:`stage` returns.
+        reader: Who writes the file, once somebody does.
     """
 
-    def __init__(self, outline: Outline, arena: Arena) -> None:
+    def __init__(
+        self,
+        outline: Outline,
+        arena: Arena,
+        beside: Sequence[Task] = (),
+        on_copied: Callable[[], None] = lambda: None,
+    ) -> None:
         self._outline, self.arena, self._host = outline, arena, arena.reserve(outline.nbytes)
         self._views = arena.cut(outline.placement)
         self.nbytes = outline.nbytes
+        self.copying = Copying([*beside, *self._batches()], on_copied)
+        self.reader: Reader | None = None
 
     @property
     def image(self) -> memoryview:
@@ -114,89 +106,67 @@ class Snapshot:
         """The image of the file."""
         return {"image": self._host}
 
+    @property
+    def ended(self) -> bool:
+        """Nobody uses the arena any more."""
+        return self.copying.ended and (self.reader is None or self.reader.ended)
+
     def piece(self, name: str) -> torch.Tensor:
         """A piece in the arena."""
         return self._views[self._outline.placement.names.index(name)]
 
     def stage(self) -> None:
-        """Copy every tensor straight to its place in the file."""
+        """Copy every tensor that is not large straight to its place in the file, and begin with those that are."""
         outline = self._outline
         with torch.no_grad():
-            for batch in _batches(outline.placement):
+            for batch in self._at_once():
                 # Small tensors cost a microsecond each so, and large ones are copied as fast as alone.
                 _copy(self._views[batch], outline.sources[batch])
-        self.forget()
+        outline.forget()
         self._fill(0, outline.header)
         self._fill(outline.placement.tensors_end, outline.objects)
+        self.copying.start()
 
     def forget(self) -> None:
-        """The copy is all that is needed."""
-        self._outline.sources.clear()
+        """Let go of the state, whatever is not copied yet."""
+        self.copying.call_off()
+        self._outline.forget()
 
     def parts(self, resolve: Callable[[str], torch.Tensor]) -> Generator[memoryview]:
-        """The image as it lies."""
+        """The image as it lies, each part as soon as it is copied.
+
+        Raises:
+            TornSnapshotError: A tensor was changed while it was copied.
+        """
         del resolve  # every piece is at its place already
         for begin in range(0, self.nbytes, _WRITE_NBYTES):
-            yield self.image[begin : begin + _WRITE_NBYTES]
+            end = begin + _WRITE_NBYTES
+            self.copying.wait_below(end)
+            yield self.image[begin:end]
+        self.copying.wait()
+
+    def _at_once(self) -> Iterator[slice]:
+        first = 0
+        for large in self._outline.large:
+            yield from _batches(self._outline.placement, first, large.number)
+            first = large.number + 1
+        yield from _batches(self._outline.placement, first, len(self._views))
+
+    def _batches(self) -> Iterator[Batch]:
+        outline = self._outline
+        # What torch has to convert, gather or fetch on the way is copied by torch, and at once.
+        outline.large = [
+            large for large in outline.large if _is_plain(outline.sources[large.number], self._views[large.number])
+        ]
+        return copying.batches(map(self._extent, outline.large), watched=True)
+
+    def _extent(self, large: Large) -> tuple[int, int | None, Extent]:
+        placement, index = self._outline.placement, large.number
+        source, target = (flat(tensors[index]) for tensors in (self._outline.sources, self._views))
+        return placement.begins[index], large.owner, Extent(placement.names[index], large.origin, source, target)
 
     def _fill(self, begin: int, data: bytes) -> None:
         self.image[begin : begin + len(data)] = data
-
-
-class Stream:
-    """Left where it is: the state must not change before the file is written, window by window.
-
-    Attributes:
-        nbytes: Of the file up to its block table.
-        tensors: The pieces where the training has them, by name; forgotten once they are written.
-        given: Nothing: what DCP holds on to would be held for too long.
-    """
-
-    def __init__(self, outline: Outline, window_nbytes: int) -> None:
-        self._outline, self._window_nbytes = outline, window_nbytes
-        self.tensors = dict(zip(outline.placement.names, outline.sources, strict=True))
-        self.nbytes, self.given = outline.nbytes, dict[str, torch.Tensor]()
-        outline.sources.clear()
-
-    def piece(self, name: str) -> torch.Tensor:
-        """A piece of the state."""
-        return self.tensors[name]
-
-    def forget(self) -> None:
-        """Whatever becomes of the state, it is not read any more."""
-        self.tensors.clear()
-
-    def stage(self) -> None:
-        """Let what the training has begun on its devices end: another thread, on another stream, is going to read."""
-        for device in {tensor.device for tensor in self.tensors.values()}:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-
-    def parts(self, resolve: Callable[[str], torch.Tensor]) -> Generator[memoryview]:
-        """Fill the window anew for each part, in the order of the file."""
-        arena = Arena()
-        try:
-            window = arena.reserve(min(self._window_nbytes, self.nbytes))
-            for begin in range(0, self.nbytes, self._window_nbytes):
-                part = window[: min(self._window_nbytes, self.nbytes - begin)]
-                self._fill(part, begin, resolve)
-                yield part.numpy().data
-        finally:
-            self.forget()
-            arena.release()
-
-    def _fill(self, part: torch.Tensor, begin: int, resolve: Callable[[str], torch.Tensor]) -> None:
-        """Bytes ``[begin, begin + len(part))`` of the file."""
-        outline, end = self._outline, begin + part.numel()
-        for at, data in ((0, outline.header), (outline.placement.tensors_end, outline.objects)):
-            low, high = max(at, begin), min(at + len(data), end)
-            if low < high:
-                part.numpy()[low - begin : high - begin].data[:] = data[low - at : high - at]
-        for name, piece, at in _between(outline.placement, begin, end):
-            low, high = max(at, begin), min(at + piece.nbytes, end)
-            if low < high:
-                flat = part[low - begin : high - begin].view(dtype_of(piece.dtype))
-                copy_elements(flat, resolve(name), (low - at) // ITEM_NBYTES[piece.dtype])
 
 
 class Gate(AsyncStager):
@@ -230,9 +200,9 @@ class Gate(AsyncStager):
 
     def refuse(self, error: BaseException) -> None:
         """The save has ended before a byte was written."""
+        self._staged.forget()
         with self._lock:
             if not self._result.done():
-                self._staged.forget()
                 self._result.set_exception(error)
 
     def synchronize_staging(self) -> None:
@@ -242,41 +212,27 @@ class Gate(AsyncStager):
         """The arena belongs to the Checkpointer."""
 
 
-def copy_elements(flat: torch.Tensor, source: torch.Tensor, begin: int) -> None:
-    """Fill ``flat`` with the elements of ``source`` from ``begin`` on, counted row major, whatever its strides are.
-
-    Only what is asked for is copied: a source that is not contiguous, or on a device, is never made whole elsewhere.
-    """
-    count = flat.numel()
-    if count == source.numel():
-        flat.view(source.shape).copy_(source)
-        return
-    row = source.numel() // source.shape[0]
-    first, inside = divmod(begin, row)
-    done = min(row - inside, count) if inside else 0
-    if done:
-        copy_elements(flat[:done], source[first], inside)
-        first += 1
-    if rows := (count - done) // row:
-        whole = flat[done : done + rows * row]
-        whole.view(rows, *source.shape[1:]).copy_(source[first : first + rows])
-    if rest := (count - done) % row:
-        copy_elements(flat[count - rest :], source[first + rows], 0)
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8)
 
 
-def _between(placement: Placement, begin: int, end: int) -> Iterator[tuple[str, Piece, int]]:
-    """Pieces that may have bytes in a range: their names, and where they begin."""
-    first = max(0, bisect.bisect_right(placement.begins, begin) - 1)
-    last = bisect.bisect_left(placement.begins, end)
-    among = slice(first, last)
-    return zip(placement.names[among], placement.pieces[among], placement.begins[among], strict=True)
+def _is_plain(source: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether its bytes are the file's."""
+    return (
+        source.device.type == "cpu"
+        and source.dtype == target.dtype
+        and source.is_contiguous()
+        and not source.is_conj()
+        and not source.is_neg()
+    )
 
 
-def _batches(placement: Placement) -> Iterator[slice]:
-    """All pieces in file order, some at a time."""
-    begins, first = placement.begins, 0
-    while first < len(begins):
-        within = bisect.bisect_right(begins, begins[first] + _BATCH_NBYTES)
+def _batches(placement: Placement, first: int, end: int) -> Iterator[slice]:
+    """Pieces ``[first, end)``, some at a time."""
+    begins = placement.begins
+    while first < end:
+        within = bisect.bisect_right(begins, begins[first] + _BATCH_NBYTES, hi=end)
         last = min(within, first + _BATCH)
         yield slice(first, last)
         first = last

@@ -72,6 +72,7 @@ class AppState:
             values: As :meth:`collect_values` gave it earlier; used instead of the values of now.
         """
         collected = values or Collected(rank)
+        collected.owners = self._owners()
         for component in self.components().values():
             if values is None or not isinstance(component, ValueComponent):
                 component.collect(collected)
@@ -106,6 +107,15 @@ class AppState:
                     f"the checkpoint of step {saved.step} has no such component; skip=[{name!r}] starts without it",
                 )
         return chosen
+
+    def _owners(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        shared: set[int] = set()
+        for optimizer in self.optimizers():
+            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                if found.setdefault(id(parameter), id(optimizer)) != id(optimizer):
+                    shared.add(id(parameter))
+        return {parameter: optimizer for parameter, optimizer in found.items() if parameter not in shared}
 
     def optimizers(self) -> list[Optimizer]:
         """Every optimizer of the state."""

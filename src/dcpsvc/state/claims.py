@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from dcpsvc.errors import TornSnapshotError
 from dcpsvc.format.digest import digest
 from dcpsvc.format.parse import compact
 from dcpsvc.state import documents
@@ -20,27 +21,22 @@ from dcpsvc.state.collected import Sharing
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from dcpsvc.state.collected import Collected
+    from dcpsvc.state.collected import Collected, Item
 
 Claims = dict[str, dict[str, str]]
 """Component -> key -> what this rank says about it."""
 
 _MAX_TEXT = 64
 _COPIED_NBYTES = 16 << 20
+_LARGE_NBYTES = 64 << 10
 
 
-def claims(collected: Collected, *, verify_replicas: bool) -> Claims:
-    """Everything the ranks must agree on.
-
-    Args:
-        collected: This rank's part.
-        verify_replicas: Whether the values of replicated tensors are compared; each is read once.
-    """
+def claims(collected: Collected) -> Claims:
+    """Everything the ranks must agree on, but for the values of replicated tensors: see :class:`Replicas`."""
     said: Claims = defaultdict(dict)
-    replicas = _hashes(collected) if verify_replicas else {}
     for key, item in collected.items.items():
         if item.sharing is not Sharing.PER_RANK:
-            said[component_of(key)][key] = item.claim + replicas.get(key, "")
+            said[component_of(key)][key] = item.claim
     for key, of in collected.aliases.items():
         said[component_of(key)][key] = f"is {of}"
     for name, document in collected.documents.items():
@@ -49,6 +45,61 @@ def claims(collected: Collected, *, verify_replicas: bool) -> Claims:
     for name in collected.own_documents:
         said[component_of(name)][component_of(name)] = "per rank"
     return said
+
+
+class Replicas:
+    """Hashes of all replicated tensors; each is read once.
+
+    Args:
+        collected: This rank's part.
+        later: Whether large tensors may wait; small ones are hashed now.
+        guarded: Whether the optimizers wait for that.
+
+    Attributes:
+        tasks: What waits.
+    """
+
+    def __init__(self, collected: Collected, *, later: bool, guarded: bool) -> None:
+        replicated = {k: item for k, item in collected.items.items() if item.sharing is Sharing.REPLICATED}
+        on_host = {k: item for k, item in replicated.items() if item.tensor.device.type == "cpu"}
+        large = {k: item for k, item in on_host.items() if later and item.tensor.nbytes >= _LARGE_NBYTES}
+        self.tasks = [Hashing(k, item, item.owner if guarded else None) for k, item in large.items()]
+        self._hashes = {k: _hash_host(item.tensor) for k, item in on_host.items() if k not in large}
+        elsewhere = {k: i.tensor for k, i in replicated.items() if k not in on_host and i.tensor.numel()}
+        self._hashes |= _hash_on_device(elsewhere)
+
+    def complete(self, said: Claims) -> None:
+        """Add all of them to what this rank says; every task is done."""
+        for key, value in (self._hashes | {task.key: task.hash for task in self.tasks}).items():
+            said[component_of(key)][key] += f" {value:016x}"
+        self.tasks.clear()
+
+
+class Hashing:
+    """One large tensor is hashed before it may change.
+
+    Attributes:
+        key: The tensor's.
+        owner: Who waits for it.
+        begin: None: it writes nothing.
+        hash: The result.
+    """
+
+    begin = None
+
+    def __init__(self, key: str, item: Item, owner: int | None) -> None:
+        self.key, self.owner, self._tensor, self._origin = key, owner, item.tensor, item.origin
+        self._version = item.origin._version  # noqa: SLF001 - torch's only counter
+        self.hash = 0
+
+    def run(self) -> None:
+        """Any thread."""
+        self.hash = _hash_host(self._tensor)
+
+    def check(self) -> None:
+        """Raises TornSnapshotError if torch has seen it written to."""
+        if self._origin._version != self._version:  # noqa: SLF001
+            raise TornSnapshotError(self.key, "it was changed while it was being hashed")
 
 
 def component_of(key: str) -> str:
@@ -86,13 +137,6 @@ def _text(leaf: Any) -> str:
     return data.decode() if len(data) <= _MAX_TEXT else f"{data[:24].decode()}... ({digest(data)[:12]})"
 
 
-def _hashes(collected: Collected) -> dict[str, str]:
-    replicated = {k: item.tensor for k, item in collected.items.items() if item.sharing is Sharing.REPLICATED}
-    on_host = {k: f" {_hash_host(tensor):016x}" for k, tensor in replicated.items() if tensor.device.type == "cpu"}
-    elsewhere = {k: tensor for k, tensor in replicated.items() if tensor.device.type != "cpu" and tensor.numel()}
-    return on_host | _hash_on_device(elsewhere)
-
-
 def _hash_host(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
@@ -111,9 +155,9 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(tensor.split(rows))
 
 
-def _hash_on_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _hash_on_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Hash where the data is and bring back 8 bytes per tensor, all in one transfer per device."""
     if not tensors:
         return {}
     sums = torch.stack([torch.hash_tensor(tensor).cpu() for tensor in tensors.values()])
-    return {key: f" {value:016x}" for key, value in zip(tensors, sums.tolist(), strict=True)}
+    return {key: value % 2**64 for key, value in zip(tensors, sums.tolist(), strict=True)}

@@ -41,6 +41,8 @@ class Item:
         offsets: Where the local part begins in it.
         sharing: Who holds it.
         writes: Whether this rank writes its part (a sharded tensor may also be replicated).
+        origin: What training writes to, as far as torch counts writes: the DTensor around a local part.
+        owner: ``id`` of the optimizer that alone changes it; None: anybody may, at any time.
     """
 
     tensor: torch.Tensor
@@ -49,6 +51,8 @@ class Item:
     offsets: Shape
     sharing: Sharing
     writes: bool
+    origin: torch.Tensor
+    owner: int | None = None
 
     @property
     def claim(self) -> str:
@@ -66,6 +70,7 @@ class Collected:
         aliases: Further names of tensors stored once.
         documents: JSON values by component that all ranks share.
         own_documents: JSON values of this rank alone; the names carry the rank.
+        owners: ``id`` of each parameter that exactly one optimizer changes, and of that optimizer.
     """
 
     rank: int
@@ -73,12 +78,13 @@ class Collected:
     aliases: dict[str, str] = field(default_factory=dict[str, str])
     documents: dict[str, Any] = field(default_factory=dict[str, Any])
     own_documents: dict[str, Any] = field(default_factory=dict[str, Any])
+    owners: dict[int, int] = field(default_factory=dict[int, int])
 
-    def add(self, key: str, tensor: torch.Tensor, sharing: Sharing) -> None:
+    def add(self, key: str, tensor: torch.Tensor, sharing: Sharing, owner: int | None = None) -> None:
         """Take a tensor in; a DTensor is sharded whatever ``sharing`` says."""
         if key in self.items or key in self.aliases:
             raise StateError(key, "two tensors of the state would have this name")
-        self.items[key] = _item(key, tensor.detach(), sharing)
+        self.items[key] = _item(key, tensor.detach(), sharing, owner)
 
     def copy(self) -> Collected:
         """The same, to be added to without this one changing."""
@@ -89,7 +95,8 @@ class Collected:
     def detach(self) -> None:
         """Replace every reference by a copy."""
         for key, item in self.items.items():
-            self.items[key] = replace(item, tensor=item.tensor.clone())
+            copy = item.tensor.clone()
+            self.items[key] = replace(item, tensor=copy, origin=copy)
 
 
 def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
@@ -101,19 +108,19 @@ def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
     return (0,) * tensor.dim(), tuple(tensor.shape)
 
 
-def _item(key: str, tensor: torch.Tensor, sharing: Sharing) -> Item:
+def _item(key: str, tensor: torch.Tensor, sharing: Sharing, owner: int | None) -> Item:
     if tensor.is_meta:
         raise UnsupportedStateError(key, "the tensor is on the meta device: it has no values to save")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
-    writes = True
+    writes, origin = True, tensor
     offsets, _ = local_chunk(tensor)
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
         if sharing is Sharing.PER_RANK:
             raise UnsupportedStateError(key, "a DTensor is shared by all ranks and cannot be PerRank")
         sharing, writes, tensor = Sharing.SHARDED, _writes(key, tensor), tensor.to_local()
-    return Item(tensor, name_of(tensor.dtype, key), shape, offsets, sharing, writes)
+    return Item(tensor, name_of(tensor.dtype, key), shape, offsets, sharing, writes, origin, owner)
 
 
 def _writes(key: str, tensor: DTensor) -> bool:

@@ -72,7 +72,7 @@ class ModuleComponent:
                 into.aliases[key] = first
             else:
                 shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
-                into.add(key, value, shared)
+                into.add(key, value, shared, into.owners.get(id(value)))
 
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor of the module; names must be the same on both sides."""

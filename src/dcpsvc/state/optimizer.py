@@ -33,7 +33,8 @@ class OptimizerComponent:
 
     def collect(self, into: Collected) -> None:
         """Every state tensor under ``<name>.state.<fqn>.<entry>``; the rest is one document."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}  # step() alone changes them
+        others: dict[str, torch.Tensor] = {}
         names = self._names()
         if strange := [key for key in self._optimizer.state if id(key) not in names]:
             raise UnsupportedStateError(f"{self._name}.state", f"an entry under {strange[0]!r:.80}, not a parameter")
@@ -52,13 +53,15 @@ class OptimizerComponent:
                 if parameter in self._optimizer.state
             },
             "param_groups": [
-                self._encode(f"param_groups.{index}", _without_params(group), tensors)
+                self._encode(f"param_groups.{index}", _without_params(group), others)
                 | {"params": [names[id(parameter)] for parameter in group["params"]]}
                 for index, group in enumerate(self._optimizer.param_groups)
             ],
         }
         into.documents[self._name] = document
         for key, tensor in tensors.items():
+            into.add(key, tensor, Sharing.REPLICATED, id(self._optimizer))
+        for key, tensor in others.items():
             into.add(key, tensor, Sharing.REPLICATED)
 
     def wants(self, saved: Saved) -> list[Want]:
