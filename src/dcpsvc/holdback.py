@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,7 @@ class Holdback:
         if [id(each) for each in optimizers] != [id(each) for each in self._optimizers]:
             self._unhook()
             self._optimizers = optimizers
-            on_step = torch.compiler.disable(self._on_step)  # a step that is compiled waits like any other
+            on_step: Any = torch.compiler.disable(self._on_step)  # a step that is compiled waits like any other
             self._hooks = [each.register_step_pre_hook(on_step) for each in optimizers]
 
     def wait(self) -> None:

@@ -211,7 +211,8 @@ class Saver:
         collected = self._state.collect(self._job.rank, values=values)
         said = claims.claims(collected)
         blueprint = self._blueprint(collected)
-        self._begin_shard(save, self._outline(save, collected, blueprint), blueprint, collected)
+        outline = self._outline(save, collected, blueprint)
+        self._begin_shard(save, outline, blueprint, collected)
         save.proposal = ack.Proposal(
             step=save.key.step,
             said=said,
@@ -222,6 +223,7 @@ class Saver:
         )
         if save.copying is not None:
             self._holdback.watch(self._state.optimizers(), save.copying, functools.partial(_hold, save.pending))
+        self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=outline.nbytes)
 
     def _outline(self, save: Save, collected: Collected, blueprint: Blueprint) -> Outline:
         documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
@@ -274,7 +276,7 @@ class Saver:
         if isinstance(staged, Snapshot):
             staged.reader, save.copying, self._copying = begun, staged.copying, staged.copying
         else:
-            self._has_staged(save, outline.nbytes, began)
+            save.pending.timings.stage_s = time.perf_counter() - began
 
     def _hold(self, save: Save, outline: Outline, collected: Collected) -> Snapshot | Stream:
         """Where there is memory for a copy, one is made; else the state itself has to hold still."""
@@ -283,7 +285,7 @@ class Saver:
             save.replicas = Replicas(collected, later=isinstance(arena, Arena), guarded=self._overlap)
         if isinstance(arena, Arena):
             beside = save.replicas.tasks if save.replicas else []
-            on_copied = functools.partial(self._has_copied, save, outline.nbytes, time.perf_counter())
+            on_copied = functools.partial(_has_copied, save.pending, time.perf_counter())
             staged = arena.reader = Snapshot(outline, arena, beside, on_copied)
             return staged
         window_nbytes = preflight.window_nbytes(arena.spare_nbytes)
@@ -297,14 +299,11 @@ class Saver:
             )
         return Stream(outline, window_nbytes)
 
-    def _has_copied(self, save: Save, nbytes: int, began: float) -> None:
-        """Any thread."""
-        self._has_staged(save, nbytes, began)
-        save.pending.resolve(save.pending.staged)
 
-    def _has_staged(self, save: Save, nbytes: int, began: float) -> None:
-        save.pending.timings.stage_s = time.perf_counter() - began
-        self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=nbytes)
+def _has_copied(pending: PendingSave, began: float) -> None:
+    """Any thread."""
+    pending.timings.stage_s = time.perf_counter() - began
+    pending.resolve(pending.staged)
 
 
 def _hold(pending: PendingSave, seconds: float) -> None:
