@@ -11,6 +11,7 @@ import ctypes
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from dcpsvc.errors import TornSnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Executor
 
 BATCH_NBYTES = 32 << 20
 """Copied by one call, so that a thread busy with Python code holds it up once in that many bytes."""
@@ -27,7 +29,7 @@ PATIENCE_S = 120.0
 """Longest wait for what a machine copies in a moment, unless it swaps."""
 
 _LOOK_S = 0.2
-_SAMPLES, _GROUP = 256, 16
+_SAMPLES, _GROUP = 64, 16
 _NICENESS = 10
 
 
@@ -146,10 +148,10 @@ class Copying:
         with self._changed:
             return not self._running and not self._waiting
 
-    def start(self) -> None:
-        """Begin, on a thread of its own."""
+    def start(self, threads: Executor) -> None:
+        """Begin, on another thread."""
         if self._waiting:
-            threading.Thread(target=self._run, name="dcpsvc-copy", daemon=True).start()
+            threads.submit(self._run)
         else:
             self._on_done()
 
@@ -196,8 +198,6 @@ class Copying:
                 raise self.error
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (task := self._take(lambda _: True)) is not None:
             self._do(task)
 
@@ -237,6 +237,16 @@ class Copying:
             self._undone.clear()
             self._waiting.clear()
             self._changed.notify_all()
+
+
+def thread() -> ThreadPoolExecutor:
+    """One that copies, with a lower priority than the training thread: made once, for that takes a millisecond."""
+    return ThreadPoolExecutor(1, "dcpsvc-copy", initializer=_be_nice)
+
+
+def _be_nice() -> None:
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def batches(extents: Iterable[tuple[int, int | None, Extent]], *, watched: bool) -> Iterator[Batch]:

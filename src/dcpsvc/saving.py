@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcpsvc import preflight
+from dcpsvc import copying, preflight
 from dcpsvc.arena import Arena
 from dcpsvc.arenas import Arenas
 from dcpsvc.blueprint import Blueprints
@@ -86,6 +86,7 @@ class Saver:
         self._unwritten: list[tuple[DcpShard, int]] = []
         self._overlap, self._holdback = overlap, Holdback()
         self._copying: Copying | None = None
+        self._copier = copying.thread()
         self._staged_with = 0
         self._has_warned = self._has_said_replanned = self._is_prepared = False
 
@@ -162,6 +163,7 @@ class Saver:
     def close(self) -> None:
         """No save is going to be staged any more."""
         self._holdback.close()
+        self._copier.shutdown(wait=False)
         self._arenas.close()
 
     def _make_ready(self, collected: Collected) -> None:
@@ -286,7 +288,7 @@ class Saver:
         if isinstance(arena, Arena):
             beside = save.replicas.tasks if save.replicas else []
             on_copied = functools.partial(_has_copied, save.pending, time.perf_counter())
-            staged = arena.reader = Snapshot(outline, arena, beside, on_copied)
+            staged = arena.reader = Snapshot(outline, arena, self._copier, beside, on_copied)
             return staged
         window_nbytes = preflight.window_nbytes(arena.spare_nbytes)
         if not self._has_warned:

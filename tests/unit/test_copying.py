@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from dcpsvc.stages.stage import flat
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+COPIER = ThreadPoolExecutor(4)
 SECONDS = 30
 ADAM, OTHER = 1, 2
 
@@ -56,7 +58,7 @@ def batches_of(*extents: Extent, watched: bool = True) -> list[copying.Batch]:
 
 def copied(batches: list[copying.Batch]) -> Copying:
     found = Copying(batches, lambda: None)
-    found.start()
+    found.start(COPIER)
     found.wait()
     return found
 
@@ -101,7 +103,7 @@ def test_what_is_copied_is_what_was_there(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_owner_waits_for_its_own_and_for_nothing_else() -> None:
     other, mine = Step(OTHER).held(), Step(ADAM)
     under_way = Copying([other, mine], lambda: None)
-    under_way.start()
+    under_way.start(COPIER)
     assert other.begun.wait(SECONDS)
     under_way.release(ADAM)  # this thread does it: the other one is busy
     assert mine.done.is_set()
@@ -122,7 +124,7 @@ def test_what_nobody_guards_comes_first() -> None:
 def test_an_owner_waits_for_what_another_thread_is_at() -> None:
     mine = Step(ADAM).held()
     under_way = Copying([mine], lambda: None)
-    under_way.start()
+    under_way.start(COPIER)
     assert mine.begun.wait(SECONDS)
     step = threading.Thread(target=under_way.release, args=(ADAM,))
     step.start()
@@ -136,7 +138,7 @@ def test_an_owner_waits_for_what_another_thread_is_at() -> None:
 def test_a_writer_gets_the_first_bytes_before_the_last_are_there() -> None:
     first, last = Step(ADAM, begin=0), Step(ADAM, begin=100).held()
     under_way = Copying([first, last], lambda: None)
-    under_way.start()
+    under_way.start(COPIER)
     under_way.wait_below(100)
     assert not last.done.is_set()
     last.free.set()
@@ -147,7 +149,7 @@ def test_a_writer_gets_the_first_bytes_before_the_last_are_there() -> None:
 def test_what_writes_nothing_is_waited_for_apart() -> None:
     aside, bytes_ = Step(None, begin=None), Step(ADAM).held()
     under_way = Copying([bytes_, aside], lambda: None)
-    under_way.start()
+    under_way.start(COPIER)
     under_way.wait_aside()
     assert aside.done.is_set()
     bytes_.free.set()
@@ -155,11 +157,11 @@ def test_what_writes_nothing_is_waited_for_apart() -> None:
 
 def test_the_end_is_told_once_and_at_once_where_nothing_is_to_be_done() -> None:
     ends: list[int] = []
-    copying.Copying([], lambda: ends.append(0)).start()
+    copying.Copying([], lambda: ends.append(0)).start(COPIER)
     assert ends == [0]
     told = threading.Event()
     under_way = Copying([Step(None), Step(ADAM)], told.set)
-    under_way.start()
+    under_way.start(COPIER)
     assert told.wait(SECONDS)
 
 
@@ -196,7 +198,7 @@ def test_a_ctrl_c_while_an_optimizer_helps_is_not_swallowed() -> None:
 def test_what_is_called_off_ends_when_the_running_part_does() -> None:
     running, waiting = Step(ADAM).held(), Step(ADAM)
     under_way = Copying([running, waiting], lambda: None)
-    under_way.start()
+    under_way.start(COPIER)
     assert running.begun.wait(SECONDS)
     under_way.call_off()
     under_way.release(ADAM)
@@ -212,7 +214,7 @@ def test_a_copy_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(copying, "PATIENCE_S", 0.1)
     stuck = Step(ADAM).held()
     under_way = Copying([stuck], lambda: None)
-    under_way.start()
+    under_way.start(COPIER)
     assert stuck.begun.wait(SECONDS)
     under_way.release(ADAM)
     assert isinstance(under_way.error, TimeoutError)
@@ -269,7 +271,7 @@ def test_a_change_before_the_copy_is_seen(change: Callable[[nn.Parameter], None]
 def test_what_an_owner_does_once_it_was_let_go_is_its_own_affair() -> None:
     weight = nn.Parameter(torch.randn(N))
     under_way = Copying(batches_of(extent("w", weight.detach(), weight)), lambda: None)
-    under_way.start()
+    under_way.start(COPIER)
     under_way.release(ADAM)
     in_place(weight)
     under_way.wait()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from dcpsvc import copying
 from dcpsvc.arena import Arena
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.layout import ITEM_NBYTES
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 KIB, MIB = 2**10, 2**20
 SECONDS = 30
 KEY = "data/step-000000000007.1-cafecafe-0/rank-00000.safetensors"
+COPIER = copying.thread()
 ABOUT = {"step": "7", "attempt": "1-cafecafe-0", "rank": "0"}
 
 
@@ -50,7 +52,7 @@ def outline_of(tensors: dict[str, torch.Tensor], documents: Any = None, *, dtype
 def save(path: Path, outline: Outline, staged: Snapshot | Stream | None = None) -> tuple[ShardRecord, bytes]:
     """As a save does it; the record and the file."""
     path.unlink(missing_ok=True)
-    staged, plan = staged or Snapshot(outline, Arena()), ShardPlan(outline.placement)
+    staged, plan = staged or Snapshot(outline, Arena(), COPIER), ShardPlan(outline.placement)
     writer = shard.ShardWriter(path, staged, plan, rank=0, key=KEY)
     begun = shard.begin(staged, stager=Gate(staged), plan=plan, writer=writer, process_group=None)
     begun.open()
@@ -108,7 +110,7 @@ def test_the_file_is_the_arena_and_its_table_and_any_safetensors_reader_finds_ev
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor], documents: dict[str, str]
 ) -> None:
     outline = outline_of(tensors, documents)
-    staged = Snapshot(outline, Arena())
+    staged = Snapshot(outline, Arena(), COPIER)
     record, content = save(tmp_path_factory.getbasetemp() / "shard", outline, staged)
 
     image, table = bytes(staged.image), digest.table(staged.image)
@@ -129,7 +131,7 @@ def test_a_shard_of_any_size_is_whole(tmp_path: Path, body_nbytes: int) -> None:
     """The borders of a page, a block, and what one call writes."""
     numel = body_nbytes - 4096 - len("{}")
     outline = outline_of({"w": (torch.arange(numel) % 253).to(torch.uint8)})
-    staged = Snapshot(outline, Arena())
+    staged = Snapshot(outline, Arena(), COPIER)
     assert outline.nbytes == body_nbytes
     record, content = save(tmp_path / "shard", outline, staged)
     assert record.body_nbytes == body_nbytes
@@ -142,9 +144,9 @@ def test_an_arena_that_was_used_before_gives_the_same_file(tmp_path: Path) -> No
     _, fresh = save(tmp_path / "fresh", outline_of(tensors, {"text": "x"}))
     save(tmp_path / "other", outline_of({"a": torch.ones(5000)}, {"text": "x" * 5000}), None)
     used = outline_of({"a": torch.ones(5000)}, {"text": "x" * 5000})
-    save(tmp_path / "first", used, Snapshot(used, arena))
+    save(tmp_path / "first", used, Snapshot(used, arena, COPIER))
     again = outline_of(tensors, {"text": "x"})
-    assert save(tmp_path / "second", again, Snapshot(again, arena))[1] == fresh
+    assert save(tmp_path / "second", again, Snapshot(again, arena, COPIER))[1] == fresh
 
 
 # --- many small tensors -----------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_an_arena_that_was_used_before_gives_the_same_file(tmp_path: Path) -> No
 
 def test_more_tensors_than_one_call_copies_all_arrive() -> None:
     tensors = {f"{number:05d}": torch.full((number % 3,), number, dtype=torch.int32) for number in range(9000)}
-    staged = Snapshot(outline_of(tensors), Arena())
+    staged = Snapshot(outline_of(tensors), Arena(), COPIER)
     staged.stage()
     for key in ("00000", "00001", "04095", "04096", "04097", "08192", "08999"):
         assert staged.piece(key).tolist() == tensors[key].tolist()
@@ -175,13 +177,13 @@ def test_every_tensor_is_in_one_batch_and_no_batch_is_long(sizes: list[int]) -> 
 def test_dcp_is_never_given_tensors_one_by_one(kind: type[Snapshot | Stream]) -> None:
     """It would log twice for each, on the training thread too."""
     outline = outline_of({f"{number}": torch.ones(1) for number in range(100)})
-    staged = Snapshot(outline, Arena()) if kind is Snapshot else Stream(outline, MIB)
+    staged = Snapshot(outline, Arena(), COPIER) if kind is Snapshot else Stream(outline, MIB)
     assert len(staged.given) <= 1
 
 
 def test_nothing_of_the_state_is_held_once_it_is_copied() -> None:
     outline = outline_of({"w": torch.ones(5)})
-    Snapshot(outline, Arena()).stage()
+    Snapshot(outline, Arena(), COPIER).stage()
     assert outline.sources == []
 
 
@@ -205,7 +207,7 @@ def test_a_copy_into_a_narrower_dtype_is_the_cast_one_staged_or_streamed(tmp_pat
 
 def test_dcp_hears_of_every_piece_its_size_and_place_and_what_is_told_is_made_once(tmp_path: Path) -> None:
     outline = outline_of({"a": torch.randn(3, 4), "b": torch.ones(5, dtype=torch.int8)})
-    plan, staged = ShardPlan(outline.placement), Snapshot(outline, Arena())
+    plan, staged = ShardPlan(outline.placement), Snapshot(outline, Arena(), COPIER)
     writer = shard.ShardWriter(tmp_path / "shard", staged, plan, rank=0, key=KEY)
     begun = shard.begin(staged, stager=Gate(staged), plan=plan, writer=writer, process_group=None)
     begun.open()

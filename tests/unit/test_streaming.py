@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dcpsvc
-from dcpsvc import Checkpointer, Point
+from dcpsvc import Checkpointer, Point, copying
 from dcpsvc.arena import Arena
 from dcpsvc.errors import CommitUnknownError, SaveFailedError
 from dcpsvc.format import digest, shardfile
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dcpsvc.save import Save
     from dcpsvc.uploader import Uploader
 
+COPIER = copying.thread()
 MIB = 2**20
 SECONDS = 20
 """Longer than anything here can take."""
@@ -104,7 +105,7 @@ def test_a_streamed_shard_is_the_staged_one_to_the_last_byte(tmp_path: Path, win
     tensors = every_kind(60_001)
     copied, left = outline(tensors), outline(tensors)
 
-    by_copy = written(tmp_path / "staged", Snapshot(copied, Arena()), copied.placement)
+    by_copy = written(tmp_path / "staged", Snapshot(copied, Arena(), COPIER), copied.placement)
     by_stream = written(tmp_path / "streamed", Stream(left, window_mib * MIB), left.placement)
 
     assert by_copy.nbytes > 8 * MIB
@@ -118,7 +119,7 @@ def test_a_streamed_shard_is_the_staged_one_to_the_last_byte(tmp_path: Path, win
 @settings(max_examples=60)
 def test_wherever_a_window_ends_the_bytes_are_those_of_the_arena(numel: int, window: int) -> None:
     tensors = every_kind(numel)
-    staged = Snapshot(outline(tensors), Arena())
+    staged = Snapshot(outline(tensors), Arena(), COPIER)
     staged.stage()
     stream = Stream(outline(tensors), window)
     stream.stage()
@@ -159,13 +160,16 @@ def test_what_is_streamed_is_let_go_of_when_it_is_written(tmp_path: Path) -> Non
 
 
 def test_a_gate_that_was_refused_stays_shut_and_one_that_was_opened_stays_open() -> None:
-    for staged in (Snapshot(outline({"w": torch.ones(1)}), Arena()), Stream(outline({"w": torch.ones(1)}), MIB)):
+    for staged in (
+        Snapshot(outline({"w": torch.ones(1)}), Arena(), COPIER),
+        Stream(outline({"w": torch.ones(1)}), MIB),
+    ):
         refused = Gate(staged)
         future = refused.stage({})
         refused.refuse(RuntimeError("no"))
         refused.open()
         assert str(future.exception()) == "no"
-    opened = Gate(Snapshot(outline({"w": torch.ones(1)}), Arena()))
+    opened = Gate(Snapshot(outline({"w": torch.ones(1)}), Arena(), COPIER))
     future = opened.stage({})
     opened.open()
     opened.refuse(RuntimeError("no"))
@@ -188,7 +192,7 @@ class Interrupted(Snapshot):
 def test_a_shard_whose_save_ends_while_it_is_written_leaves_nothing(tmp_path: Path, tidied: bool) -> None:  # noqa: FBT001
     path = tmp_path / "data" / "rank-00000.safetensors"
     made = outline({"w": torch.ones(65 * MIB, dtype=torch.uint8)})
-    staged = Interrupted(made, Arena())
+    staged = Interrupted(made, Arena(), COPIER)
     staged.begun = begin(path, staged, made.placement)
     if not tidied:
         path.parent.mkdir()
@@ -200,7 +204,7 @@ def test_a_shard_whose_save_ends_while_it_is_written_leaves_nothing(tmp_path: Pa
 
 def test_a_shard_that_is_whole_stays_when_its_save_ends(tmp_path: Path) -> None:
     made = outline({"w": torch.ones(5)})
-    staged = Snapshot(made, Arena())
+    staged = Snapshot(made, Arena(), COPIER)
     begun = begin(tmp_path / "shard", staged, made.placement)
     begun.open()
     begun.record(SECONDS)

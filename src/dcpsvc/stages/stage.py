@@ -19,6 +19,7 @@ from dcpsvc.copying import Copying, Extent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
+    from concurrent.futures import Executor
 
     from dcpsvc.arena import Arena, Reader
     from dcpsvc.copying import Batch, Task
@@ -73,6 +74,7 @@ class Snapshot:
     Args:
         outline: What; its tensors are let go of when they are copied.
         arena: Where to.
+        threads: Where large tensors are copied.
         beside: What else must be read from the tensors before they change.
         on_copied: Called once, on any thread, when nothing is read from the state any more.
 
@@ -87,12 +89,13 @@ class Snapshot:
         self,
         outline: Outline,
         arena: Arena,
+        threads: Executor,
         beside: Sequence[Task] = (),
         on_copied: Callable[[], None] = lambda: None,
     ) -> None:
         self._outline, self.arena, self._host = outline, arena, arena.reserve(outline.nbytes)
         self._views = arena.cut(outline.placement)
-        self.nbytes = outline.nbytes
+        self.nbytes, self._threads = outline.nbytes, threads
         self.copying = Copying([*beside, *self._batches()], on_copied)
         self.reader: Reader | None = None
 
@@ -125,7 +128,7 @@ class Snapshot:
         outline.forget()
         self._fill(0, outline.header)
         self._fill(outline.placement.tensors_end, outline.objects)
-        self.copying.start()
+        self.copying.start(self._threads)
 
     def forget(self) -> None:
         """Let go of the state, whatever is not copied yet."""
