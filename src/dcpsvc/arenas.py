@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dcpsvc import linux
 from dcpsvc.arena import Arena
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 120.0
 """Longest wait for memory that is being touched: some seconds at the rate of a slow virtual machine."""
-
-_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +133,7 @@ def _fits(nbytes: int, spare_nbytes: int | None) -> bool:
 
 def _after(before: threading.Thread | None, work: Callable[[], None]) -> None:
     """In the background, where training has the first right to the processor."""
-    os.nice(_NICENESS)  # on Linux, of this thread alone
+    linux.yield_to_training()
     if before is not None:
         before.join()
     work()

@@ -6,9 +6,7 @@ going to change, and waits for nothing else. Whatever else changes a tensor mean
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from dcpsvc import linux
 from dcpsvc.errors import TornSnapshotError
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ PATIENCE_S = 120.0
 
 _LOOK_S = 0.2
 _SAMPLES, _GROUP = 64, 16
-_NICENESS = 10
 
 
 class Task(Protocol):
@@ -241,12 +239,7 @@ class Copying:
 
 def thread() -> ThreadPoolExecutor:
     """One that copies, with a lower priority than the training thread: made once, for that takes a millisecond."""
-    return ThreadPoolExecutor(1, "dcpsvc-copy", initializer=_be_nice)
-
-
-def _be_nice() -> None:
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    return ThreadPoolExecutor(1, "dcpsvc-copy", initializer=linux.yield_to_training)
 
 
 def batches(extents: Iterable[tuple[int, int | None, Extent]], *, watched: bool) -> Iterator[Batch]:
