@@ -17,6 +17,7 @@ from dcpsvc.announcing import Announcer
 from dcpsvc.atexit import at_exit
 from dcpsvc.catalog import Catalog
 from dcpsvc.config import Options
+from dcpsvc.copying import Watch
 from dcpsvc.errors import (
     ClosedError,
     ConfigError,
@@ -104,6 +105,7 @@ class Checkpointer:
             self._job, self._run, self._state, self._life, self._events,
             staging_nbytes=self._options.staging_nbytes, max_inflight=self._options.max_inflight,
             overlap=self._options.staging == "overlap",
+            watch=Watch.EVERY_BYTE if self._options.verify_staging else Watch.CLOSELY,
         )  # fmt: skip
         predicted_nbytes = saver.predicted_nbytes()
         try:

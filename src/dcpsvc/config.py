@@ -62,6 +62,10 @@ class Options:
     backward run; its ``step()`` waits for what is not copied yet. Whoever changes them otherwise waits for
     ``pending.staged``, or that save fails. ``block``: ``save()`` returns when all is copied."""
 
+    verify_staging: bool = False
+    """For debugging, with ``overlap``: ``save()`` hashes what is copied after it has returned, and the copy is compared
+    with that: a single byte changed meanwhile fails the save. Takes about as long as ``block``."""
+
     staging_nbytes: int | None = None
     """Host memory that staging may take on this rank. A shard that does not fit is written straight from the state
     before ``save()`` returns: slower, and the same bytes. None: what the machine has free."""

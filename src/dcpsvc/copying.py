@@ -10,9 +10,11 @@ import ctypes
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+import xxhash
 
 from dcpsvc import linux
 from dcpsvc.errors import TornSnapshotError
@@ -53,6 +55,15 @@ class Task(Protocol):
         ...
 
 
+class Watch(Enum):
+    """How closely tensors are watched while they are copied."""
+
+    NOT = auto()
+    CLOSELY = auto()
+    """Every write that torch counts, and some elements of each tensor."""
+    EVERY_BYTE = auto()
+
+
 class Extent(NamedTuple):
     """Bytes of one tensor, and where they go.
 
@@ -76,12 +87,12 @@ class Batch:
         begin: Where in the file.
         owner: Of all of them.
         extents: At most :data:`BATCH_NBYTES`.
-        watched: Whether training goes on while they are copied.
+        watch: How closely; where training stands still, not at all.
     """
 
-    def __init__(self, begin: int, owner: int | None, extents: Sequence[Extent], *, watched: bool) -> None:
+    def __init__(self, begin: int, owner: int | None, extents: Sequence[Extent], watch: Watch) -> None:
         self.begin, self.owner, self._extents = begin, owner, extents
-        self._witness = Witness(extents) if watched else None
+        self._witness = None if watch is Watch.NOT else Witness(extents, every_byte=watch is Watch.EVERY_BYTE)
 
     def run(self) -> None:
         """Copy. Other threads run meanwhile; torch would start a team of threads of its own for each of ours."""
@@ -99,19 +110,23 @@ class Witness:
 
     torch does not count what goes through ``.data``, through a DTensor's local part or a fused kernel; but an optimizer
     changes nearly all elements.
+
+    Args:
+        extents: What is going to be copied.
+        every_byte: Hash all of it, for debugging: as slow as copying it.
     """
 
-    def __init__(self, extents: Sequence[Extent]) -> None:
-        self._extents = extents
+    def __init__(self, extents: Sequence[Extent], *, every_byte: bool = False) -> None:
+        self._extents, self._look = extents, _hashes if every_byte else _samples
         self._versions = [extent.origin._version for extent in extents]  # noqa: SLF001 - torch's only counter
-        self._bytes = _samples(extent.source for extent in extents)
+        self._bytes = self._look(extent.source for extent in extents)
 
     def check(self) -> None:
         """Raises TornSnapshotError if they were changed before, or while, they were copied."""
         for extent, version in zip(self._extents, self._versions, strict=True):
             if extent.origin._version != version:  # noqa: SLF001
                 raise TornSnapshotError(extent.key, _TORN)
-        if not torch.equal(self._bytes, _samples(extent.target for extent in self._extents)):
+        if not torch.equal(self._bytes, self._look(extent.target for extent in self._extents)):
             raise TornSnapshotError(self._extents[0].key, f"{_TORN} (it, or one of the {len(self._extents)} behind it)")
 
 
@@ -242,22 +257,29 @@ def thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "dcpsvc-copy", initializer=linux.yield_to_training)
 
 
-def batches(extents: Iterable[tuple[int, int | None, Extent]], *, watched: bool) -> Iterator[Batch]:
-    """Whole batches of (begin in the file, owner, extent), as they come; large tensors in parts."""
+def batches(extents: Iterable[tuple[int, int | None, Extent]], watch: Watch) -> Iterator[Batch]:
+    """Whole batches of (begin in the file, owner, extent), as they come; large tensors in parts.
+
+    What has no owner is copied before anybody may change it.
+    """
     begin, batch, owner, nbytes = 0, list[Extent](), None, 0
     for at, each_owner, whole in extents:
         for offset in range(0, whole.source.numel(), BATCH_NBYTES):
             part = slice(offset, offset + BATCH_NBYTES)
             extent = whole._replace(source=whole.source[part], target=whole.target[part])
             if batch and (each_owner != owner or nbytes + extent.source.numel() > BATCH_NBYTES):
-                yield Batch(begin, owner, batch, watched=watched and owner is not None)
+                yield Batch(begin, owner, batch, Watch.NOT if owner is None else watch)
                 batch, nbytes = [], 0
             if not batch:
                 begin, owner = at + offset, each_owner
             batch.append(extent)
             nbytes += extent.source.numel()
     if batch:
-        yield Batch(begin, owner, batch, watched=watched and owner is not None)
+        yield Batch(begin, owner, batch, Watch.NOT if owner is None else watch)
+
+
+def _hashes(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([list(xxhash.xxh3_128_digest(part.numpy().data)) for part in parts])
 
 
 def _samples(parts: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from dcpsvc import copying, preflight
 from dcpsvc.arena import Arena
 from dcpsvc.arenas import Arenas
 from dcpsvc.blueprint import Blueprints
+from dcpsvc.copying import Watch
 from dcpsvc.errors import RankFailure, StateError, TornSnapshotError
 from dcpsvc.events import Point
 from dcpsvc.holdback import Holdback
@@ -64,6 +65,7 @@ class Saver:
         staging_nbytes: Host memory for arenas; None takes a fair share of what the machine has free.
         max_inflight: Saves on their way at a time.
         overlap: Whether training may go on while large tensors are copied.
+        watch: How closely, meanwhile, for changes.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Saver:
         staging_nbytes: int | None = None,
         max_inflight: int = 1,
         overlap: bool = True,
+        watch: Watch = Watch.CLOSELY,
     ) -> None:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
         spare = 1  # for a save after one that the disk has not taken in time
@@ -84,7 +87,7 @@ class Saver:
         self._blueprints = Blueprints(job.rank, job.world_size)
         self._tries: dict[int, int] = {}
         self._unwritten: list[tuple[DcpShard, int]] = []
-        self._overlap, self._holdback = overlap, Holdback()
+        self._overlap, self._watch, self._holdback = overlap, watch, Holdback()
         self._copying: Copying | None = None
         self._copier = copying.thread()
         self._staged_with = 0
@@ -288,7 +291,9 @@ class Saver:
         if isinstance(arena, Arena):
             beside = save.replicas.tasks if save.replicas else []
             on_copied = functools.partial(_has_copied, save.pending, time.perf_counter())
-            staged = arena.reader = Snapshot(outline, arena, self._copier, beside, on_copied)
+            staged = arena.reader = Snapshot(
+                outline, arena, self._copier, beside=beside, on_copied=on_copied, watch=self._watch
+            )
             return staged
         window_nbytes = preflight.window_nbytes(arena.spare_nbytes)
         if not self._has_warned:

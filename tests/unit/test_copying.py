@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcpsvc import copying
-from dcpsvc.copying import BATCH_NBYTES, Copying, Extent
+from dcpsvc.copying import BATCH_NBYTES, Copying, Extent, Watch
 from dcpsvc.errors import TornSnapshotError
 from dcpsvc.stages.stage import flat
 
@@ -52,8 +52,8 @@ def extent(key: str, source: torch.Tensor, origin: torch.Tensor | None = None) -
     return Extent(key, source if origin is None else origin, bytes_, torch.zeros_like(bytes_))
 
 
-def batches_of(*extents: Extent, watched: bool = True) -> list[copying.Batch]:
-    return list(copying.batches(((0, ADAM, each) for each in extents), watched=watched))
+def batches_of(*extents: Extent, watch: Watch = Watch.CLOSELY) -> list[copying.Batch]:
+    return list(copying.batches(((0, ADAM, each) for each in extents), watch))
 
 
 def copied(batches: list[copying.Batch]) -> Copying:
@@ -74,7 +74,7 @@ def test_every_byte_is_in_one_batch_of_one_owner_and_no_batch_is_long(sizes: lis
         part = mib[: size << 20]
         made.append((begin, owner, Extent(str(number), part, part, part)))
         begin += size << 20
-    found = list(copying.batches(made, watched=False))
+    found = list(copying.batches(made, Watch.NOT))
     assert all(sum(part.source.numel() for part in batch._extents) <= BATCH_NBYTES for batch in found)
     total = [0] * len(sizes)
     for batch in found:
@@ -280,3 +280,19 @@ def test_what_an_owner_does_once_it_was_let_go_is_its_own_affair() -> None:
 def test_nan_and_nothing_changed_is_not_torn() -> None:
     weight = nn.Parameter(torch.full((N,), float("nan")))
     copied(batches_of(extent("w", weight.detach(), weight)))
+
+
+def one_byte_behind_the_counter(weight: nn.Parameter) -> None:
+    flat(weight.data)[4 * N - 5] ^= 1
+
+
+def test_one_byte_behind_the_counter_is_seen_only_by_who_looks_at_every_byte() -> None:
+    weight = nn.Parameter(torch.randn(N))
+    batches = batches_of(extent("w", weight.detach(), weight))
+    one_byte_behind_the_counter(weight)
+    copied(batches)
+    thorough = batches_of(extent("w", weight.detach(), weight), watch=Watch.EVERY_BYTE)
+    one_byte_behind_the_counter(weight)
+    with pytest.raises(TornSnapshotError):
+        copied(thorough)
+    copied(batches_of(extent("w", weight.detach(), weight), watch=Watch.EVERY_BYTE))

@@ -243,6 +243,23 @@ def test_a_tensor_changed_behind_its_optimizer_costs_that_save_and_the_next_ones
     assert contents(other) == before
 
 
+def test_with_verify_staging_a_single_element_behind_the_counter_fails_the_save(
+    tmp_path: Path, held: threading.Event
+) -> None:
+    state = state_of(1)
+    with checkpointer(tmp_path, state, verify_staging=True) as ckpt:
+        ckpt.save(1)
+        held.set()
+        ckpt.wait(SECONDS)
+        held.clear()
+        pending = ckpt.save(2)
+        state["model"].first.weight.data[3, 5] += 1.0
+        held.set()
+        with pytest.raises(SaveFailedError, match="TornSnapshotError"):
+            pending.wait(SECONDS)
+        ckpt.save(3).wait(SECONDS)
+
+
 def test_whoever_waits_for_staged_may_change_everything(tmp_path: Path) -> None:
     state = state_of(1)
     train(state)

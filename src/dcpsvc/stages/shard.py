@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future as TorchFuture
 
-from dcpsvc import linux
 from dcpsvc.format import digest
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.state import dcp_quirks
@@ -119,7 +118,6 @@ class ShardWriter(StorageWriter):
             StoreFullError: The disk is full; nothing of the file is left.
         """
         began = time.perf_counter()
-        linux.yield_to_training()  # DCP starts a thread for each save
         try:
             # Closed in this order: nobody writes or hashes what the parts were made in when that is given back.
             with contextlib.closing(self._body.parts(_Resolver(plan, planner))) as parts, self._new_file() as file:
@@ -272,8 +270,7 @@ class _Resolver:
 def _write(file: DiskFile, parts: Iterable[memoryview]) -> bytes:
     """Write the parts and their block table, durably; return the table."""
     tables: list[bytes] = []
-    # While the disk is at work; a new thread has the priority of the one that starts it.
-    with ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-digest") as digesting:
+    with ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-digest") as digesting:  # while the disk is at work
         for part in parts:
             table = digesting.submit(digest.table, part)
             file.write(part)

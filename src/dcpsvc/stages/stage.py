@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcpsvc import copying
-from dcpsvc.copying import Copying, Extent
+from dcpsvc.copying import Copying, Extent, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -77,6 +77,7 @@ class Snapshot:
         threads: Where large tensors are copied.
         beside: What else must be read from the tensors before they change.
         on_copied: Called once, on any thread, when nothing is read from the state any more.
+        watch: How closely, for changes, while training goes on.
 
     Attributes:
         nbytes: Of the file up to its block table.
@@ -90,12 +91,14 @@ class Snapshot:
         outline: Outline,
         arena: Arena,
         threads: Executor,
+        *,
         beside: Sequence[Task] = (),
         on_copied: Callable[[], None] = lambda: None,
+        watch: Watch = Watch.CLOSELY,
     ) -> None:
         self._outline, self.arena, self._host = outline, arena, arena.reserve(outline.nbytes)
         self._views = arena.cut(outline.placement)
-        self.nbytes, self._threads = outline.nbytes, threads
+        self.nbytes, self._threads, self._watch = outline.nbytes, threads, watch
         self.copying = Copying([*beside, *self._batches()], on_copied)
         self.reader: Reader | None = None
 
@@ -161,7 +164,7 @@ class Snapshot:
         outline.large = [
             large for large in outline.large if _is_plain(outline.sources[large.number], self._views[large.number])
         ]
-        return copying.batches(map(self._extent, outline.large), watched=True)
+        return copying.batches(map(self._extent, outline.large), self._watch)
 
     def _extent(self, large: Large) -> tuple[int, int | None, Extent]:
         placement, index = self._outline.placement, large.number
