@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import platform
 import time
@@ -22,6 +21,7 @@ from dcpsvc.blueprint import Blueprints
 from dcpsvc.copying import Watch
 from dcpsvc.errors import RankFailure, StateError, TornSnapshotError
 from dcpsvc.events import Point
+from dcpsvc.garbage import uncollected
 from dcpsvc.holdback import Holdback
 from dcpsvc.outline import Outline
 from dcpsvc.pending import PendingSave
@@ -35,7 +35,7 @@ from dcpsvc.state.claims import Replicas
 from dcpsvc.state.collected import Collected
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Mapping
 
     from dcpsvc.blueprint import Blueprint
     from dcpsvc.copying import Copying
@@ -125,7 +125,7 @@ class Saver:
             StateError: Something cannot be saved. The other ranks hear of it through the save.
         """
         try:
-            with _no_garbage_collection():
+            with uncollected():
                 self._stage(save, metrics, values)
         except StateError as err:
             save.proposal = RankFailure(self._job.rank, "stage", type(err).__name__, str(err))
@@ -315,18 +315,6 @@ def _has_copied(pending: PendingSave, began: float) -> None:
 
 def _hold(pending: PendingSave, seconds: float) -> None:
     pending.timings.held_s += seconds
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Generator[None]:
-    """Many thousand references, gone again in a moment, would set off full collections: 0.8 s at 100,000 tensors."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:

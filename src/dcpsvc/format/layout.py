@@ -12,6 +12,7 @@ from dcpsvc.errors import LayoutError
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import FORMAT, MAX_RANKS, MAX_SHARD_NBYTES
 from dcpsvc.format.parse import Fields, compact
+from dcpsvc.garbage import uncollected
 
 MAX_NBYTES = 4 << 30
 MAX_DIMS = 64
@@ -79,11 +80,12 @@ class Layout:
 
     def dumps(self) -> bytes:
         """The file's content; equal layouts give equal bytes."""
-        tensors = {
-            key: [t.dtype, t.shape, [[c.rank, c.offsets, c.sizes, c.begin] for c in t.chunks]]
-            for key, t in sorted(self.tensors.items())
-        }
-        return compact({"format": FORMAT, "aliases": dict(sorted(self.aliases.items())), "tensors": tensors})
+        with uncollected():
+            tensors = {
+                key: [t.dtype, t.shape, [[c.rank, c.offsets, c.sizes, c.begin] for c in t.chunks]]
+                for key, t in sorted(self.tensors.items())
+            }
+            return compact({"format": FORMAT, "aliases": dict(sorted(self.aliases.items())), "tensors": tensors})
 
 
 def loads(path: str, data: bytes, expected_digest: str) -> Layout:
@@ -94,6 +96,11 @@ def loads(path: str, data: bytes, expected_digest: str) -> Layout:
     """
     if (found := digest(data)) != expected_digest:
         raise LayoutError(path, f"checksum is {found}, the manifest says {expected_digest}")
+    with uncollected():
+        return _parsed(path, data)
+
+
+def _parsed(path: str, data: bytes) -> Layout:
     fields = Fields.parse(path, data, LayoutError)
     if (version := fields.get("format", int)) != FORMAT:
         raise fields.fail(f"format version {version}, this package reads {FORMAT}")
@@ -122,6 +129,8 @@ def _not_tiled(tensor: Tensor) -> str | None:
     cut = [dim for dim, extent in enumerate(tensor.shape) if any(chunk.sizes[dim] != extent for chunk in chunks)]
     if len(cut) > MAX_CUT_DIMS:
         return f"cut along {len(cut)} dimensions, at most {MAX_CUT_DIMS} are supported"
+    if len(cut) == 1:
+        return _not_in_a_row(chunks, cut[0])
     corners: Counter[Shape] = Counter()
     whole = [((0,) * len(tensor.shape), tensor.shape, -1)] if chunks else []
     for offsets, sizes, sign in [*((c.offsets, c.sizes, 1) for c in chunks), *whole]:
@@ -130,6 +139,16 @@ def _not_tiled(tensor: Tensor) -> str | None:
             corners[corner] += sign * (-1) ** sum(far)
     if any(corners.values()):
         return "chunks overlap and leave gaps"
+    return None
+
+
+def _not_in_a_row(chunks: list[Chunk], dim: int) -> str | None:
+    """The same for boxes that are cut along one dimension, as nearly all are; they hold as much as the whole."""
+    ends = 0
+    for offset, size in sorted((chunk.offsets[dim], chunk.sizes[dim]) for chunk in chunks):
+        if offset != ends:
+            return "chunks overlap and leave gaps"
+        ends += size
     return None
 
 

@@ -6,6 +6,7 @@ Every message is a value. A rank that failed says so and why; it never leaves th
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from dcpsvc.format import layout
 from dcpsvc.format.layout import Chunk, Layout, Tensor
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.format.parse import Fields, compact
+from dcpsvc.garbage import uncollected
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import Meeting, RefusalError
 from dcpsvc.state import claims
@@ -119,15 +121,17 @@ def gather_layout(job: Job, mine: bytes) -> Layout:
 def merge(parts: list[bytes]) -> Layout:
     """The layout that all parts make together."""
     described: dict[str, tuple[str, tuple[int, ...]]] = {}
-    chunks: dict[str, list[Chunk]] = {}
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
     aliases: dict[str, str] = {}
-    for data in parts:
-        content = json.loads(data)
-        aliases |= content["aliases"]
-        for key, dtype, shape, offsets, sizes, begin in content["pieces"]:
-            described[key] = (dtype, tuple(shape))
-            chunks.setdefault(key, []).append(Chunk(content["rank"], tuple(offsets), tuple(sizes), begin))
-    tensors = {key: Tensor(*described[key], tuple(chunks[key])) for key in described}
+    with uncollected():
+        for data in parts:
+            content = json.loads(data)
+            rank = content["rank"]
+            aliases |= content["aliases"]
+            for key, dtype, shape, offsets, sizes, begin in content["pieces"]:
+                described.setdefault(key, (dtype, tuple(shape)))
+                chunks[key].append(Chunk(rank, tuple(offsets), tuple(sizes), begin))
+        tensors = {key: Tensor(*described[key], tuple(chunks[key])) for key in described}
     for key, tensor in tensors.items():
         if reason := layout.uncovered(tensor):
             raise LayoutError(key, reason)
