@@ -10,16 +10,20 @@ import pytest
 import dcpsvc
 
 PUBLIC = {
-    "Checkpoint", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError", "Event", "Every", "Everything",
+    "Best", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError", "Event", "Divergence", "Every", "EveryHours", "EveryNSteps", "Everything",
     "FormatError", "Latest", "Options", "PendingSave", "PerRank", "Point", "RestoreError", "Rng", "RootError",
     "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints",
-    "load", "storage_reader",
+    "load", "storage_reader", "Pinned", "pin", "unpin", "record_metrics",
 }  # fmt: skip
 
 LIGHT = [
     "dcpsvc",
     "dcpsvc.cli",
     "dcpsvc.reading",
+    "dcpsvc.marking",
+    "dcpsvc.keeping",
+    "dcpsvc.sidefiles",
+    "dcpsvc.divergence",
     "dcpsvc.storage.open",
     "dcpsvc.storage.shards",
     "dcpsvc.stages.discover",
