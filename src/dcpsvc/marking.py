@@ -1,4 +1,4 @@
-"""Metrics and pins from outside a training job: by an evaluation, by hand. Any process that can write to the run root."""
+"""Metrics and pins from outside a training job: by an evaluation, by hand. Needs write access to the run root."""
 
 from __future__ import annotations
 

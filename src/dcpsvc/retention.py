@@ -14,7 +14,7 @@ from dcpsvc.errors import FormatError, RankFailure, StoreError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
 from dcpsvc.policies import Everything
-from dcpsvc.ranks.rendezvous import Meeting
+from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover, retain
 from dcpsvc.stages.retain import Removal
@@ -140,6 +140,9 @@ class Retention:
             for attempt in (Attempt(*pair) for pair, _ in removed):
                 self._catalog.drop(attempt)
                 retain.remove_local(self._run.local, attempt, self._job.rank)
+        except DisagreementError as err:
+            why = "; ".join(map(str, err.failures)) or f"ranks {err.missing} did not come"
+            self._emit(save, detail=f"incomplete: {why}", level=logging.WARNING)
         except Exception as err:  # noqa: BLE001 - whatever it is, the commit stands and the next one tries again
             self._emit(save, detail=f"incomplete: {err}", level=logging.WARNING)
         else:

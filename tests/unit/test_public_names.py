@@ -10,10 +10,11 @@ import pytest
 import dcpsvc
 
 PUBLIC = {
-    "Best", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError", "Event", "Divergence", "Every", "EveryHours", "EveryNSteps", "Everything",
-    "FormatError", "Latest", "Options", "PendingSave", "PerRank", "Point", "RestoreError", "Rng", "RootError",
-    "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints",
-    "load", "storage_reader", "Pinned", "pin", "unpin", "record_metrics",
+    "Best", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError",
+    "Divergence", "Event", "Every", "EveryHours", "EveryNSteps", "Everything", "FormatError", "Latest", "Options",
+    "PendingSave", "PerRank", "Pinned", "Point", "RestoreError", "Rng", "RootError", "SaveError", "StateError",
+    "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints", "load", "pin",
+    "record_metrics", "storage_reader", "unpin",
 }  # fmt: skip
 
 LIGHT = [
