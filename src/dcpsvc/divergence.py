@@ -40,9 +40,9 @@ class Divergence:
 
     metric: str = "loss"
     mode: str = "min"
-    rise: float = 0.5
+    rise: float = 0.2
     fast: int = 10
-    slow: int = 100
+    slow: int = 200
     patience: int = 10
     stop: bool = False
 
