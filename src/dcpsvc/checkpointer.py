@@ -286,7 +286,7 @@ class Checkpointer:
         self._steering.ask_to_stop("request_stop()")
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until every accepted save is committed or has failed, and what has to be deleted is. Any thread.
+        """Until every accepted save is committed or has failed, and retention has done what it may. Any thread.
 
         Raises:
             WaitTimeoutError: Not yet; the saves go on.

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _WINDOW = 5
+_LARGEST = 1e300
+"""So that no difference of two values is infinite."""
+
 _NOISE = 3.0
 """A rise within so many times the usual scatter is none."""
 
@@ -108,7 +111,7 @@ class Detector:
 
     def _average(self, value: float) -> None:
         first = not self._recent
-        self._recent = [*self._recent[1 - _WINDOW :], value]
+        self._recent = [*self._recent[1 - _WINDOW :], max(-_LARGEST, min(_LARGEST, value))]
         middle = median(self._recent)
         if first:
             self._fast = self._slow = middle
@@ -136,7 +139,8 @@ class Detector:
 
     def restore(self, metrics: Mapping[str, float]) -> None:
         """As it was when that was saved; anew where there is nothing, or of another metric."""
-        found = {name.removeprefix(self._prefix): v for name, v in metrics.items() if name.startswith(self._prefix)}
+        own = {name: v for name, v in metrics.items() if name.startswith(self._prefix) and abs(v) <= _LARGEST}
+        found = {name.removeprefix(self._prefix): v for name, v in own.items()}
         self.why, self._step, since = "", int(found.get("step", -1)), int(found.get("since", -1))
         self.since = since if since >= 0 else None
         self._bad = int(found.get("bad", 0))

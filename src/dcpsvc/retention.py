@@ -40,7 +40,7 @@ logger = logging.getLogger("dcpsvc")
 _SHARE = 0.25
 """Of the time a shard may take to reach the run root: so long the deletions after a commit may take."""
 
-_TOLD = 10
+_LISTED = 10
 
 
 class Retention:
@@ -140,11 +140,9 @@ class Retention:
             for attempt in (Attempt(*pair) for pair, _ in removed):
                 self._catalog.drop(attempt)
                 retain.remove_local(self._run.local, attempt, self._job.rank)
-        except DisagreementError as err:
-            why = "; ".join(map(str, err.failures)) or f"ranks {err.missing} did not come"
-            self._emit(save, detail=f"incomplete: {why}", level=logging.WARNING)
         except Exception as err:  # noqa: BLE001 - whatever it is, the commit stands and the next one tries again
-            self._emit(save, detail=f"incomplete: {err}", level=logging.WARNING)
+            self._catalog.manifests = None  # what of it was deleted must not count any more: read anew
+            self._emit(save, detail=f"incomplete: {_told(err)}", level=logging.WARNING)
         else:
             level = logging.INFO if removed and self._job.coordinates else None
             self._emit(save, detail=f"removed {_listed(removed)}" if removed else "removed nothing", level=level)
@@ -195,8 +193,12 @@ class Retention:
                 logger.warning("%s", text)
 
     def _valid_commits(self) -> list[Manifest]:
+        """Read anew; what of earlier deletions was cut short goes with the next commit."""
+        marked, committed = retain.condemned(self._run.remote), discover.committed(self._run.remote)
+        cut_short = {one for one in marked if one.epoch <= self._run.settled.epoch}.difference(committed)
+        self._catalog.leftovers |= cut_short
         found: list[Manifest] = []
-        for attempt in discover.committed(self._run.remote):
+        for attempt in committed:
             with contextlib.suppress(FormatError, StoreError):  # a damaged commit is for `verify`, not for retention
                 if attempt not in self._catalog.aside:
                     found.append(discover.valid(self._run.remote, attempt))
@@ -234,8 +236,14 @@ class Rate:
         return True
 
 
+def _told(err: Exception) -> str:
+    if isinstance(err, DisagreementError):
+        return "; ".join(map(str, err.failures)) or f"ranks {err.missing} did not come"
+    return str(err)
+
+
 def _listed(removed: Sequence[Sequence[Any]]) -> str:
     """For a log line: as many as one can read."""
-    told = [f"step {pair[0]}: {why}" for pair, why in removed[:_TOLD]]
-    more = [f"and {len(removed) - _TOLD} more"] if len(removed) > _TOLD else []
+    told = [f"step {pair[0]}: {why}" for pair, why in removed[:_LISTED]]
+    more = [f"and {len(removed) - _LISTED} more"] if len(removed) > _LISTED else []
     return "; ".join([*told, *more])

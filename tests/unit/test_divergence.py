@@ -129,6 +129,17 @@ def test_a_detector_that_was_resumed_goes_on_as_if_nothing_had_happened(cut: int
     assert all(same for _, same in alarms)
 
 
+def test_values_of_any_size_and_damaged_numbers_never_make_it_blind() -> None:
+    detector = Detector(Divergence())
+    for step, value in enumerate([1.7e308, -1.7e308] * 50, 1):
+        detector.observe(step, value)
+    assert all(math.isfinite(value) for value in detector.state().values())
+    spoiled = dict.fromkeys(detector.state(), math.inf) | {"dcpsvc.divergence.loss.step": math.nan}
+    detector.restore(spoiled)
+    assert detector == Detector(Divergence())
+    assert detector.observe(1, math.nan)
+
+
 def test_what_another_metric_has_left_is_not_taken_for_ones_own() -> None:
     detector = Detector(Divergence(metric="loss"))
     detector.observe(1, 5.0)

@@ -173,6 +173,33 @@ def test_without_a_look_at_the_pins_nothing_is_deleted() -> None:
     assert "incomplete: rank 0 failed in decide: StoreUnavailableError: list pins/: 503" in told[-1]
 
 
+def test_what_a_deletion_that_broke_off_has_deleted_does_not_count_any_more() -> None:
+    class Torn(Mortal):
+        broken = False
+
+        def delete(self, key: str) -> None:
+            if self.broken and key.startswith("data/"):
+                raise StoreUnavailableError("delete", key, "503")
+            super().delete(key)
+
+    root = Torn("root")
+    job = started(root, keep=Latest(1) | Best(1, "loss", "min"))
+    job.save(1, loss=3.0)
+    best = job.commit(2, loss=1.0)
+    root.broken = True
+    assert "503" in job.retain(best)[-1]
+    assert there(root) == [2], "its manifest is gone, so it is no checkpoint"
+    job.save(3, loss=4.0)
+    root.broken = False
+    sidefiles.record(root, best, {"loss": 9.0})
+    job.save(4, loss=5.0)
+    assert there(root) == [3, 4]
+    job.save(5, loss=6.0)
+    assert there(root) == [3, 5]
+    assert {keys.attempt_of(key).step for key in root.below("data/")} == {3, 5}, "and what it has left goes"
+    assert root.below(keys.TOMBSTONES) == []
+
+
 def test_a_checkpoint_that_is_pinned_or_read_or_resumed_from_outlives_the_policy_and_not_the_pin() -> None:
     job = started(keep=Latest(1))
     pinned, resumed, read, plain = (job.commit(step) for step in (1, 2, 3, 4))
