@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcpsvc.policies import DIVERGED
+from dcpsvc.commits import DIVERGED
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
-    from dcpsvc.policies import Commit, Keep
+    from dcpsvc.commits import Commit
+    from dcpsvc.policies import Keep
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
+from dcpsvc.commits import OWN_METRICS
 from dcpsvc.errors import ConfigError
-from dcpsvc.policies import OWN_METRICS, is_count, is_number
+from dcpsvc.policies import is_count, is_name, is_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +51,7 @@ class Divergence:
     stop: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.metric, str) or not self.metric:
+        if not is_name(self.metric):
             raise ConfigError(f"Divergence(metric={self.metric!r}): the metric must be named")
         if self.mode not in {"min", "max"}:
             raise ConfigError(f"Divergence(mode={self.mode!r}): mode must be 'min' or 'max'")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from dcpsvc.commits import DIVERGED
 from dcpsvc.divergence import Detector
-from dcpsvc.policies import DIVERGED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

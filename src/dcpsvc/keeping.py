@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from dcpsvc.commits import Commit
 from dcpsvc.decision import Decision, decide
 from dcpsvc.errors import FormatError, StoreNotFoundError
 from dcpsvc.format import keys, policy
 from dcpsvc.format.keys import Attempt
-from dcpsvc.policies import Commit, Everything
+from dcpsvc.policies import Everything
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcpsvc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
-    from datetime import datetime
+    from collections.abc import Hashable, Sequence
 
-DIVERGED = "diverged"
-"""Metric that tags a checkpoint: recorded by a divergence detector, or by hand."""
-
-OWN_METRICS = "dcpsvc."
-"""How the names of metrics begin that this package keeps for itself; no listing shows them."""
+    from dcpsvc.commits import Commit
 
 
 def is_count(value: object) -> bool:
@@ -28,6 +23,11 @@ def is_count(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether a value is an int or a float, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_name(value: object) -> bool:
+    """Whether a value is a text that people can read, and not empty."""
+    return isinstance(value, str) and bool(value) and value.isprintable()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,37 +56,6 @@ class Every:
         return self.steps is not None and step % self.steps == 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """What a policy may know about a committed checkpoint.
-
-    Attributes:
-        step: Training step.
-        key: Its identity: step and attempt.
-        created: When the ranks agreed to save it; None where nothing tells.
-        metrics: Numbers recorded with it, or later.
-        pins: Why somebody wants it to stay, whatever the policy; empty if nobody does.
-        needs: Other checkpoints whose files it names.
-    """
-
-    step: int
-    key: Hashable
-    created: datetime | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    pins: tuple[str, ...] = ()
-    needs: frozenset[Hashable] = frozenset()
-
-    @property
-    def diverged(self) -> bool:
-        """Whether it was tagged: no rule but :class:`Everything` keeps it, and no resume takes it unasked."""
-        return is_diverged(self.metrics)
-
-
-def is_diverged(metrics: Mapping[str, float]) -> bool:
-    """Whether the metric ``diverged`` is there and not 0."""
-    return metrics.get(DIVERGED, 0.0) != 0.0
-
-
 class Keep(ABC):
     """A rule that names the checkpoints it wants kept. Rules join with ``|``: kept if any rule keeps it."""
 
@@ -103,14 +72,13 @@ class Keep(ABC):
         """What people should know about rules that cannot do what they say, a sentence for each such rule."""
         return {}
 
-    @property
-    def rules(self) -> tuple[Keep, ...]:
+    def parts(self) -> tuple[Keep, ...]:
         """The rules it is made of."""
         return (self,)
 
     def __or__(self, other: Keep) -> Keep:
         """Keep what either keeps."""
-        return AnyOf((*self.rules, *other.rules))
+        return AnyOf((*self.parts(), *other.parts()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +90,10 @@ class AnyOf(Keep):
     def __post_init__(self) -> None:
         if not self.rules:
             raise ConfigError("AnyOf(()): a policy without rules keeps nothing")
+
+    def parts(self) -> tuple[Keep, ...]:
+        """Its rules."""
+        return self.rules
 
     def reasons(self, commits: Sequence[Commit]) -> dict[Hashable, str]:
         """Join the reasons of all rules."""
@@ -199,7 +171,7 @@ class Best(Keep):
     def __post_init__(self) -> None:
         if not is_count(self.k):
             raise ConfigError(f"Best({self.k!r}, ...): at least 1 checkpoint must be kept")
-        if not isinstance(self.metric, str) or not self.metric:
+        if not is_name(self.metric):
             raise ConfigError(f"Best({self.k}, {self.metric!r}): the metric must be named")
         if self.mode not in {"min", "max"}:
             raise ConfigError(f"Best({self.k}, {self.metric!r}, mode={self.mode!r}): mode must be 'min' or 'max'")
@@ -315,7 +287,7 @@ def check_keeps(rule: Keep) -> None:
     Raises:
         ConfigError: It is made of ``Pinned()`` alone.
     """
-    if all(isinstance(one, Pinned) for one in rule.rules):
+    if all(isinstance(one, Pinned) for one in rule.parts()):
         raise ConfigError(f"keep={rule}: it keeps nothing until something is pinned; join it with Latest(n)")
 
 

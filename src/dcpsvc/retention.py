@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dcpsvc.catalog import Catalog
+    from dcpsvc.commits import Commit
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.format.manifest import Manifest
-    from dcpsvc.policies import Commit, Keep
+    from dcpsvc.policies import Keep
     from dcpsvc.preflight import DiskNeed
     from dcpsvc.ranks.job import Job
     from dcpsvc.ranks.rendezvous import Clock

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dcpsvc.errors import CheckpointGoneError, ConfigError, FormatError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys, sidefiles
+from dcpsvc.policies import is_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,7 @@ def numbers_of(metrics: Mapping[str, float]) -> dict[str, float]:
         raise ConfigError(f"metrics: {len(metrics)} of them; 1 to {_MAX_METRICS} can be recorded at once")
     found: dict[str, float] = {}
     for name, value in metrics.items():
-        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= sidefiles.MAX_TEXT:
+        if not is_name(name) or len(name) > sidefiles.MAX_TEXT:
             raise ConfigError(f"metrics: {name!r} is not a name")
         try:
             found[name] = float(value) if not isinstance(value, str | bytes) else _refuse(value)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcpsvc.commits import Commit
 from dcpsvc.config import Options
 from dcpsvc.decision import Decision, decide
 from dcpsvc.errors import ConfigError, FormatError
@@ -20,7 +21,6 @@ from dcpsvc.format.keys import Epoch
 from dcpsvc.policies import (
     AnyOf,
     Best,
-    Commit,
     Every,
     EveryHours,
     EveryNSteps,

@@ -24,7 +24,7 @@ _KNOWN = {kind.__name__: kind for kind in _KINDS}
 def dumps(epoch: Epoch, rule: Keep) -> bytes:
     """The file's content. A rule of the user's own is written down by its name, and cannot be read back."""
     about = {"format": FORMAT, "epoch": epoch.number, "token": epoch.token}
-    return seal(about | {"text": str(rule)[:500], "keep": [_rule(one) for one in rule.rules]})
+    return seal(about | {"text": str(rule)[:500], "keep": [_rule(one) for one in rule.parts()]})
 
 
 def loads(path: str, data: bytes) -> tuple[str, Keep | None]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from dcpsvc import fence, sidefiles
+from dcpsvc.commits import OWN_METRICS, is_diverged
 from dcpsvc.errors import (
     CorruptShardError,
     FormatError,
@@ -18,7 +19,6 @@ from dcpsvc.errors import (
 )
 from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
-from dcpsvc.policies import OWN_METRICS, is_diverged
 from dcpsvc.sidefiles import SideFiles
 
 if TYPE_CHECKING:
