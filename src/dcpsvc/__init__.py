@@ -10,6 +10,9 @@ saving, laststep    a save begins on the training thread; the last step is not l
 blueprint, arenas   what a structure needs once: who writes what and where; memory to copy it into
 uploader, life      the background thread; one save up to its commit: the order of the stages
 retention, catalog  what is deleted after a commit; what is known to be committed
+decision, keeping   why a checkpoint stays or goes; the same for a run root from outside
+sidefiles, marking  metrics that come late, and pins: beside a checkpoint, by anybody
+divergence          noticing that a training went wrong, and tagging what it saves
 stages/             stage shard ack upload commit retain, discover restore; none knows another
 state/              modules, optimizers and values as named tensors and JSON, and back
 ranks/              meetings on the c10d store, our own gloo group, agreed extra saves
@@ -30,7 +33,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dcpsvc.checkpointer import Checkpointer
     from dcpsvc.config import Options
+    from dcpsvc.divergence import Divergence
     from dcpsvc.errors import (
+        CheckpointGoneError,
         ClosedError,
         ConfigError,
         DcpsvcError,
@@ -43,8 +48,9 @@ if TYPE_CHECKING:
     )
     from dcpsvc.events import Event, Point
     from dcpsvc.loading import load, storage_reader
+    from dcpsvc.marking import pin, record_metrics, unpin
     from dcpsvc.pending import PendingSave, Statistics, StepOutcome, Timings
-    from dcpsvc.policies import Every, Everything, Latest
+    from dcpsvc.policies import Best, Every, EveryHours, EveryNSteps, Everything, Latest, Pinned
     from dcpsvc.reading import latest, list_checkpoints
     from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.state.rng import Rng
@@ -54,12 +60,14 @@ _HOMES = {
     "checkpointer": ("Checkpointer",),
     "config": ("Options",),
     "errors": (
-        "ClosedError", "ConfigError", "DcpsvcError", "FormatError", "RestoreError",
+        "CheckpointGoneError", "ClosedError", "ConfigError", "DcpsvcError", "FormatError", "RestoreError",
         "RootError", "SaveError", "StateError", "StoreError",
     ),
     "events": ("Event", "Point"),
     "pending": ("PendingSave", "Statistics", "StepOutcome", "Timings"),
-    "policies": ("Every", "Everything", "Latest"),
+    "divergence": ("Divergence",),
+    "policies": ("Best", "Every", "EveryHours", "EveryNSteps", "Everything", "Latest", "Pinned"),
+    "marking": ("pin", "record_metrics", "unpin"),
     "loading": ("load", "storage_reader"),
     "reading": ("latest", "list_checkpoints"),
     "stages.discover": ("Checkpoint",),
@@ -69,19 +77,25 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Best",
     "Checkpoint",
+    "CheckpointGoneError",
     "Checkpointer",
     "ClosedError",
     "ConfigError",
     "DcpsvcError",
+    "Divergence",
     "Event",
     "Every",
+    "EveryHours",
+    "EveryNSteps",
     "Everything",
     "FormatError",
     "Latest",
     "Options",
     "PendingSave",
     "PerRank",
+    "Pinned",
     "Point",
     "RestoreError",
     "Rng",
@@ -95,7 +109,10 @@ __all__ = [
     "latest",
     "list_checkpoints",
     "load",
+    "pin",
+    "record_metrics",
     "storage_reader",
+    "unpin",
 ]
 
 

@@ -51,6 +51,15 @@ class Announcer:
         self._events.emit(Point.RESUMED, step=found.attempt.step, attempt=found.attempt.attempt, detail=detail)
         self.check_schedule(found.attempt.step)
 
+    def went_behind(self, step: int, newer: list[int]) -> None:
+        """A step was resumed by name, and there are newer commits."""
+        if newer and self._job.coordinates:
+            logger.warning(
+                "resumed from step %s by name; newer commits stay, and these steps cannot be saved again here: %s. "
+                "To train on from step %s for good, use another run root.",
+                step, newer, step,
+            )  # fmt: skip
+
     def check_schedule(self, start: int) -> None:
         """Warn about a run that is too short for its schedule."""
         every, total = self._options.every, self._options.total_steps

@@ -65,6 +65,10 @@ class Catalog:
                 del self.attempts[step]
         return sorted(newer)
 
+    def hold(self, attempt: Attempt) -> None:
+        """It is being resumed from: retention must not touch it while this job lives."""
+        self.in_use[attempt] = "resumed from"
+
     def drop(self, attempt: Attempt) -> None:
         """It was deleted."""
         if self.attempts.get(attempt.step) == attempt:

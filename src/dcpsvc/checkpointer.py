@@ -7,15 +7,18 @@ uploader (meets the ranks, uploads, commits, deletes), a heartbeat, and a watche
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any, Self
 
 from dcpsvc.admission import Admission
+from dcpsvc.annotating import Annotator
 from dcpsvc.announcing import Announcer
 from dcpsvc.atexit import at_exit
 from dcpsvc.catalog import Catalog
+from dcpsvc.closing import Ending
 from dcpsvc.config import Options
 from dcpsvc.copying import Watch
 from dcpsvc.errors import (
@@ -23,16 +26,15 @@ from dcpsvc.errors import (
     ConfigError,
     DcpsvcError,
     FencedError,
-    RootError,
     WaitTimeoutError,
 )
 from dcpsvc.events import Events, Point
 from dcpsvc.format.keys import MAX_STEP
+from dcpsvc.guarding import Guard
 from dcpsvc.laststep import LastStep
 from dcpsvc.life import Life
-from dcpsvc.opening import open_run
+from dcpsvc.opening import join, open_run
 from dcpsvc.pending import StepOutcome
-from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.proposals import SAVE, STOP
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.resuming import Resuming
@@ -47,12 +49,11 @@ from dcpsvc.uploader import Uploader
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, MutableMapping
+    from concurrent.futures import Future
     from types import TracebackType
 
     from dcpsvc.pending import PendingSave, Statistics
     from dcpsvc.storage.base import Store
-
-_LOOK_S = 0.2
 
 
 class Checkpointer:
@@ -85,10 +86,10 @@ class Checkpointer:
     """
 
     def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
-        self._options = _options(options)
+        self._options = Options.of(options)
         self._state = AppState(state)
         remote = open_store(root, self._options.storage_options)
-        self._job = _join(remote.url, self._options.sync_timeout_s)
+        self._job = join(remote.url, self._options.sync_timeout_s)
         self._events = Events(rank=self._job.rank, observer=self._options.on_event)
         try:
             self._run = open_run(self._job, remote, self._options.local_dir, self._options)
@@ -118,6 +119,10 @@ class Checkpointer:
         self._last = LastStep(self._state, self._job.rank)
         self._steering = Steering(self._job, self._options, self._seconds_due)
         self._announcer = Announcer(self._job, self._run, self._options, self._events)
+        uploader, upload_s = self._uploader, self._options.upload_timeout_s
+        self._annotator = Annotator(self._job, remote, self._catalog, lambda: uploader.under_way, upload_s)
+        self._guard = Guard(self._options.divergence, self._job, self._annotator, self._steering.ask_to_stop)
+        self._ending = Ending(uploader, self._steering, self._announcer, self._catalog)
         self._standing = Standing(
             run=self._run, world_size=self._job.world_size, catalog=self._catalog, saves=self._saves,
             uploader=self._uploader, last=self._last, steering=self._steering, announcer=self._announcer,
@@ -149,14 +154,15 @@ class Checkpointer:
         """The mapping given to the constructor, with what ``resume()`` put into it."""
         return self._state.mapping
 
-    def resume(self, step: int | None = None, *, skip: Collection[str] = ()) -> int:
+    def resume(self, step: int | None = None, *, skip: Collection[str] = (), even_diverged: bool = False) -> int:
         """Continue from the newest valid commit, or from exactly ``step``. Collective; training thread.
 
         Everything is read and verified on every rank before anything in memory is changed.
 
         Args:
-            step: A committed step; None takes the newest that is whole on all ranks.
+            step: A committed step; None takes the newest that is whole on all ranks and not tagged as diverged.
             skip: Names of components to leave as they are.
+            even_diverged: Take the newest even if it is tagged; one that is named is taken anyway.
 
         Returns:
             The step to continue after; 0 on a fresh run.
@@ -171,7 +177,7 @@ class Checkpointer:
         options = self._options
         resuming = Resuming(
             self._job, f"resume-{self._resumes}", self._run.remote, [self._run.local], self._state,
-            options.sync_timeout_s, options.upload_timeout_s,
+            options.sync_timeout_s, options.upload_timeout_s, self._catalog.hold, even_diverged,
         )  # fmt: skip
         self._saver.wait_copied()
         found = resuming.run(step, skip)
@@ -179,8 +185,10 @@ class Checkpointer:
         self._announcer.resumed(found)
         if found is None:
             return 0
-        self._set_aside(found.attempt.step, explicit=step is not None)
-        self._catalog.in_use[found.attempt] = "resumed from"
+        newer = self._catalog.set_aside(found.attempt.step, damaged=step is None)
+        self._announcer.went_behind(found.attempt.step, newer if step is not None else [])
+        self._catalog.hold(found.attempt)
+        self._guard.resumed(found.metrics)
         self._standing.resumed_from = found.attempt.step
         self._last.begin_at(found.attempt.step)
         return found.attempt.step
@@ -201,6 +209,7 @@ class Checkpointer:
         if self._last.step is not None and step <= self._last.step:
             raise ConfigError(f"step({step}) after step {self._last.step}: steps must grow")
         self._last.step = step
+        metrics = self._guard.watch(step, metrics)
         agreed = self._steering.at(step)
         every = self._options.every
         due = agreed in {SAVE, STOP} or (agreed is None and every is not None and every.due(step))
@@ -241,10 +250,39 @@ class Checkpointer:
         self._check_open()
         self._check_step(step)
         self._saves.check_new(step)
-        pending = self._saves.begin(step, metrics or {})
+        pending = self._saves.begin(step, self._guard.watch(step, metrics))
         if pending.state != "skipped":
             self._last.save_begun(step)
         return pending
+
+    def record_metrics(self, step: int, metrics: Mapping[str, float]) -> Future[None]:
+        """Add numbers to a checkpoint after it was saved, as an evaluation does. Any rank or thread; rank 0's count.
+
+        They count from the next commit on, for ``Best(...)``; where a name was recorded before, the later number does.
+        Returns at once; a save that is still under way gets them when it is committed.
+
+        Args:
+            step: A committed step, or one being saved.
+            metrics: Numbers by name.
+
+        Returns:
+            Done when they are durable; holds a CheckpointGoneError if there is no such checkpoint, or no longer.
+
+        Raises:
+            ConfigError: Something is no number.
+        """
+        self._check_open()
+        return self._annotator.record(step, metrics)
+
+    def pin(self, step: int, note: str = "") -> Future[None]:
+        """Have a checkpoint stay until :meth:`unpin`, whatever the policy. As :meth:`record_metrics`."""
+        self._check_open()
+        return self._annotator.pin(step, note)
+
+    def unpin(self, step: int) -> Future[None]:
+        """Leave a checkpoint to the policy again: every pin of it goes. As :meth:`record_metrics`."""
+        self._check_open()
+        return self._annotator.unpin(step)
 
     def request_stop(self) -> None:
         """Have the job save and stop a few steps from now: ``step()`` will say so on every rank. Any rank or thread."""
@@ -252,7 +290,7 @@ class Checkpointer:
         self._steering.ask_to_stop("request_stop()")
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until every accepted save is committed or has failed, and what has to be deleted is. Any thread.
+        """Until every accepted save is committed or has failed, and retention has done what it may. Any thread.
 
         Raises:
             WaitTimeoutError: Not yet; the saves go on.
@@ -277,7 +315,7 @@ class Checkpointer:
         if self._closed or os.getpid() != self._pid:
             return
         try:
-            self._finish(timeout_s, failed=failed)
+            self._ending.finish(timeout_s, functools.partial(self._save_last, failed=failed))
             error = self._uploader.last_error
         finally:
             self._leave()
@@ -293,40 +331,16 @@ class Checkpointer:
         """Counters so far. Any thread."""
         return self._standing.statistics()
 
-    def _save(self, step: int, metrics: Mapping[str, float] | None, *, must: bool) -> PendingSave | None:
+    def _save(self, step: int, metrics: Mapping[str, float], *, must: bool) -> PendingSave | None:
         self._saves.check_new(step)
         try:
-            pending = self._saves.begin(step, metrics or {}, must=must, left_s=self._steering.left_s())
+            pending = self._saves.begin(step, metrics, must=must, left_s=self._steering.left_s())
         except WaitTimeoutError as err:  # a preemption whose time is over: training has to end
             self._announcer.cut_short(err.pending, self._catalog.newest_local)
             return None
         if pending.state != "skipped":
             self._last.save_begun(step)
         return pending
-
-    def _finish(self, timeout_s: float | None, *, failed: bool) -> None:
-        """Until everything is committed, or as far as the time goes."""
-        limit_s = 0.0 if self._steering.aborted else timeout_s
-        ends = None if limit_s is None else time.monotonic() + limit_s
-        try:
-            self._wait_until(ends)
-            self._save_last(failed=failed)
-            self._wait_until(ends)
-        except WaitTimeoutError as err:
-            if self._steering.left_s() is None and not self._steering.aborted:
-                raise
-            self._announcer.cut_short(err.pending, self._catalog.newest_local)
-
-    def _wait_until(self, ends: float | None) -> None:
-        """Until nothing is under way. A preemption may come meanwhile: its grace counts from then on."""
-        while True:
-            left = [left_s for left_s in (_left_s(ends), self._steering.left_s()) if left_s is not None]
-            try:
-                return self._uploader.wait(min([*left, _LOOK_S]))
-            except WaitTimeoutError:
-                if left and min(left) <= 0:
-                    self._steering.end_early()
-                    raise
 
     def _save_last(self, *, failed: bool) -> None:
         """Save the last complete step, if the model still is what it was then."""
@@ -349,15 +363,6 @@ class Checkpointer:
             and time.monotonic() - self._saves.last_began >= every.seconds
         )
 
-    def _set_aside(self, resumed: int, *, explicit: bool) -> None:
-        newer = self._catalog.set_aside(resumed, damaged=not explicit)
-        if explicit and newer and self._job.coordinates:
-            logging.getLogger("dcpsvc").warning(
-                "resumed from step %s by name; newer commits stay, and these steps cannot be saved again here: %s. "
-                "To train on from step %s for good, use another run root.",
-                resumed, newer, resumed,
-            )  # fmt: skip
-
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"this Checkpointer of {self._run.remote.url} is closed")
@@ -373,6 +378,7 @@ class Checkpointer:
         self._life.abandoned.set()  # what is still under way, on every rank
         left_s = self._steering.left_s()
         patience_s = self._options.sync_timeout_s if left_s is None else min(self._options.sync_timeout_s, left_s + 2.0)
+        self._annotator.close(patience_s)
         with contextlib.suppress(DisagreementError, RuntimeError):  # a peer that is gone cannot be waited for
             self._job.meet("close", None, lambda _: None, Meeting(patience_s, patience_s))
             self._job.linger("close", patience_s)
@@ -392,24 +398,3 @@ class Checkpointer:
             self.close()
         except (DcpsvcError, RuntimeError) as err:
             logging.getLogger("dcpsvc").error("at exit: %s", err)  # noqa: TRY400 - nobody reads a traceback here
-
-
-def _left_s(ends: float | None) -> float | None:
-    return None if ends is None else max(0.0, ends - time.monotonic())
-
-
-def _options(given: dict[str, Any]) -> Options:
-    try:
-        return Options(**given)
-    except TypeError as err:
-        raise ConfigError(f"Checkpointer: {err}") from err
-
-
-def _join(url: str, timeout_s: float) -> Job:
-    try:
-        return Job.join(timeout_s)
-    except DisagreementError as err:
-        reason = f"ranks {err.missing} did not make their Checkpointer within {err.waited_s:.1f} s"
-        raise RootError(url, reason) from None
-    except RuntimeError as err:
-        raise RootError(url, f"the ranks cannot be reached: {err}") from err

@@ -8,10 +8,11 @@ import signal
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from dcpsvc.divergence import Divergence
 from dcpsvc.errors import ConfigError
-from dcpsvc.policies import Every, Everything, Keep, is_count, is_number
+from dcpsvc.policies import Every, Everything, Keep, check_keeps, is_count, is_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,7 +35,12 @@ class Options:
     """When ``step()`` saves. None: only ``save()``, and the last step at the end."""
 
     keep: Keep = field(default_factory=Everything)
-    """What retention keeps; the rest is deleted. Default: everything is kept."""
+    """What retention keeps; the rest is deleted. Default: everything is kept. The newest commit, the one resumed from,
+    and what is pinned or being read always stay."""
+
+    deletes_per_s: float | None = None
+    """How many objects retention deletes at the run root in a second. Default: one after the other, as fast as the
+    store answers. After one commit it deletes for at most a quarter of ``upload_timeout_s``; the next one goes on."""
 
     keep_local: int = 2
     """How many of the newest checkpoints each rank leaves on its local tier, for a fast restart. At least 1."""
@@ -90,6 +96,10 @@ class Options:
     """After a stop was asked for: time until the process must have ended. The local commit comes first; an upload that
     does not fit is finished by the next start on this disk. torchrun kills 30 s after SIGTERM."""
 
+    divergence: Divergence | None = None
+    """When the training counts as diverged: saves are tagged then, and no resume takes them unless asked to. Its state
+    travels with the checkpoints."""
+
     total_steps: int | None = None
     """Steps the training will take, if known: to say at the start whether a save will ever be due."""
 
@@ -116,6 +126,22 @@ class Options:
         _signals(self.stop_signals)
         _instance("every", self.every, (Every, type(None)), "an Every(...), or None")
         _instance("keep", self.keep, Keep, "a policy such as Latest(3)")
+        check_keeps(self.keep)
+        _instance("divergence", self.divergence, (Divergence, type(None)), "a Divergence(...), or None")
+        if self.deletes_per_s is not None and not (is_number(self.deletes_per_s) and 0 < self.deletes_per_s < math.inf):
+            raise ConfigError(f"deletes_per_s={self.deletes_per_s!r} must be a number above 0, or None")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """From keyword arguments as a user gave them.
+
+        Raises:
+            ConfigError: There is no such option, or it makes no sense.
+        """
+        try:
+            return cls(**given)
+        except TypeError as err:
+            raise ConfigError(f"Checkpointer: {err}") from err
 
     @property
     def local_dir(self) -> Path:

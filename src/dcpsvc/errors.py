@@ -23,6 +23,7 @@
     |   |-- NoSuchStepError         an explicitly named step that is not there
     |   |-- NoValidCheckpointError  commits exist, and every one of them is damaged
     |   `-- RestoreFailedError      a rank could not read, or did not arrive
+    |-- CheckpointGoneError         metrics or a pin for a checkpoint that is not there, or being deleted
     |-- FormatError                 a file of ours that does not say what it should
     |   |-- ManifestError
     |   |-- LayoutError
@@ -292,6 +293,17 @@ class RestoreFailedError(RestoreError):
         intact = "nothing in memory was changed"
         parts.append("the state in memory may be partly changed: do not train on" if self.changed else intact)
         return f"{self.where}: {'; '.join(parts)}"
+
+
+class CheckpointGoneError(DcpsvcError):
+    """Metrics or a pin for a checkpoint that is not there, or is being deleted. Nothing was written that stays."""
+
+    def __init__(self, where: str, step: int, reason: str) -> None:
+        super().__init__(where, step, reason)
+        self.where, self.step, self.reason = where, step, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: nothing is noted for step {self.step}: {self.reason}"
 
 
 # --- format ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError
 from dcpsvc.reading import open_root
 from dcpsvc.resuming import Resuming
+from dcpsvc.sidefiles import Lease
 from dcpsvc.stages import discover
 from dcpsvc.stages.restore import CheckpointReader
 from dcpsvc.state.app import AppState
@@ -29,7 +30,7 @@ def storage_reader(
 
     Args:
         root: The run.
-        step: A committed step; None takes the newest.
+        step: A committed step; None takes the newest that is not tagged as diverged.
         storage_options: For fsspec.
 
     Raises:
@@ -52,9 +53,11 @@ def load(
     skip: Collection[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     sync_timeout_s: float = 60.0,
+    even_diverged: bool = False,
 ) -> int:
     """Load a checkpoint into ``state``, whatever the number of ranks; components it does not name are left out.
 
+    While it is read a live job does not delete it: a lease is left beside it, if the root can be written.
     Collective if a process group is initialised: the ranks agree on one checkpoint.
 
     Args:
@@ -64,6 +67,7 @@ def load(
         skip: Names in ``state`` to leave as they are.
         storage_options: For fsspec.
         sync_timeout_s: Longest wait for a peer.
+        even_diverged: Take the newest even if it is tagged as diverged; one that is named is taken anyway.
 
     Returns:
         The step that was loaded.
@@ -74,6 +78,8 @@ def load(
         RestoreFailedError: The state does not fit, or a rank is missing; says so if anything in memory was changed.
     """
     store, app = open_root(root, storage_options), AppState(state)
+    work_s = max(sync_timeout_s, 1800.0)
+    lease = Lease(store, 2 * work_s)
     try:
         job = Job.join(sync_timeout_s)
     except DisagreementError as err:
@@ -81,10 +87,14 @@ def load(
     except RuntimeError as err:  # the ranks' store does not answer
         raise RestoreFailedError(store.url, (RankFailure(-1, "join", type(err).__name__, str(err)),)) from err
     try:
-        found = Resuming(job, "load", store, (), app, sync_timeout_s, max(sync_timeout_s, 1800.0)).run(step, skip)
+        resuming = Resuming(
+            job, "load", store, (), app, sync_timeout_s, work_s, hold=lease.take, even_diverged=even_diverged
+        )
+        found = resuming.run(step, skip)
         with contextlib.suppress(RuntimeError):  # it is loaded; a peer that cannot be reached is not waited for
             job.linger("load", sync_timeout_s)
     finally:
+        lease.release()
         job.leave()
     if found is None:
         raise NoValidCheckpointError(store.url, ("nothing is committed",))
@@ -94,10 +104,10 @@ def load(
 def _choose(store: Store, step: int | None) -> Checkpoint:
     everything = discover.listing(store)
     found = [checkpoint for checkpoint in everything if step in {None, checkpoint.step}]
-    whole = [checkpoint for checkpoint in found if checkpoint.state == "committed"]
+    whole = [c for c in found if c.state == "committed" and (step is not None or not c.diverged)]
     if whole:
         return whole[-1]
-    reasons = tuple(f"step {checkpoint.step}: {checkpoint.reason}" for checkpoint in found)
+    reasons = tuple(f"step {c.step}: {c.reason or 'tagged as diverged'}" for c in found)
     if step is None:
         raise NoValidCheckpointError(store.url, reasons or ("nothing is committed",))
     raise NoSuchStepError(store.url, step, _steps(everything), "; ".join(reasons))

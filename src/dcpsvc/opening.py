@@ -20,6 +20,7 @@ from dcpsvc.errors import (
     UnsupportedFormatError,
 )
 from dcpsvc.format import keys, run
+from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.settling import OpenRun, settle
 from dcpsvc.storage.posix import PosixStore
@@ -30,10 +31,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dcpsvc.config import Options
-    from dcpsvc.ranks.job import Job
     from dcpsvc.storage.base import Store
 
 T = TypeVar("T")
+
+
+def join(url: str, timeout_s: float) -> Job:
+    """Meet the other ranks.
+
+    Raises:
+        RootError: They did not come, or cannot be reached; the same on every rank that did.
+    """
+    try:
+        return Job.join(timeout_s)
+    except DisagreementError as err:
+        reason = f"ranks {err.missing} did not make their Checkpointer within {err.waited_s:.1f} s"
+        raise RootError(url, reason) from None
+    except RuntimeError as err:
+        raise RootError(url, f"the ranks cannot be reached: {err}") from err
 
 
 @dataclass(slots=True, kw_only=True)

@@ -48,6 +48,10 @@ def list_checkpoints(
 
 
 def latest(root: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Checkpoint | None:
-    """The newest commit whose files are all there; None if there is none. Same errors as :func:`list_checkpoints`."""
-    found = [c for c in list_checkpoints(root, storage_options=storage_options) if c.state == "committed"]
+    """The newest commit whose files are all there and that is not tagged as diverged; None if there is none.
+
+    Same errors as :func:`list_checkpoints`.
+    """
+    everything = list_checkpoints(root, storage_options=storage_options)
+    found = [c for c in everything if c.state == "committed" and not c.diverged]
     return found[-1] if found else None

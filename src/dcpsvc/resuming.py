@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import (
@@ -15,7 +15,9 @@ from dcpsvc.errors import (
     RankFailure,
     RestoreFailedError,
 )
+from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
+from dcpsvc.format.parse import Fields
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
@@ -36,11 +38,23 @@ _DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShard
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What was loaded, and why nothing newer."""
+    """What was loaded, and why nothing newer.
+
+    Attributes:
+        attempt: The checkpoint.
+        summary: What was loaded and what was left out, for people.
+        rejected: Why nothing newer, a line for each.
+        metrics: As the manifest has them.
+    """
 
     attempt: Attempt
     summary: str
     rejected: tuple[str, ...]
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def _no_hold(attempt: Attempt) -> None:
+    """For whoever knows that nobody deletes."""
 
 
 @dataclass(slots=True)
@@ -55,6 +69,8 @@ class Resuming:
         state: Where to load into.
         timeout_s: Longest wait for a peer to arrive.
         work_s: Longest time a rank may take to read.
+        hold: Called on the coordinator with each checkpoint before it is read, so that nobody deletes it meanwhile.
+        even_diverged: Take one that is tagged as diverged, too.
     """
 
     job: Job
@@ -64,6 +80,8 @@ class Resuming:
     state: AppState
     timeout_s: float
     work_s: float
+    hold: Callable[[Attempt], None] = _no_hold
+    even_diverged: bool = False
 
     def run(self, step: int | None, skip: Collection[str]) -> Resumed | None:
         """Load the newest valid commit, or exactly ``step``.
@@ -93,20 +111,28 @@ class Resuming:
                 rejected.append(f"step {attempt.step}: {err.failures[0].text}")
                 tried = [*tried, *(Attempt(*pair) for pair in verdict["passed"]), attempt]
             else:
-                return Resumed(attempt, summary, tuple(rejected))
+                metrics = numbers.load(Fields(attempt.manifest, verdict["metrics"], ManifestError))
+                return Resumed(attempt, summary, tuple(rejected), metrics)
 
     def _within(self, work: Callable[[], T]) -> T:
         return self.job.rendezvous.clock.bounded(work, self.work_s, "reading a checkpoint")
 
     def _choose(self, step: int | None, tried: Sequence[Attempt], _: object) -> dict[str, Any]:
         """Coordinator: decide for all."""
-        choice = self._within(lambda: discover.choose(self.remote, step, tried))
+        choice = self._within(lambda: self._find(step, tried))
         return {
-            "attempt": choice.attempt and list(choice.attempt),
+            "attempt": choice.found and list(choice.found.key),
+            "metrics": choice.found and numbers.dump(choice.found.metrics),
             "rejected": choice.rejected,
             "passed": choice.passed,
             "all": choice.steps,
         }
+
+    def _find(self, step: int | None, tried: Sequence[Attempt]) -> discover.Choice:
+        choice = discover.choose(self.remote, step, tried, even_diverged=self.even_diverged)
+        if choice.found is not None:
+            self.hold(choice.found.key)
+        return choice
 
     def _check_fresh(self, step: int | None, rejected: list[str], everything: list[int]) -> None:
         """Nothing was chosen: fine where nothing was ever committed and nothing was asked for."""

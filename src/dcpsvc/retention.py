@@ -5,31 +5,43 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import fence, preflight
+from dcpsvc import fence, keeping, preflight, sidefiles
+from dcpsvc.decision import decide
 from dcpsvc.errors import FormatError, RankFailure, StoreError
 from dcpsvc.events import Point
 from dcpsvc.format.keys import Attempt
 from dcpsvc.policies import Everything
-from dcpsvc.ranks.rendezvous import Meeting
+from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover, retain
+from dcpsvc.stages.retain import Removal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dcpsvc.catalog import Catalog
+    from dcpsvc.commits import Commit
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.format.manifest import Manifest
+    from dcpsvc.policies import Keep
     from dcpsvc.preflight import DiskNeed
     from dcpsvc.ranks.job import Job
+    from dcpsvc.ranks.rendezvous import Clock
     from dcpsvc.save import Save
     from dcpsvc.settling import OpenRun
 
 T = TypeVar("T")
 
 logger = logging.getLogger("dcpsvc")
+
+_SHARE = 0.25
+"""Of the time a shard may take to reach the run root: so long the deletions after a commit may take."""
+
+_LISTED = 10
 
 
 class Retention:
@@ -38,10 +50,14 @@ class Retention:
     def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
         self._job, self._run, self._options, self._events, self._catalog = job, run, options, events, catalog
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
+        self._notes = SideFiles(run.remote)
+        self._pace = Rate(options.deletes_per_s, job.rendezvous.clock)
+        self._remarked: set[Keep] = set()
         self._has_looked = False
 
     def run(self, save: Save) -> None:
         """Delete what the policy lets go and what is no checkpoint, then trim the local tier. The commit stands."""
+        self._pace.begin(self._options.upload_timeout_s * _SHARE)
         self._clear(save)
         if isinstance(self._options.keep, Everything):
             self._job.await_coordinator(f"{save.place}/clear", self._work)
@@ -101,9 +117,10 @@ class Retention:
                 retain.remove_local(self._run.local, attempt, self._job.rank)
                 if attempt.epoch < self._run.settled.epoch:  # it may have had more ranks than there are now
                     retain.remove_data(self._run.local, attempt)
-                if self._job.coordinates:
-                    self._within(functools.partial(retain.finish_removal, self._run.remote, attempt))
-                self._catalog.leftovers.discard(attempt)
+                if not self._job.coordinates or self._within(
+                    functools.partial(retain.finish_removal, self._run.remote, attempt, self._pace)
+                ):
+                    self._catalog.leftovers.discard(attempt)
         except Exception as err:  # noqa: BLE001 - debris is invisible; the next commit tries again
             self._emit(save, detail=f"debris stays: {err}", level=logging.WARNING)
 
@@ -114,19 +131,22 @@ class Retention:
             self._within(functools.partial(self._run.remote.remove_unfinished, settled.epoch.claim))
             look = functools.partial(retain.debris, self._run.remote, settled.epoch, settled.committed)
             self._catalog.leftovers |= set(self._within(look))
+            self._within(functools.partial(keeping.record_policy, self._run.remote, settled.epoch, self._options.keep))
             self._has_looked = True
         return sorted(attempt for attempt in self._catalog.leftovers if attempt.step <= step)
 
     def _apply_policy(self, save: Save) -> None:
         try:
             removed = self._job.meet(f"{save.place}/retain", None, lambda _: self._expire(), self._work)
-            for attempt in (Attempt(*pair) for pair in removed):
+            for attempt in (Attempt(*pair) for pair, _ in removed):
                 self._catalog.drop(attempt)
                 retain.remove_local(self._run.local, attempt, self._job.rank)
         except Exception as err:  # noqa: BLE001 - whatever it is, the commit stands and the next one tries again
-            self._emit(save, detail=f"incomplete: {err}", level=logging.WARNING)
+            self._catalog.manifests = None  # what of it was deleted must not count any more: read anew
+            self._emit(save, detail=f"incomplete: {_told(err)}", level=logging.WARNING)
         else:
-            self._emit(save, detail=f"removed={[pair[0] for pair in removed]}")
+            level = logging.INFO if removed and self._job.coordinates else None
+            self._emit(save, detail=f"removed {_listed(removed)}" if removed else "removed nothing", level=level)
 
     def _trim_local(self, save: Save) -> None:
         """The local tier is a cache of the newest commits: it must not fill the disk."""
@@ -141,21 +161,45 @@ class Retention:
         except Exception as err:  # noqa: BLE001 - a cache that could not be trimmed fails nothing
             self._emit(save, detail=f"local tier not trimmed: {err}", level=logging.WARNING)
 
-    def _expire(self) -> list[Attempt]:
-        """Coordinator: decide, and delete from the run root. Damaged commits neither count nor go."""
+    def _expire(self) -> list[tuple[Attempt, str]]:
+        """Coordinator: decide, delete from the run root, say what and why. Damaged commits neither count nor go."""
         if self._catalog.manifests is None:
             self._catalog.manifests = self._within(self._valid_commits)
-        attempts = retain.expired(self._options.keep, self._catalog.manifests, self._catalog.in_use)
-        removed: list[Attempt] = []
-        for attempt in attempts:
-            if not self._within(functools.partial(retain.remove, self._run.remote, attempt, self._is_owner)):
-                break  # it is the newer job's to decide
-            removed.append(attempt)
+        self._within(self._notes.look)
+        commits = keeping.commits_of(self._catalog.manifests, self._notes, time.time())
+        self._remark(commits)
+        decision = decide(self._options.keep, commits, protected=self._catalog.in_use)
+        removed: list[tuple[Attempt, str]] = []
+        for attempt, why in ((key, why) for key, why in decision.remove.items() if isinstance(key, Attempt)):
+            outcome = self._remove(attempt) if self._pace.more() else Removal.LATER
+            if outcome in {Removal.NOT_OURS, Removal.LATER}:
+                break
+            if outcome is not Removal.HELD:
+                removed.append((attempt, why))
         return removed
 
+    def _remove(self, attempt: Attempt) -> Removal:
+        held = functools.partial(sidefiles.is_pinned, self._run.remote, attempt, time.time())
+        remove = functools.partial(retain.remove, self._run.remote, attempt, self._is_owner, held=held, pace=self._pace)
+        outcome = self._within(remove)
+        if outcome is Removal.BEGUN:
+            self._catalog.leftovers.add(attempt)
+        return outcome
+
+    def _remark(self, commits: Sequence[Commit]) -> None:
+        """Once for each rule: what is odd about it is odd at every commit."""
+        for rule, text in self._options.keep.remarks(commits).items():
+            if rule not in self._remarked:
+                self._remarked.add(rule)
+                logger.warning("%s", text)
+
     def _valid_commits(self) -> list[Manifest]:
+        """Read anew; what of earlier deletions was cut short goes with the next commit."""
+        marked, committed = retain.condemned(self._run.remote), discover.committed(self._run.remote)
+        cut_short = {one for one in marked if one.epoch <= self._run.settled.epoch}.difference(committed)
+        self._catalog.leftovers |= cut_short
         found: list[Manifest] = []
-        for attempt in discover.committed(self._run.remote):
+        for attempt in committed:
             with contextlib.suppress(FormatError, StoreError):  # a damaged commit is for `verify`, not for retention
                 if attempt not in self._catalog.aside:
                     found.append(discover.valid(self._run.remote, attempt))
@@ -163,3 +207,44 @@ class Retention:
 
     def _emit(self, save: Save, *, detail: str, level: int | None = None) -> None:
         self._events.emit(Point.RETAINED, step=save.key.step, attempt=save.key.attempt, detail=detail, level=level)
+
+
+class Rate:
+    """Lets so many deletions a second pass, for a share of the time that a commit has; see :class:`retain.Pace`.
+
+    Args:
+        per_s: None: as fast as the store answers.
+        clock: For the pauses.
+    """
+
+    def __init__(self, per_s: float | None, clock: Clock) -> None:
+        self._per_s, self._clock = per_s, clock
+        self._next = self._ends = clock.now()
+
+    def begin(self, seconds: float) -> None:
+        """A round, for so long."""
+        self._ends = self._clock.now() + seconds
+
+    def more(self) -> bool:
+        """See :meth:`retain.Pace.more`."""
+        now_s = self._clock.now()
+        if max(self._next, now_s) > self._ends:
+            return False
+        if self._per_s is not None:
+            if self._next > now_s:
+                self._clock.sleep(self._next - now_s)
+            self._next = max(self._next, now_s) + 1.0 / self._per_s
+        return True
+
+
+def _told(err: Exception) -> str:
+    if isinstance(err, DisagreementError):
+        return "; ".join(map(str, err.failures)) or f"ranks {err.missing} did not come"
+    return str(err)
+
+
+def _listed(removed: Sequence[Sequence[Any]]) -> str:
+    """For a log line: as many as one can read."""
+    told = [f"step {pair[0]}: {why}" for pair, why in removed[:_LISTED]]
+    more = [f"and {len(removed) - _LISTED} more"] if len(removed) > _LISTED else []
+    return "; ".join([*told, *more])

@@ -52,11 +52,12 @@ def _raising_ack(job: Any, place: str, phase: str, mine: Any, meeting: Meeting) 
     return _acknowledge(job, place, phase, mine, meeting)
 
 
-def _data_first(store: Store, attempt: Attempt) -> None:
+def _data_first(store: Store, attempt: Attempt, pace: retain.Pace = retain.FLAT_OUT) -> bool:
     """Retention deletes the data, then the manifest."""
-    retain.remove_data(store, attempt)
+    retain.remove_data(store, attempt, pace)
     store.delete(attempt.manifest)
     store.delete(attempt.tombstone)
+    return True
 
 
 _read_verdict = Rendezvous._read_verdict  # pyright: ignore[reportPrivateUsage]

@@ -325,7 +325,7 @@ def unfinished(folder: Path) -> list[str]:
 def _belongs(path: Path, attempts: set[str]) -> bool:
     if path.name.startswith(".tmp-"):
         return True  # of these see unfinished()
-    if path.suffix == ".lock" or path.name == "run.json" or path.parent.name in {"layouts", "epochs"}:
+    if path.suffix == ".lock" or path.name == "run.json" or path.parent.name in {"layouts", "epochs", "policies"}:
         return True
     if path.parent.name == "manifests":
         return path.name.removesuffix(".json") in attempts

@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "NoSuchStepError": ("/runs/a", 40, (10, 20), "damaged"),
     "NoValidCheckpointError": ("/runs/a", ("step 40: the file is missing",)),
     "RestoreFailedError": ("/runs/a", (FAILURE,), (1,)),
+    "CheckpointGoneError": ("/runs/a", 40, "it is not committed, or deleted"),
     "FormatError": ("/runs/a/run.json", "not JSON"),
     "ManifestError": ("manifests/x.json", "field 'step' is missing"),
     "LayoutError": ("layouts/x.json", "chunks hold 3 of 4 elements"),

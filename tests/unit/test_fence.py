@@ -19,6 +19,7 @@ from dcpsvc.format.epochs import Claim, Inheritance
 from dcpsvc.format.keys import Attempt, Epoch
 from dcpsvc.ranks.rendezvous import DisagreementError
 from dcpsvc.stages import commit, discover, retain
+from dcpsvc.stages.retain import Removal
 from dcpsvc.tiers import Tiers
 from tests.unit.turns import MEETING, RUN_ID, Place, Play, Turn, at_once, manifest, put_checkpoint, put_shards, solo
 
@@ -326,7 +327,7 @@ def test_a_manifest_that_comes_after_the_new_owner_has_deleted_the_checkpoint_is
     with Play() as play:
         attempt = play.job(A, inheriting).end().attempt(1, 0)
         zombie = finished_elsewhere(play, attempt)
-        assert retain.remove(play.root, attempt, lambda: True)
+        assert retain.remove(play.root, attempt, lambda: True) is Removal.DONE
         with pytest.raises(DisagreementError) as caught:
             zombie.end()
         assert [failure.error for failure in caught.value.failures] == [FencedError.__name__]

@@ -70,7 +70,7 @@ def resume_on_all(world, store):
 def test_512_ranks_list_the_run_root_once_and_all_resume_from_the_largest_step(root):
     store = CountingStore(root)
     assert resume_on_all(WORLD, store) == [(10000, [1, 2, 3])] * WORLD
-    assert store.asked == {"LIST manifests": 1, "LIST data": 1}
+    assert store.asked == {"LIST manifests": 1, "LIST data": 1, "LIST metrics": 1}
 
 
 def test_a_listing_that_fails_is_an_error_on_every_rank_and_never_a_fresh_start(root):

@@ -10,16 +10,21 @@ import pytest
 import dcpsvc
 
 PUBLIC = {
-    "Checkpoint", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError", "Event", "Every", "Everything",
-    "FormatError", "Latest", "Options", "PendingSave", "PerRank", "Point", "RestoreError", "Rng", "RootError",
-    "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints",
-    "load", "storage_reader",
+    "Best", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError",
+    "Divergence", "Event", "Every", "EveryHours", "EveryNSteps", "Everything", "FormatError", "Latest", "Options",
+    "PendingSave", "PerRank", "Pinned", "Point", "RestoreError", "Rng", "RootError", "SaveError", "StateError",
+    "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints", "load", "pin",
+    "record_metrics", "storage_reader", "unpin",
 }  # fmt: skip
 
 LIGHT = [
     "dcpsvc",
     "dcpsvc.cli",
     "dcpsvc.reading",
+    "dcpsvc.marking",
+    "dcpsvc.keeping",
+    "dcpsvc.sidefiles",
+    "dcpsvc.divergence",
     "dcpsvc.storage.open",
     "dcpsvc.storage.shards",
     "dcpsvc.stages.discover",

@@ -7,6 +7,7 @@ import pytest
 from dcpsvc.errors import StoreUnavailableError
 from dcpsvc.format.keys import Attempt, Epoch
 from dcpsvc.stages import discover, retain
+from dcpsvc.stages.retain import Removal
 from tests.unit.turns import Place, Play, manifest, put_checkpoint, put_shards
 
 OLD, OLDER = Epoch(2, "bbbbbbbb"), Epoch(1, "aaaaaaaa")
@@ -33,7 +34,7 @@ def test_a_manifest_that_came_back_after_its_checkpoint_was_deleted_is_debris_th
     whole, deleted = OLD.attempt(2, 0), OLDER.attempt(1, 0)
     for attempt in (whole, deleted):
         put_checkpoint(place, attempt)
-    assert retain.remove(place, deleted, lambda: True)
+    assert retain.remove(place, deleted, lambda: True) is Removal.DONE
     put_manifest(place, deleted)
     inherited = discover.committed(place)
     assert inherited == [deleted, whole]

@@ -8,6 +8,10 @@
     manifests/epochs/00000007.<token>.inherited.json  what was committed then
     layouts/<digest>.json
     data/step-000000000500.<attempt>/rank-00003.safetensors
+    metrics/step-000000000500.<attempt>/00000001.<token>.json  numbers recorded after the commit
+    pins/step-000000000500.<attempt>/<token>.json              it must stay
+    pins/step-000000000500.<attempt>/<token>.until-001763690000.json  until then: somebody reads it
+    policies/00000007.<token>.json                    what that start of the job keeps
     tombstones/step-000000000500.<attempt>.json
     probes/<token>
 """
@@ -22,11 +26,16 @@ MANIFESTS = "manifests/"
 EPOCHS = f"{MANIFESTS}epochs/"
 LAYOUTS = "layouts/"
 DATA = "data/"
+METRICS = "metrics/"
+PINS = "pins/"
+POLICIES = "policies/"
 TOMBSTONES = "tombstones/"
 PROBES = "probes/"
 
 MAX_STEP = 10**12 - 1
 MAX_EPOCH = 10**8 - 1
+MAX_RECORDS = 10**8 - 1
+MAX_UNTIL_S = 10**12 - 1
 
 _ATTEMPT = r"[0-9a-z](?:[0-9a-z-]{0,62}[0-9a-z])?"
 _NAME = rf"step-(?P<step>[0-9]{{12}})\.(?P<attempt>{_ATTEMPT})"
@@ -35,8 +44,10 @@ _TOMBSTONE = re.compile(rf"{TOMBSTONES}{_NAME}\.json")
 _SHARD = re.compile(rf"{DATA}{_NAME}/rank-(?P<rank>[0-9]{{5,}})\.safetensors")
 _FOLDER = re.compile(rf"{DATA}{_NAME}/")
 _LAYOUT = re.compile(rf"{LAYOUTS}(?P<digest>[0-9a-f]{{32}})\.json")
-
-
+_METRICS = re.compile(rf"{METRICS}{_NAME}/(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})\.json")
+_PIN = re.compile(rf"{PINS}{_NAME}/(?P<token>[0-9a-f]{{8}})(?:\.until-(?P<until>[0-9]{{12}}))?\.json")
+_BESIDE = re.compile(rf"(?:{METRICS}|{PINS}){_NAME}/")
+_POLICY = re.compile(rf"{POLICIES}(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})\.json")
 _EPOCH = re.compile(rf"{EPOCHS}(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})(?P<inherited>\.inherited)?\.json")
 _OF_EPOCH = re.compile(r"(?P<number>[1-9][0-9]{0,7})-(?P<token>[0-9a-f]{8})-[0-9]+")
 
@@ -56,6 +67,11 @@ class Epoch(NamedTuple):
     def inheritance(self) -> str:
         """Key of the list of what was committed when it took over."""
         return f"{EPOCHS}{self.number:08d}.{self.token}.inherited.json"
+
+    @property
+    def policy(self) -> str:
+        """Key of the note of what it keeps."""
+        return f"{POLICIES}{self.number:08d}.{self.token}.json"
 
     def attempt(self, step: int, number: int) -> Attempt:
         """The ``number``-th try of this job to save a step."""
@@ -96,6 +112,25 @@ class Attempt(NamedTuple):
         """Prefix of every shard."""
         return f"{DATA}{self}/"
 
+    @property
+    def metrics(self) -> str:
+        """Prefix of the numbers that were recorded after the commit."""
+        return f"{METRICS}{self}/"
+
+    @property
+    def pins(self) -> str:
+        """Prefix of the notes that it must stay."""
+        return f"{PINS}{self}/"
+
+    def record(self, number: int, token: str) -> str:
+        """Key of the ``number``-th note of metrics; what a later one says counts."""
+        return f"{self.metrics}{number:08d}.{token}.json"
+
+    def pin(self, token: str, until_s: int | None = None) -> str:
+        """Key of a pin; with ``until_s`` (seconds since 1970) one that ends by itself."""
+        end = "" if until_s is None else f".until-{until_s:012d}"
+        return f"{self.pins}{token}{end}.json"
+
     def shard(self, rank: int) -> str:
         """Key of one rank's shard."""
         return f"{self.data}rank-{rank:05d}.safetensors"
@@ -118,6 +153,32 @@ def epoch_of(key: str) -> tuple[Epoch, bool] | None:
     """The epoch a claim or an inheritance belongs to, and whether it is an inheritance; None for other keys."""
     match = _EPOCH.fullmatch(key)
     return (Epoch(int(match["number"]), match["token"]), match["inherited"] is not None) if match else None
+
+
+def record_of(key: str) -> tuple[Attempt, int] | None:
+    """The attempt a note of metrics belongs to, and its number; None for other keys."""
+    match = _METRICS.fullmatch(key)
+    return (Attempt(int(match["step"]), match["attempt"]), int(match["number"])) if match else None
+
+
+def pin_of(key: str) -> tuple[Attempt, int | None] | None:
+    """The attempt a pin belongs to, and when it ends (seconds since 1970), if it does; None for other keys."""
+    match = _PIN.fullmatch(key)
+    if match is None:
+        return None
+    return Attempt(int(match["step"]), match["attempt"]), int(match["until"]) if match["until"] else None
+
+
+def attempt_beside(key: str) -> Attempt | None:
+    """The attempt in whose folder of metrics or pins a key lies, whatever the file is called; None elsewhere."""
+    match = _BESIDE.match(key)
+    return Attempt(int(match["step"]), match["attempt"]) if match else None
+
+
+def policy_of(key: str) -> Epoch | None:
+    """The epoch whose policy a key names; None for other keys."""
+    match = _POLICY.fullmatch(key)
+    return Epoch(int(match["number"]), match["token"]) if match else None
 
 
 def rank_of(key: str) -> int | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from dcpsvc.errors import ManifestError
-from dcpsvc.format import keys
+from dcpsvc.format import keys, numbers
 from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
 from dcpsvc.format.parse import Fields
 from dcpsvc.format.seal import check_seal, seal
@@ -23,7 +22,6 @@ MAX_NBYTES = 64 << 20
 MAX_SHARD_NBYTES = 1 << 50
 MAX_RANKS = 1 << 20
 
-_MAX_INT = 2**63
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z")
 
@@ -135,7 +133,7 @@ class Manifest:
                 "world_size": self.world_size,
                 "block_nbytes": BLOCK_NBYTES,
                 "layout": {"digest": self.layout.digest, "nbytes": self.layout.nbytes},
-                "metrics": {name: _from_number(value) for name, value in self.metrics.items()},
+                "metrics": numbers.dump(self.metrics),
                 "versions": self.versions,
                 "shards": [shard.to_json() for shard in self.shards],
             }
@@ -163,7 +161,7 @@ def loads(path: str, data: bytes) -> Manifest:
         created=fields.text("created", _is_time),
         shards=tuple(ShardRecord.from_fields(shard) for shard in fields.children("shards")),
         layout=LayoutRef(digest=layout.text("digest", _DIGEST.fullmatch), nbytes=layout.count("nbytes", 1 << 40)),
-        metrics={name: _to_number(fields, name, value) for name, value in fields.child("metrics").items()},
+        metrics=numbers.load(fields.child("metrics")),
         versions={name: str(value) for name, value in fields.child("versions").items()},
     )
     _check(fields, path, manifest)
@@ -187,15 +185,3 @@ def _is_time(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _from_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-def _to_number(fields: Fields, name: str, value: Any) -> float:
-    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MAX_INT):
-        return float(value)
-    if isinstance(value, str) and value in {"nan", "inf", "-inf"}:
-        return float(value)
-    raise fields.fail(f"metric {name!r} is not a number")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from dcpsvc import fence
+from dcpsvc import fence, sidefiles
+from dcpsvc.commits import OWN_METRICS, is_diverged
 from dcpsvc.errors import (
     CorruptShardError,
     FormatError,
@@ -18,6 +19,7 @@ from dcpsvc.errors import (
 )
 from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
+from dcpsvc.sidefiles import SideFiles
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Entry, Store
 
+
+READERS = 16
+"""Small files that a listing reads at once."""
 
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -40,7 +45,7 @@ class Checkpoint:
         created: When the ranks agreed to save it, UTC; None where nothing tells.
         nbytes: Bytes of its shards.
         world_size: Ranks that wrote it; None where nothing tells.
-        metrics: Numbers given with the save.
+        metrics: Numbers given with the save, and those recorded later, which count where both name one.
         state: ``committed``, or ``incomplete``: it is no checkpoint and is never resumed from.
         reason: Why it is incomplete.
     """
@@ -58,6 +63,11 @@ class Checkpoint:
     def key(self) -> Attempt:
         """Step and attempt."""
         return Attempt(self.step, self.attempt)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it was tagged so: resume takes it only if asked to."""
+        return is_diverged(self.metrics)
 
 
 def committed(store: Store) -> list[Attempt]:
@@ -158,20 +168,23 @@ class Choice:
     """Which commit to load.
 
     Attributes:
-        attempt: None if there is none.
+        found: Its manifest; None if there is none to load.
         rejected: What newer ones lack, a line each.
         passed: Those.
         steps: Everything that is committed, whole or not.
     """
 
-    attempt: Attempt | None
+    found: Manifest | None
     rejected: tuple[str, ...]
     passed: tuple[Attempt, ...]
     steps: tuple[int, ...]
 
 
-def choose(store: Store, step: int | None, tried: Collection[Attempt] = ()) -> Choice:
-    """The newest commit that looks whole and was not tried, or that of ``step``. One LIST, then newest first."""
+def choose(store: Store, step: int | None, tried: Collection[Attempt] = (), *, even_diverged: bool = False) -> Choice:
+    """The newest commit that looks whole and was not tried, or that of ``step``. One LIST, then newest first.
+
+    One that is tagged as diverged is passed over, unless it is named or ``even_diverged``.
+    """
     everything = committed(store)
     steps = tuple(sorted({attempt.step for attempt in everything}))
     wanted = [attempt for attempt in everything if attempt not in tried and step in {None, attempt.step}]
@@ -179,25 +192,42 @@ def choose(store: Store, step: int | None, tried: Collection[Attempt] = ()) -> C
     passed: list[Attempt] = []
     for attempt in newest_first(store, wanted):
         try:
-            valid(store, attempt)
+            found = valid(store, attempt)
+            if step is None and not even_diverged and is_diverged(sidefiles.metrics_of(store, found)):
+                reason = "tagged as diverged"
+            else:
+                return Choice(found, tuple(rejected), tuple(passed), steps)
         except FormatError as err:
-            rejected.append(f"step {attempt.step}: {err}")
-            passed.append(attempt)
-        else:
-            return Choice(attempt, tuple(rejected), tuple(passed), steps)
+            reason = str(err)
+        rejected.append(f"step {attempt.step}: {reason}")
+        passed.append(attempt)
     return Choice(None, tuple(rejected), tuple(passed), steps)
 
 
-def listing(store: Store) -> list[Checkpoint]:
-    """Everything of ours below a run root, ascending by step; files with other names are ignored."""
+def listing(store: Store, notes: SideFiles | None = None) -> list[Checkpoint]:
+    """Everything of ours below a run root, ascending by step; files with other names are ignored.
+
+    Args:
+        store: The run root.
+        notes: Metrics that came late; looked at anew. None: for this call only.
+    """
+    notes = notes or SideFiles(store, readers=READERS)
+    notes.look()
     entries = store.list(keys.DATA)
     sizes = {entry.key: entry.nbytes for entry in entries}
     layouts = {entry.key: entry.nbytes for entry in store.list(keys.LAYOUTS)}
     manifests, fenced = _manifests(store)
-    found = [_describe(store, attempt, sizes, layouts) for attempt in manifests]
+    found = sidefiles.each(lambda attempt: _describe(store, attempt, sizes, layouts), manifests, READERS)
+    metrics = notes.metrics({checkpoint.key: checkpoint.metrics for checkpoint in found})
+    found = [replace(checkpoint, metrics=_shown(metrics[checkpoint.key])) for checkpoint in found]
     found += [_incomplete(attempt, "a newer job had taken the run root over", sizes) for attempt in fenced]
     found += _without_manifest(entries, {*manifests, *fenced})
     return sorted(found, key=_age)
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    """What a divergence detector keeps for itself is of no use to people."""
+    return {name: value for name, value in metrics.items() if not name.startswith(OWN_METRICS)}
 
 
 def _age(checkpoint: Checkpoint) -> tuple[int, int, datetime, str]:

@@ -6,31 +6,45 @@ A tombstone is written before anything is removed, so a deletion that was cut sh
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
-from dcpsvc import policies
+from dcpsvc import sidefiles
 from dcpsvc.errors import StoreNotFoundError
 from dcpsvc.format.keys import DATA, MANIFESTS, TOMBSTONES, Attempt, Epoch, attempt_below, attempt_of, rank_of
 from dcpsvc.format.parse import compact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Collection
 
-    from dcpsvc.format.manifest import Manifest
-    from dcpsvc.policies import Keep
     from dcpsvc.storage.base import Store
 
 
-def expired(rule: Keep, commits: Sequence[Manifest], protected: Mapping[Hashable, str]) -> list[Attempt]:
-    """The commits the rule lets go, oldest first. Pure.
+class Removal(Enum):
+    """What became of a deletion."""
 
-    Args:
-        rule: The user's policy.
-        commits: Every valid commit, ascending by step.
-        protected: Commits in use, and why.
-    """
-    decision = policies.decide(rule, commits, protected=protected)
-    return [key for key in decision.remove if isinstance(key, Attempt)]
+    DONE = "done"
+    BEGUN = "the checkpoint is gone, and some of its files are still there: their turn comes with a later commit"
+    HELD = "somebody has begun to use it: it stays"
+    LATER = "the time for this round is over"
+    NOT_OURS = "a newer job owns the run root: it is that job's to decide"
+
+
+class Pace(Protocol):
+    """How fast objects may be deleted."""
+
+    def more(self) -> bool:
+        """Wait for one's turn to delete an object; False once the time for this round is over."""
+        ...
+
+
+class _Flatout:
+    def more(self) -> bool:
+        return True
+
+
+FLAT_OUT: Pace = _Flatout()
+"""One deletion after the other, as fast as the store answers."""
 
 
 def condemn(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
@@ -44,38 +58,61 @@ def condemn(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
     return owned()
 
 
-def remove(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
-    """Delete one checkpoint from a run root; says whether that was done. Coordinator.
+def remove(
+    store: Store,
+    attempt: Attempt,
+    owned: Callable[[], bool],
+    *,
+    held: Callable[[], bool] = lambda: False,
+    pace: Pace = FLAT_OUT,
+) -> Removal:
+    """Delete one checkpoint from a run root. Coordinator.
 
     Once the manifest is gone it does not exist; cut short, it is resumable.
+
+    Args:
+        store: The run root.
+        attempt: The checkpoint.
+        owned: Asked once the tombstone is there: whether this job still owns the root.
+        held: Asked after that: whether somebody has begun to use it; see :mod:`dcpsvc.sidefiles`.
+        pace: Of the deletions.
     """
     if not condemn(store, attempt, owned):
+        return Removal.NOT_OURS
+    if held():
+        store.delete(attempt.tombstone)
+        return Removal.HELD
+    return Removal.DONE if finish_removal(store, attempt, pace) else Removal.BEGUN
+
+
+def finish_removal(store: Store, attempt: Attempt, pace: Pace = FLAT_OUT) -> bool:
+    """Delete what is left of an attempt that was condemned, and the mark last; says whether nothing is left."""
+    store.delete(attempt.manifest)
+    if not remove_data(store, attempt, pace):
         return False
-    finish_removal(store, attempt)
+    sidefiles.forget(store, attempt)
+    store.delete(attempt.tombstone)
     return True
 
 
-def finish_removal(store: Store, attempt: Attempt) -> None:
-    """Delete what is left of an attempt that was condemned, and the mark last."""
-    store.delete(attempt.manifest)
-    remove_data(store, attempt)
-    store.delete(attempt.tombstone)
-
-
-def remove_data(store: Store, attempt: Attempt) -> None:
-    """Delete every object below an attempt's own prefix."""
+def remove_data(store: Store, attempt: Attempt, pace: Pace = FLAT_OUT) -> bool:
+    """Delete every object below an attempt's own prefix; says whether nothing is left."""
     for entry in store.list(attempt.data):
+        if not pace.more():
+            return False
         store.delete(entry.key)
+    return True
 
 
 def debris(store: Store, epoch: Epoch, inherited: Collection[Attempt]) -> list[Attempt]:
-    """Attempts of jobs before ``epoch`` that are no checkpoints and never will be. One LIST of all shards.
+    """Attempts of jobs before ``epoch`` that are no checkpoints and never will be. LISTs of all there is, once.
 
     Also one that was inherited, if its manifest is all there is of it: a write that was on its way while the checkpoint
     was finished by another job, and deleted.
     """
     shards, manifests = ([entry.key for entry in store.list(prefix)] for prefix in (DATA, MANIFESTS))
     attempts = {attempt for key in (*shards, *manifests) if (attempt := attempt_of(key)) is not None}
+    attempts |= sidefiles.beside(store)
     older = {one for one in attempts if one.epoch.number > 0 and one.epoch < epoch}
     hollow = older.intersection(inherited) - {attempt_below(key) for key in shards}
     return sorted(one for one in older if one not in inherited or (one in hollow and _is_hollow(store, one)))

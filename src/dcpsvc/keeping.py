@@ -1,0 +1,143 @@
+"""Why each checkpoint of a run root is there, and what its policy lets go. Reads; deletes nothing; needs no torch.
+
+::
+
+    notes = SideFiles(store)
+    found = discover.listing(store, notes)
+    plan = keeping.plan(store, found, notes)
+    for checkpoint in found:
+        print(checkpoint.step, plan.keep.get(checkpoint.key) or plan.remove.get(checkpoint.key, ""))
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from dcpsvc.commits import Commit
+from dcpsvc.decision import Decision, decide
+from dcpsvc.errors import FormatError, StoreNotFoundError
+from dcpsvc.format import keys, policy
+from dcpsvc.format.keys import Attempt
+from dcpsvc.policies import Everything
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from dcpsvc.format.keys import Epoch
+    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.policies import Keep
+    from dcpsvc.sidefiles import SideFiles
+    from dcpsvc.stages.discover import Checkpoint
+    from dcpsvc.storage.base import Store
+
+logger = logging.getLogger("dcpsvc")
+
+_KEPT_POLICIES = 3
+"""Starts of the job whose policies stay, for people who wonder what happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a policy says about a run root as it is now.
+
+    Attributes:
+        policy: How it reads; empty if none is recorded.
+        keep: Why each checkpoint stays.
+        remove: Why it may go, oldest first.
+        remarks: What is odd about the policy, a sentence each.
+    """
+
+    policy: str
+    keep: dict[Attempt, str]
+    remove: dict[Attempt, str]
+    remarks: tuple[str, ...] = ()
+
+
+def plan(
+    store: Store,
+    checkpoints: Sequence[Checkpoint],
+    notes: SideFiles,
+    rule: Keep | None = None,
+    *,
+    now_s: float | None = None,
+) -> Plan:
+    """Why each of ``checkpoints`` is there. What the live job has in use beside that, only the job knows.
+
+    Args:
+        store: The run root.
+        checkpoints: As :func:`~dcpsvc.stages.discover.listing` gave them; what is no checkpoint is left out.
+        notes: As the listing used it.
+        rule: None takes what the newest start of the job has recorded; a policy that cannot be read back keeps all.
+        now_s: Seconds since 1970; None is now.
+    """
+    text, known = (str(rule), rule) if rule is not None else recorded(store)
+    pins = notes.pins(time.time() if now_s is None else now_s)
+    commits = [
+        Commit(step=c.step, key=c.key, created=c.created, metrics=c.metrics, pins=pins.get(c.key, ()))
+        for c in checkpoints
+        if c.state == "committed"
+    ]
+    decision = decide(known or Everything(), commits, protected={})
+    if known is None:
+        unknown = f"the policy {text} is not one of dcpsvc's own" if text else "no policy is recorded"
+        decision = Decision({commit.key: ", ".join((*commit.pins, unknown)) for commit in commits}, {})
+    remarks = () if known is None else tuple(known.remarks(commits).values())
+    return Plan(text, _attempts(decision.keep), _attempts(decision.remove), remarks)
+
+
+def commits_of(manifests: Sequence[Manifest], notes: SideFiles, now_s: float) -> list[Commit]:
+    """What a policy may know about valid commits, ascending by step.
+
+    Args:
+        manifests: Of them.
+        notes: What lies beside them.
+        now_s: Seconds since 1970, for pins that end by themselves.
+    """
+    metrics, pins = notes.metrics({found.key: found.metrics for found in manifests}), notes.pins(now_s)
+    return [
+        Commit(
+            step=found.step,
+            key=found.key,
+            created=datetime.fromisoformat(found.created),
+            metrics=metrics[found.key],
+            pins=pins.get(found.key, ()),
+            needs=_needs(found),
+        )
+        for found in manifests
+    ]
+
+
+def record_policy(store: Store, epoch: Epoch, rule: Keep) -> None:
+    """Write down what this start of the job keeps; those of older starts go, but for the last few."""
+    store.create(epoch.policy, policy.dumps(epoch, rule))
+    for older in _recorded(store):
+        if older.number < epoch.number - _KEPT_POLICIES:
+            store.delete(older.policy)
+
+
+def recorded(store: Store) -> tuple[str, Keep | None]:
+    """How the policy reads that the newest start of the job has recorded, and the policy, if it is one of ours."""
+    for epoch in sorted(_recorded(store), reverse=True):
+        try:
+            return policy.loads(epoch.policy, store.get(epoch.policy, max_nbytes=policy.MAX_NBYTES))
+        except (FormatError, StoreNotFoundError) as err:
+            logger.warning("a policy is passed over: %s", err)
+    return "", None
+
+
+def _recorded(store: Store) -> list[Epoch]:
+    return [epoch for entry in store.list(keys.POLICIES) if (epoch := keys.policy_of(entry.key)) is not None]
+
+
+def _needs(found: Manifest) -> frozenset[Hashable]:
+    """Other checkpoints in whose folders files of this one lie."""
+    owners = {keys.attempt_of(shard.path) for shard in found.shards if not shard.path.startswith(found.key.data)}
+    return frozenset(owner for owner in owners if owner is not None)
+
+
+def _attempts(reasons: Mapping[Hashable, str]) -> dict[Attempt, str]:
+    return {key: why for key, why in reasons.items() if isinstance(key, Attempt)}
