@@ -40,6 +40,7 @@ from dcpsvc.saving import Saver
 from dcpsvc.standing import Standing
 from dcpsvc.state.app import AppState
 from dcpsvc.state.collected import Collected
+from dcpsvc.state.drift import Terms
 from dcpsvc.steering import Steering
 from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
@@ -146,14 +147,24 @@ class Checkpointer:
         """The mapping given to the constructor, with what ``resume()`` put into it."""
         return self._state.mapping
 
-    def resume(self, step: int | None = None, *, skip: Collection[str] = ()) -> int:
+    def resume(
+        self,
+        step: int | None = None,
+        *,
+        skip: Collection[str] = (),
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
+    ) -> int:
         """Continue from the newest valid commit, or from exactly ``step``. Collective; training thread.
 
         Everything is read and verified on every rank before anything in memory is changed.
 
         Args:
             step: A committed step; None takes the newest that is whole on all ranks.
-            skip: Names of components to leave as they are.
+            skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
+            rename: Saved keys by their dotted beginning, and what they are called here.
+            strict: False lets pass what only the checkpoint or only the state has. Shapes and dtypes must fit all the
+                same.
 
         Returns:
             The step to continue after; 0 on a fresh run.
@@ -170,7 +181,7 @@ class Checkpointer:
             self._job, f"resume-{self._resumes}", self._run.remote, [self._run.local], self._state,
             options.sync_timeout_s, options.upload_timeout_s,
         )  # fmt: skip
-        found = resuming.run(step, skip)
+        found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))
         self._saver.prepare_once(Collected(self._job.rank))
         self._announcer.resumed(found)
         if found is None:

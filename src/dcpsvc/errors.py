@@ -10,7 +10,9 @@
     |   `-- RunBusyError            another live process on this host writes this run
     |-- StateError                  something in the state cannot be saved or loaded as declared
     |   |-- UnsupportedStateError   an object that is neither tensor nor JSON-like, named by key
+    |   |-- SharingError            a declaration that this rank, or another component, contradicts
     |   `-- StateMismatchError      the checkpoint and the state in memory do not fit
+    |       `-- StructureMismatchError  in keys, shapes or dtypes: with a table of all differences
     |-- SaveError                   one attempt to save one step did not become a checkpoint
     |   |-- SaveFailedError         ranks failed, or disagreed about what to save
     |   |-- RanksMissingError       ranks did not arrive before the deadline
@@ -117,8 +119,16 @@ class UnsupportedStateError(StateError):
     """An object that is neither a tensor nor JSON-like; nothing is pickled, so it is refused."""
 
 
+class SharingError(StateError):
+    """A declaration of who holds what that this rank, or another component of the state, contradicts."""
+
+
 class StateMismatchError(StateError):
     """The checkpoint and the state in memory do not fit; nothing in memory was changed."""
+
+
+class StructureMismatchError(StateMismatchError):
+    """Keys, shapes or dtypes of the checkpoint and the state differ. The reason is a table of all differences."""
 
 
 # --- save -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dcpsvc.resuming import Resuming
 from dcpsvc.stages import discover
 from dcpsvc.stages.restore import CheckpointReader
 from dcpsvc.state.app import AppState
+from dcpsvc.state.drift import Terms
 
 if TYPE_CHECKING:
     import os
@@ -50,6 +51,8 @@ def load(
     step: int | None = None,
     *,
     skip: Collection[str] = (),
+    rename: Mapping[str, str] | None = None,
+    strict: bool = True,
     storage_options: Mapping[str, Any] | None = None,
     sync_timeout_s: float = 60.0,
 ) -> int:
@@ -61,7 +64,9 @@ def load(
         root: The run.
         state: As for :class:`~dcpsvc.Checkpointer`.
         step: A committed step; None takes the newest that is whole.
-        skip: Names in ``state`` to leave as they are.
+        skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
+        rename: Saved keys by their dotted beginning, and what they are called here.
+        strict: False lets pass what only the checkpoint or only the state has. Shapes and dtypes must fit all the same.
         storage_options: For fsspec.
         sync_timeout_s: Longest wait for a peer.
 
@@ -81,7 +86,8 @@ def load(
     except RuntimeError as err:  # the ranks' store does not answer
         raise RestoreFailedError(store.url, (RankFailure(-1, "join", type(err).__name__, str(err)),)) from err
     try:
-        found = Resuming(job, "load", store, (), app, sync_timeout_s, max(sync_timeout_s, 1800.0)).run(step, skip)
+        resuming = Resuming(job, "load", store, (), app, sync_timeout_s, max(sync_timeout_s, 1800.0))
+        found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))
         with contextlib.suppress(RuntimeError):  # it is loaded; a peer that cannot be reached is not waited for
             job.linger("load", sync_timeout_s)
     finally:

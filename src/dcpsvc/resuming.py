@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import (
@@ -19,9 +19,10 @@ from dcpsvc.format.keys import Attempt
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
+from dcpsvc.state.drift import Drift, Terms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Sequence
 
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
@@ -65,8 +66,8 @@ class Resuming:
     timeout_s: float
     work_s: float
 
-    def run(self, step: int | None, skip: Collection[str]) -> Resumed | None:
-        """Load the newest valid commit, or exactly ``step``.
+    def run(self, step: int | None, terms: Terms) -> Resumed | None:
+        """Load the newest valid commit, or exactly ``step``, on the terms of the user.
 
         Returns:
             None if nothing was ever committed here.
@@ -86,7 +87,7 @@ class Resuming:
                 return None
             attempt = Attempt(*verdict["attempt"])
             try:
-                summary = self._load(attempt, skip)
+                summary = self._load(attempt, terms)
             except RestoreFailedError as err:
                 if not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
                     raise
@@ -115,12 +116,12 @@ class Resuming:
         if rejected:
             raise NoValidCheckpointError(self.remote.url, tuple(rejected))
 
-    def _load(self, attempt: Attempt, skip: Collection[str]) -> str:
+    def _load(self, attempt: Attempt, terms: Terms) -> str:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
         loaded: tuple[dict[str, Component], Saved, list[Want]] | None = None
         try:
-            loaded = self._within(lambda: self._read(attempt, skip))
+            loaded = self._within(lambda: self._read(attempt, terms))
             message = None
         except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
@@ -129,15 +130,17 @@ class Resuming:
         components, saved, wants = loaded
         message = self._apply(components, saved, wants)
         self._meet(f"{where}/applied", message, lambda _: None, changed=True)
-        return restore.summary(saved, list(components), sorted(skip), self.job.world_size)
+        return restore.summary(saved, list(components), sorted(terms.skip), self.job.world_size)
 
-    def _read(self, attempt: Attempt, skip: Collection[str]) -> tuple[dict[str, Component], Saved, list[Want]]:
+    def _read(self, attempt: Attempt, terms: Terms) -> tuple[dict[str, Component], Saved, list[Want]]:
         manifest = discover.read_manifest(self.remote, attempt)
         reader = restore.CheckpointReader(
             manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
         )
-        saved = reader.saved_for(self.job.rank)
-        components = self.state.chosen(saved, skip)
+        saved = replace(
+            reader.saved_for(self.job.rank), documents_of=reader.documents, terms=terms, drift=Drift(attempt.step)
+        )
+        components = self.state.chosen(saved)
         wants = states.wants(components, saved)
         restore.read(reader, wants)
         return components, saved, wants

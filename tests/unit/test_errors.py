@@ -23,6 +23,8 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "RunBusyError": ("/nvme/a", "process 7 on this host is writing the same run"),
     "StateError": ("model.weight", "two tensors would have this name"),
     "UnsupportedStateError": ("loader.fn", "builtins.function is neither a tensor nor JSON-like"),
+    "SharingError": ("OneRank", "rank=5 is not in this job of 4 ranks"),
+    "StructureMismatchError": ("model.weight", "1 difference"),
     "StateMismatchError": ("model.weight", "saved with shape [2], here it is [3]"),
     "SaveError": (40, "cafe-0", 30),
     "SaveFailedError": (40, "cafe-0", 30, (FAILURE,)),

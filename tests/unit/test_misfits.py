@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("other", "key", "reason"),
     [
-        (lambda: model(1, width=5), "model.0.weight", r"saved with shape \[3, 4\], here it is \[5, 4\]"),
-        (lambda: model(1).double(), "model.0.weight", "saved as torch.float32, here it is torch.float64"),
-        (lambda: model(1).append(nn.Linear(2, 2)), "model.4.bias", "the checkpoint lacks 2 tensors of this module"),
-        (lambda: model(1)[:3], "model.3.bias", "the module lacks 2 tensors of the checkpoint"),
+        (lambda: model(1, width=5), "model.0.weight", r"shape +float32\[3, 4\] +float32\[5, 4\]"),
+        (lambda: model(1).double(), "model.0.weight", r"dtype +float32\[3, 4\] +float64\[3, 4\]"),
+        (lambda: model(1).append(nn.Linear(2, 2)), "model.4.bias", r"missing +- +float32\[2\]"),
+        (lambda: model(1)[:3], "model.3.bias", r"unexpected +float32\[2\] +-"),
     ],
     ids=["shape", "dtype", "missing", "unexpected"],
 )  # fmt: skip
@@ -32,7 +32,7 @@ def test_a_model_that_does_not_fit_is_named_by_key_and_left_untouched(
     save(tmp_path, {"model": model(0), "seen": {"n": 5}})
     fresh, seen = other(), {"n": 0}
     before = [bits(tensor) for tensor in fresh.state_dict().values()]
-    with pytest.raises(RestoreFailedError, match=f"{key}: {reason}"):
+    with pytest.raises(RestoreFailedError, match=rf"{key} +{reason}"):
         resume(tmp_path, {"seen": seen, "model": fresh})
     assert [bits(tensor) for tensor in fresh.state_dict().values()] == before
     assert seen == {"n": 0}
@@ -42,7 +42,7 @@ def test_a_component_the_checkpoint_lacks_is_named_and_the_rest_is_left_untouche
     save(tmp_path, {"model": model(0)})
     fresh, untouched = model(1), model(1)
     with pytest.raises(
-        RestoreFailedError, match=r"ema: the checkpoint of step 1 has no such component; skip=\['ema'\]"
+        RestoreFailedError, match=r"ema +missing +- +a component; skip=\['ema'\]"
     ):
         resume(tmp_path, {"model": fresh, "ema": model(2)})
     assert_same(fresh, untouched)

@@ -27,7 +27,7 @@ class Sharing(StrEnum):
     FIRST = "first"
     """Rank 0's counts, whatever the others hold: module buffers, as DDP broadcasts them."""
     PER_RANK = "per-rank"
-    """Each rank holds its own; the key carries the rank."""
+    """Each rank holds its own: the key carries the rank, or is one that no other rank has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Item:
         offsets: Where the local part begins in it.
         sharing: Who holds it.
         writes: Whether this rank writes its part (a sharded tensor may also be replicated).
+        validate: Whether replicas are compared before each writes a share of them.
     """
 
     tensor: torch.Tensor
@@ -49,6 +50,7 @@ class Item:
     offsets: Shape
     sharing: Sharing
     writes: bool
+    validate: bool = True
 
     @property
     def claim(self) -> str:
@@ -74,11 +76,35 @@ class Collected:
     documents: dict[str, Any] = field(default_factory=dict[str, Any])
     own_documents: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def add(self, key: str, tensor: torch.Tensor, sharing: Sharing) -> None:
+    def add(self, key: str, tensor: torch.Tensor, sharing: Sharing, *, validate: bool = True) -> None:
         """Take a tensor in; a DTensor is sharded whatever ``sharing`` says."""
+        if isinstance(tensor, DTensor):
+            if sharing is Sharing.PER_RANK:
+                raise UnsupportedStateError(key, "a DTensor is shared by ranks and cannot be the value of one")
+            sharing = Sharing.SHARDED
+        self._put(key, tensor, sharing, writes=True, validate=validate)
+
+    def add_part(self, key: str, tensor: torch.Tensor, *, writes: bool) -> None:
+        """Take a tensor in that only some ranks know of: those that hold a part of it, or all of it.
+
+        Args:
+            key: The name in the whole that no other part has.
+            tensor: A DTensor is cut as its mesh says.
+            writes: Whether this is the one, of ranks that hold the same, whose value counts.
+        """
+        self._put(key, tensor, Sharing.PER_RANK, writes=writes or isinstance(tensor, DTensor), validate=False)
+
+    def _put(self, key: str, tensor: torch.Tensor, sharing: Sharing, *, writes: bool, validate: bool) -> None:
         if key in self.items or key in self.aliases:
             raise StateError(key, "two tensors of the state would have this name")
-        self.items[key] = _item(key, tensor.detach(), sharing)
+        tensor = tensor.detach()
+        offsets, _ = local_chunk(tensor)
+        shape = tuple(tensor.shape)
+        if isinstance(tensor, DTensor):
+            writes, tensor = writes and _writes(key, tensor), tensor.to_local()
+        _check_storable(key, tensor)
+        dtype = name_of(tensor.dtype, key)
+        self.items[key] = Item(tensor, dtype, shape, offsets, sharing, writes, validate)
 
     def copy(self) -> Collected:
         """The same, to be added to without this one changing."""
@@ -101,19 +127,14 @@ def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
     return (0,) * tensor.dim(), tuple(tensor.shape)
 
 
-def _item(key: str, tensor: torch.Tensor, sharing: Sharing) -> Item:
+def _check_storable(key: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise UnsupportedStateError(key, "the tensor is on the meta device: it has no values to save")
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    if tensor.is_quantized:
+        reason = "a quantized tensor of torch.ao cannot be stored; store its int_repr(), scale and zero point"
+        raise UnsupportedStateError(key, reason)
+    if tensor.layout is not torch.strided:
         raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
-    writes = True
-    offsets, _ = local_chunk(tensor)
-    shape = tuple(tensor.shape)
-    if isinstance(tensor, DTensor):
-        if sharing is Sharing.PER_RANK:
-            raise UnsupportedStateError(key, "a DTensor is shared by all ranks and cannot be PerRank")
-        sharing, writes, tensor = Sharing.SHARDED, _writes(key, tensor), tensor.to_local()
-    return Item(tensor, name_of(tensor.dtype, key), shape, offsets, sharing, writes)
 
 
 def _writes(key: str, tensor: DTensor) -> bool:

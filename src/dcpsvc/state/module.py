@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents
 from dcpsvc.state.collected import Collected, Sharing
-from dcpsvc.state.saved import Saved, Want, copy_into
+from dcpsvc.state.saved import Saved, Want, copy_into, own_name
+from dcpsvc.state.sharing import Part, Replicated, bare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,67 +48,105 @@ def parameter_names(module: nn.Module) -> dict[int, str]:
 
 
 class ModuleComponent:
-    """A module's parameters and buffers."""
+    """A module's parameters and buffers.
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self._name, self._module = name, unwrap(module)
-        for path, child in self._module.named_modules():
+    Args:
+        name: Its name in the state.
+        given: The module, or :class:`~dcpsvc.state.sharing.Replicated` or :class:`~dcpsvc.state.sharing.Part` of one.
+
+    Attributes:
+        module: Without what wraps it.
+        part: The declaration that this is only a part of the model; None if it is all of it.
+        validate: Whether replicas are compared.
+    """
+
+    def __init__(self, name: str, given: Any) -> None:
+        self.name, self.module = name, unwrap(bare(given))
+        self.part = given if isinstance(given, Part) else None
+        self.validate = not (isinstance(given, Replicated) and given.validate == "off")
+        for path, child in self.module.named_modules():
             if isinstance(child, FullyShardedDataParallel):
                 where = f"{name}.{path}".rstrip(".")
                 raise UnsupportedStateError(where, "FSDP1 modules are not supported; use fully_shard (FSDP2)")
 
     def collect(self, into: Collected) -> None:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
-        into.documents[self._name] = {}
+        if self.part is None:
+            into.documents[self.name] = {}
+        else:
+            into.own_documents[own_name(self.name, into.rank)] = {}
         first_names: dict[int, str] = {}
-        own = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
+        own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
         for key, value in self._state().items():
             if not isinstance(value, torch.Tensor):
-                into.documents[key] = documents.encode(value, key, _NoTensors(key))
+                self._collect_value(into, key, value)
             elif id(value) not in own and not key.endswith(_EXTRA):
                 raise UnsupportedStateError(
                     key, "its state_dict() gives a copy here, not the parameter or buffer itself"
                 )
-            elif (first := first_names.setdefault(id(value), key)) != key:
-                into.aliases[key] = first
+            elif self.part is None and (first := first_names.setdefault(id(value), key)) != key:
+                into.aliases[key] = first  # in a part it is stored twice: other ranks know nothing of this alias
             else:
-                shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
-                into.add(key, value, shared)
+                self._collect_tensor(into, key, value)
 
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor of the module; names must be the same on both sides."""
         mine = {key: value for key, value in self._state().items() if isinstance(value, torch.Tensor)}
-        theirs = {key for key in saved.layout.names() if key.startswith(f"{self._name}.")}
-        if missing := sorted(mine.keys() - theirs):
-            raise StateMismatchError(missing[0], f"the checkpoint lacks {len(missing)} tensors of this module")
-        if unexpected := sorted(theirs - mine.keys()):
-            raise StateMismatchError(unexpected[0], f"the module lacks {len(unexpected)} tensors of the checkpoint")
-        return [saved.want_like(key, value) for key, value in mine.items()]
+        if self.part is None and saved.terms.strict:
+            prefix = f"{saved.saved_name(self.name)}."
+            theirs = {saved.terms.name_here(key): key for key in saved.layout.names() if key.startswith(prefix)}
+            for key in sorted(theirs.keys() - mine.keys()):
+                if not saved.terms.skips(key):
+                    saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
+        return [want for key, value in mine.items() for want in saved.want_like(key, value)]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite in place, so optimizers keep their parameters."""
         for key, value in self._state().items():
-            if isinstance(value, torch.Tensor) and key.endswith(_EXTRA):
-                self._module.get_submodule(_owner(key, self._name)).set_extra_state(tensors[key].to(value.device))
-            elif isinstance(value, torch.Tensor):
-                copy_into(value, tensors[key])
+            loaded = tensors.get(saved.saved_name(key)) if not saved.terms.skips(key) else None
+            if loaded is None:
+                continue
+            if key.endswith(_EXTRA):
+                self.module.get_submodule(_owner(key, self.name)).set_extra_state(loaded.to(value.device))
+            else:
+                copy_into(value, loaded)
         for key, document in self._extra_states(saved).items():
-            owner = self._module.get_submodule(_owner(key, self._name))
+            owner = self.module.get_submodule(_owner(key, self.name))
             owner.set_extra_state(documents.decode(document, key, _no_tensor))
 
     def versions(self, *, parameters_too: bool) -> list[int]:
         """Changes when a buffer, or a parameter, was written to."""
-        tensors = [*self._module.buffers(), *(self._module.parameters() if parameters_too else ())]
+        tensors = [*self.module.buffers(), *(self.module.parameters() if parameters_too else ())]
         return [tensor._version for tensor in tensors]  # noqa: SLF001 - torch's only counter
 
+    def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
+        if self.part is not None:
+            into.add_part(key, value, writes=self.part.writes)
+        else:
+            shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
+            into.add(key, value, shared, validate=self.validate)
+
+    def _collect_value(self, into: Collected, key: str, value: Any) -> None:
+        if self.part is not None:
+            raise UnsupportedStateError(key, "an extra state that is no tensor, in a Part; register it as a buffer")
+        into.documents[key] = documents.encode(value, key, _NoTensors(key))
+
     def _extra_states(self, saved: Saved) -> dict[str, Any]:
-        prefix = f"{self._name}."
-        return {k: v for k, v in saved.documents.items() if k.startswith(prefix) and k.endswith(_EXTRA)}
+        prefix = f"{saved.saved_name(self.name)}."
+        found = {saved.terms.name_here(k): v for k, v in saved.documents.items() if k.startswith(prefix)}
+        here = {name for name, _ in self.module.named_modules()}
+        return {
+            key: document
+            for key, document in found.items()
+            if key.endswith(_EXTRA)
+            and not saved.terms.skips(key)
+            and (saved.terms.strict or _owner(key, self.name) in here)
+        }
 
     def _state(self) -> dict[str, Any]:
         return {
-            f"{self._name}.{fqn(name)}": value
-            for name, value in self._module.state_dict(keep_vars=True).items()
+            f"{self.name}.{fqn(name)}": value
+            for name, value in self.module.state_dict(keep_vars=True).items()
             if not (name.endswith(_EXTRA) and value is None)
         }
 
