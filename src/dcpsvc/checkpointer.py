@@ -12,6 +12,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+from dcpsvc import provenance
 from dcpsvc.admission import Admission
 from dcpsvc.announcing import Announcer
 from dcpsvc.atexit import at_exit
@@ -41,6 +42,7 @@ from dcpsvc.standing import Standing
 from dcpsvc.state.app import AppState
 from dcpsvc.state.collected import Collected
 from dcpsvc.state.drift import Terms
+from dcpsvc.state.sharing import bare, world_size
 from dcpsvc.steering import Steering
 from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
@@ -87,6 +89,9 @@ class Checkpointer:
     def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
         self._options = _options(options)
         self._state = AppState(state)
+        self._record = provenance.record(
+            map(bare, state.values()), world_size=world_size(), config=self._options.config
+        )
         remote = open_store(root, self._options.storage_options)
         self._job = _join(remote.url, self._options.sync_timeout_s)
         self._events = Events(rank=self._job.rank, observer=self._options.on_event)
@@ -189,6 +194,9 @@ class Checkpointer:
         self._set_aside(found.attempt.step, explicit=step is not None)
         self._catalog.in_use[found.attempt] = "resumed from"
         self._standing.resumed_from = found.attempt.step
+        if self._job.coordinates:
+            for change in provenance.changes(found.versions, self._record):
+                logging.getLogger("dcpsvc").warning("resumed step %s: %s", found.attempt.step, change)
         self._last.begin_at(found.attempt.step)
         return found.attempt.step
 

@@ -81,6 +81,10 @@ class Options:
     """After a stop was asked for: time until the process must have ended. The local commit comes first; an upload that
     does not fit is finished by the next start on this disk. torchrun kills 30 s after SIGTERM."""
 
+    config: Any = None
+    """The run's configuration, JSON-like. Its hash is recorded with each checkpoint, and a resume under another one says
+    so. The values themselves are not stored."""
+
     total_steps: int | None = None
     """Steps the training will take, if known: to say at the start whether a save will ever be due."""
 

@@ -24,6 +24,7 @@ from dcpsvc.state.drift import Drift, Terms
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
     from dcpsvc.state.saved import Component, Saved, Want
@@ -37,10 +38,11 @@ _DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShard
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What was loaded, and why nothing newer."""
+    """What was loaded, what it says about its origin, and why nothing newer."""
 
     attempt: Attempt
     summary: str
+    versions: dict[str, str]
     rejected: tuple[str, ...]
 
 
@@ -87,14 +89,14 @@ class Resuming:
                 return None
             attempt = Attempt(*verdict["attempt"])
             try:
-                summary = self._load(attempt, terms)
+                summary, versions = self._load(attempt, terms)
             except RestoreFailedError as err:
                 if not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
                     raise
                 rejected.append(f"step {attempt.step}: {err.failures[0].text}")
                 tried = [*tried, *(Attempt(*pair) for pair in verdict["passed"]), attempt]
             else:
-                return Resumed(attempt, summary, tuple(rejected))
+                return Resumed(attempt, summary, versions, tuple(rejected))
 
     def _within(self, work: Callable[[], T]) -> T:
         return self.job.rendezvous.clock.bounded(work, self.work_s, "reading a checkpoint")
@@ -116,10 +118,10 @@ class Resuming:
         if rejected:
             raise NoValidCheckpointError(self.remote.url, tuple(rejected))
 
-    def _load(self, attempt: Attempt, terms: Terms) -> str:
+    def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
-        loaded: tuple[dict[str, Component], Saved, list[Want]] | None = None
+        loaded: tuple[Manifest, dict[str, Component], Saved, list[Want]] | None = None
         try:
             loaded = self._within(lambda: self._read(attempt, terms))
             message = None
@@ -127,12 +129,13 @@ class Resuming:
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
         self._meet(f"{where}/read", message, lambda _: None)
         assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
-        components, saved, wants = loaded
+        manifest, components, saved, wants = loaded
         message = self._apply(components, saved, wants)
         self._meet(f"{where}/applied", message, lambda _: None, changed=True)
-        return restore.summary(saved, list(components), sorted(terms.skip), self.job.world_size)
+        summary = restore.summary(saved, list(components), sorted(terms.skip), self.job.world_size)
+        return summary, manifest.versions
 
-    def _read(self, attempt: Attempt, terms: Terms) -> tuple[dict[str, Component], Saved, list[Want]]:
+    def _read(self, attempt: Attempt, terms: Terms) -> tuple[Manifest, dict[str, Component], Saved, list[Want]]:
         manifest = discover.read_manifest(self.remote, attempt)
         reader = restore.CheckpointReader(
             manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
@@ -143,7 +146,7 @@ class Resuming:
         components = self.state.chosen(saved)
         wants = states.wants(components, saved)
         restore.read(reader, wants)
-        return components, saved, wants
+        return manifest, components, saved, wants
 
     def _apply(self, components: dict[str, Component], saved: Saved, wants: list[Want]) -> RankFailure | None:
         try:

@@ -12,7 +12,13 @@ from torch import nn
 
 import dcpsvc
 from dcpsvc import Checkpointer
-from dcpsvc.errors import ConfigError, RestoreFailedError, SaveFailedError, StructureMismatchError, UnsupportedStateError
+from dcpsvc.errors import (
+    ConfigError,
+    RestoreFailedError,
+    SaveFailedError,
+    StructureMismatchError,
+    UnsupportedStateError,
+)
 from dcpsvc.state import claims, documents
 from dcpsvc.state.app import AppState
 from tests.unit.one_process import bits, resume, save, told
@@ -189,7 +195,9 @@ def optimized(width: int, kind: type[torch.optim.Optimizer] = torch.optim.Adam) 
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_moments_of_another_shape_are_refused(tmp_path: Path, width: int) -> None:
     save(tmp_path, {"z": torch.ones(3), "optim": optimized(3)})
-    refused_untouched(tmp_path, {"z": torch.zeros(3), "optim": optimized(width)}, r"optim\.state\.group-0-0 +shape +for \[3\]")
+    refused_untouched(
+        tmp_path, {"z": torch.zeros(3), "optim": optimized(width)}, r"optim\.state\.group-0-0 +shape +for \[3\]"
+    )
 
 
 # --- what is refused when it is saved ---------------------------------------------------------------

@@ -11,9 +11,9 @@ import dcpsvc
 
 PUBLIC = {
     "Checkpoint", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError", "Event", "Every", "Everything",
-    "FormatError", "Latest", "OneRank", "Options", "Part", "PendingSave", "PerGroup", "PerRank", "Point", "Replicated", "RestoreError",
-    "Rng", "RootError", "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints",
-    "load", "storage_reader",
+    "FormatError", "Latest", "OneRank", "Options", "Part", "PendingSave", "PerGroup", "PerRank", "Point", "Replicated",
+    "RestoreError", "Rng", "RootError", "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings",
+    "latest", "list_checkpoints", "load", "storage_reader",
 }  # fmt: skip
 
 LIGHT = [

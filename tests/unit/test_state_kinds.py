@@ -1,4 +1,4 @@
-"""R27 R31 R32: kinds of state that libraries bring along: each saved, and loaded into a fresh object that goes on alike."""
+"""R27 R31 R32: kinds of state that libraries bring along: saved, and loaded into fresh objects that go on alike."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def average_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_an_average_of_the_model_goes_on_after_a_resume_bit_for_bit(tmp_path: Path, use_buffers: bool) -> None:
+def test_an_average_of_the_model_goes_on_after_a_resume_bit_for_bit(tmp_path: Path, *, use_buffers: bool) -> None:
     seed(0)
     state = average_steps(averaging(use_buffers=use_buffers), 10)
     save(tmp_path, state, step=10)

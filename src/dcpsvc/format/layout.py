@@ -109,7 +109,8 @@ def uncovered(tensor: Tensor) -> str | None:
     """Why the chunks are no exact cover of their tensor; None if they are."""
     stored = sum(chunk.numel for chunk in tensor.chunks)
     if stored != math.prod(tensor.shape):
-        return f"chunks hold {stored} of {math.prod(tensor.shape)} elements"
+        why = "; ranks that hold the same Part have to give it their group" if stored > math.prod(tensor.shape) else ""
+        return f"chunks hold {stored} of {math.prod(tensor.shape)} elements{why}"
     for chunk in tensor.chunks:
         box = zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
         if any(offset + size > extent for offset, size, extent in box):

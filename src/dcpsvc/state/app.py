@@ -13,7 +13,6 @@ from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
 from dcpsvc.state.module import ModuleComponent, fqn, unwrap
 from dcpsvc.state.optimizer import OptimizerComponent
-from dcpsvc.state.rng import Rng
 from dcpsvc.state.sharing import Part, Replicated, bare
 from dcpsvc.state.values import ValueComponent, is_stateful
 
@@ -116,7 +115,9 @@ class AppState:
             if name not in components:
                 raise ConfigError(f"skip={key!r} is not in the state, which has {', '.join(components)}")
             if rest and isinstance(components[name], ValueComponent):
-                raise ConfigError(f"skip={key!r}: {name} is loaded whole or not at all; skip={name!r} leaves it as it is")
+                raise ConfigError(
+                    f"skip={key!r}: {name} is loaded whole or not at all; skip={name!r} leaves it as it is"
+                )
         for key in terms.rename.values():
             if key.partition(".")[0] not in components:
                 raise ConfigError(f"rename to {key!r}: not in the state, which has {', '.join(components)}")

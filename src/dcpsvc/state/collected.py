@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -14,6 +15,8 @@ from dcpsvc.errors import StateError, UnsupportedStateError
 from dcpsvc.state.dtypes import name_of
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from dcpsvc.format.layout import Shape
 
 
@@ -84,24 +87,26 @@ class Collected:
             sharing = Sharing.SHARDED
         self._put(key, tensor, sharing, writes=True, validate=validate)
 
-    def add_part(self, key: str, tensor: torch.Tensor, *, writes: bool) -> None:
+    def add_part(self, key: str, tensor: torch.Tensor, holder: int) -> None:
         """Take a tensor in that only some ranks know of: those that hold a part of it, or all of it.
 
         Args:
             key: The name in the whole that no other part has.
             tensor: A DTensor is cut as its mesh says.
-            writes: Whether this is the one, of ranks that hold the same, whose value counts.
+            holder: Of the ranks that hold the same, the one whose value counts; of DTensors, whose mesh.
         """
-        self._put(key, tensor, Sharing.PER_RANK, writes=writes or isinstance(tensor, DTensor), validate=False)
+        self._put(key, tensor, Sharing.PER_RANK, holder=holder, writes=holder == self.rank, validate=False)
 
-    def _put(self, key: str, tensor: torch.Tensor, sharing: Sharing, *, writes: bool, validate: bool) -> None:
+    def _put(
+        self, key: str, tensor: torch.Tensor, sharing: Sharing, *, holder: int = 0, writes: bool, validate: bool
+    ) -> None:
         if key in self.items or key in self.aliases:
             raise StateError(key, "two tensors of the state would have this name")
         tensor = tensor.detach()
         offsets, _ = local_chunk(tensor)
         shape = tuple(tensor.shape)
         if isinstance(tensor, DTensor):
-            writes, tensor = writes and _writes(key, tensor), tensor.to_local()
+            writes, tensor = _is_in(tensor.device_mesh, holder) and _writes(key, tensor), tensor.to_local()
         _check_storable(key, tensor)
         dtype = name_of(tensor.dtype, key)
         self.items[key] = Item(tensor, dtype, shape, offsets, sharing, writes, validate)
@@ -135,6 +140,14 @@ def _check_storable(key: str, tensor: torch.Tensor) -> None:
         raise UnsupportedStateError(key, reason)
     if tensor.layout is not torch.strided:
         raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
+
+
+@functools.lru_cache(maxsize=64)
+def _is_in(mesh: DeviceMesh, rank: int) -> bool:
+    """Whether a rank is in a mesh. Where the mesh has not all ranks, others may hold the same tensor on one of theirs:
+    what tensor parallelism leaves alone, FSDP2 shards in each of its columns. The mesh with the first rank writes.
+    """
+    return bool((mesh.mesh == rank).any())
 
 
 def _writes(key: str, tensor: DTensor) -> bool:

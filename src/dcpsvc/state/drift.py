@@ -103,7 +103,9 @@ def _reason(step: int, found: Sequence[Difference]) -> str:
 def _table(found: Sequence[Difference]) -> str:
     rows = [("key", "difference", "saved", "here"), *((d.key, d.kind, d.saved, d.here) for d in found[:_SHOWN])]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return "\n".join([*lines, *_more(len(found) - _SHOWN)])
 
 

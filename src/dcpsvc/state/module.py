@@ -121,7 +121,7 @@ class ModuleComponent:
 
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
         if self.part is not None:
-            into.add_part(key, value, writes=self.part.writes)
+            into.add_part(key, value, self.part.holder)
         else:
             shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
             into.add(key, value, shared, validate=self.validate)

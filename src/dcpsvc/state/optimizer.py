@@ -59,13 +59,11 @@ class OptimizerComponent:
         names, state = self._names(), self._inner.state
         if strange := [key for key in state if id(key) not in names]:
             raise UnsupportedStateError(f"{self._name}.state", f"an entry under {strange[0]!r:.80}, not a parameter")
-        writes = self._writes()
-        own = self._name if writes is None else own_name(self._name, into.rank)
+        holder = self._holder(into.rank)
+        own = self._name if holder is None else own_name(self._name, into.rank)
         begun = [parameter for parameter in self._parameters() if parameter in state]
         document = {
-            "state": {
-                names[id(p)]: _encode(f"{self._name}.state.{names[id(p)]}", state[p], tensors) for p in begun
-            },
+            "state": {names[id(p)]: _encode(f"{self._name}.state.{names[id(p)]}", state[p], tensors) for p in begun},
             "shapes": {names[id(p)]: list(p.shape) for p in begun},
             "param_groups": [
                 _encode(f"{own}.param_groups.{index}", _without_params(group), tensors)
@@ -73,12 +71,12 @@ class OptimizerComponent:
                 for index, group in enumerate(self._inner.param_groups)
             ],
         }
-        (into.documents if writes is None else into.own_documents)[own] = document
+        (into.documents if holder is None else into.own_documents)[own] = document
         for key, tensor in tensors.items():
-            if writes is None:
+            if holder is None:
                 into.add(key, tensor, Sharing.REPLICATED, validate=self._validate())
             else:
-                into.add_part(key, tensor, writes=writes or key.startswith(f"{own}."))
+                into.add_part(key, tensor, into.rank if key.startswith(f"{own}.") else holder)
 
     def wants(self, saved: Saved) -> list[Want]:
         """The saved state of each parameter, in the box this rank holds of that parameter."""
@@ -145,12 +143,12 @@ class OptimizerComponent:
     def _parameters(self) -> list[torch.Tensor]:
         return [parameter for group in self._inner.param_groups for parameter in group["params"]]
 
-    def _writes(self) -> bool | None:
-        """None: every rank has the same parameters. Else whether this rank's values count for those it has."""
+    def _holder(self, rank: int) -> int | None:
+        """None: every rank has the same parameters. Else whose values count for those this rank has."""
         if self._inner is not self._optimizer:
-            return True
+            return rank
         parts = [component.part for component in self._own_modules() if component.part is not None]
-        return all(part.writes for part in parts) if parts else None
+        return parts[0].holder if parts else None
 
     def _validate(self) -> bool:
         return all(component.validate for component in self._own_modules())
@@ -209,7 +207,7 @@ class OptimizerComponent:
             for name in ours.keys() - saved_names:
                 if not saved.terms.skips(self._key(ours[name])):
                     saved.drift.add(f"{where}.{name}", "missing", "-", "a parameter")
-            if self._writes() is None and self._name in saved.documents:
+            if self._holder(saved.rank) is None and self._name in saved.documents:
                 for name in saved_names - ours.keys():
                     saved.drift.add(f"{where}.{name}", "unexpected", "a parameter", "-")
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dcpsvc.errors import SharingError, UnsupportedStateError
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+Group = dist.ProcessGroup | DeviceMesh | list[int] | tuple[int, ...] | range
+"""A process group or a mesh with this rank in it, or the global ranks."""
 
 Validate = Literal["hash", "off"]
 """How replicas are compared before each of them writes a share: by a hash of every byte, or not at all."""
@@ -70,14 +71,14 @@ class PerGroup(Declared):
 
     Args:
         value: As for :class:`PerRank`.
-        group: The process group, or the global ranks; this rank must be one of them. The groups of all ranks have to
-            divide the job: no rank is in two.
+        group: The process group, the mesh, or the global ranks; this rank must be one of them. The groups of all ranks
+            have to divide the job: no rank is in two.
 
     Raises:
         SharingError: This rank is not in the group.
     """
 
-    def __init__(self, value: Any, group: dist.ProcessGroup | Sequence[int]) -> None:
+    def __init__(self, value: Any, group: Group) -> None:
         _refuse_optimizer(self, value)
         super().__init__(value)
         self.ranks = ranks_of(group, "PerGroup")
@@ -97,9 +98,8 @@ class OneRank(Declared):
     def __init__(self, value: Any, rank: int = 0) -> None:
         _refuse_optimizer(self, value)
         super().__init__(value)
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if type(rank) is not int or not 0 <= rank < world_size:
-            raise SharingError("OneRank", f"rank={rank!r} is not in this job of {world_size} ranks")
+        if type(rank) is not int or not 0 <= rank < world_size():
+            raise SharingError("OneRank", f"rank={rank!r} is not in this job of {world_size()} ranks")
         self.rank = rank
 
 
@@ -111,23 +111,21 @@ class Part(Declared):
 
     Args:
         value: The module: its parameters bear the names they have in the whole model.
-        group: The ranks that hold this same part, where there are several: the first writes what is not a DTensor, and
-            its values count. None: this rank alone.
+        group: The ranks that hold this same part, or shards of it, where there are several: of what more than one
+            holds alike the first one's counts. None: this rank alone, or the mesh of its DTensors.
+
+    Attributes:
+        holder: The first of them.
 
     Raises:
         SharingError: This rank is not in the group.
     """
 
-    def __init__(self, value: nn.Module, group: dist.ProcessGroup | Sequence[int] | None = None) -> None:
+    def __init__(self, value: nn.Module, group: Group | None = None) -> None:
         if not isinstance(value, nn.Module):
             raise UnsupportedStateError("Part", f"cannot wrap a {type(value).__name__}; give it a module")
         super().__init__(value)
-        self.ranks = (this_rank(),) if group is None else ranks_of(group, "Part")
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank writes what all ranks of the group hold alike."""
-        return self.ranks[0] == this_rank()
+        self.holder = this_rank() if group is None else ranks_of(group, "Part")[0]
 
 
 def bare(value: Any) -> Any:
@@ -140,6 +138,11 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """Ranks of the job; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def ranks_of(group: Any, declaration: str) -> tuple[int, ...]:
     """The global ranks of a group, ascending.
 
@@ -148,6 +151,8 @@ def ranks_of(group: Any, declaration: str) -> tuple[int, ...]:
     """
     if isinstance(group, dist.ProcessGroup):
         ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+    elif isinstance(group, DeviceMesh):
+        ranks = tuple(sorted(group.mesh.flatten().tolist()))
     elif isinstance(group, list | tuple | range):
         ranks = tuple(sorted({int(rank) for rank in group}))
     else:  # what new_group() gives to a rank outside, too
