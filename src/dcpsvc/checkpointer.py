@@ -88,7 +88,7 @@ class Checkpointer:
 
     def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
         self._options = _options(options)
-        self._state = AppState(state)
+        self._state = AppState(state, self._options.only)
         self._record = provenance.record(
             map(bare, state.values()), world_size=world_size(), config=self._options.config
         )

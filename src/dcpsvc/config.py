@@ -81,8 +81,12 @@ class Options:
     """After a stop was asked for: time until the process must have ended. The local commit comes first; an upload that
     does not fit is finished by the next start on this disk. torchrun kills 30 s after SIGTERM."""
 
+    only: Literal["all", "trainable"] = "all"
+    """``trainable``: of modules only the parameters that need a gradient are saved, and buffers: for adapters over a
+    frozen base, which the training script loads by itself. A fingerprint of the base is kept, and compared on resume."""
+
     config: Any = None
-    """The run's configuration, JSON-like. Its hash is recorded with each checkpoint, and a resume under another one says
+    """The run's configuration, JSON-like. Its hash is recorded with each checkpoint; a resume under another says
     so. The values themselves are not stored."""
 
     total_steps: int | None = None
@@ -103,6 +107,7 @@ class Options:
         if not is_count(self.max_inflight):
             raise ConfigError(f"max_inflight={self.max_inflight!r} must be an int of at least 1")
         _one_of("on_failure", self.on_failure, ("continue", "raise"))
+        _one_of("only", self.only, ("all", "trainable"))
         _one_of("backpressure", self.backpressure, ("wait", "skip", "drop-oldest"))
         _positive("grace_s", self.grace_s)
         _count_or_none("staging_nbytes", self.staging_nbytes)

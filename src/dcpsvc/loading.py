@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.ranks.job import Job
@@ -53,6 +53,7 @@ def load(
     skip: Collection[str] = (),
     rename: Mapping[str, str] | None = None,
     strict: bool = True,
+    only: Literal["all", "trainable"] = "all",
     storage_options: Mapping[str, Any] | None = None,
     sync_timeout_s: float = 60.0,
 ) -> int:
@@ -67,6 +68,7 @@ def load(
         skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
         rename: Saved keys by their dotted beginning, and what they are called here.
         strict: False lets pass what only the checkpoint or only the state has. Shapes and dtypes must fit all the same.
+        only: ``trainable``: parameters that need no gradient are loaded only if the checkpoint has them.
         storage_options: For fsspec.
         sync_timeout_s: Longest wait for a peer.
 
@@ -78,7 +80,7 @@ def load(
         NoValidCheckpointError: Nothing can be loaded.
         RestoreFailedError: The state does not fit, or a rank is missing; says so if anything in memory was changed.
     """
-    store, app = open_root(root, storage_options), AppState(state)
+    store, app = open_root(root, storage_options), AppState(state, only)
     try:
         job = Job.join(sync_timeout_s)
     except DisagreementError as err:

@@ -1,4 +1,4 @@
-"""What made a checkpoint: versions, ranks, mesh, commit of the code, hash of the configuration. And what has changed since."""
+"""What made a checkpoint: versions, ranks, mesh, commit, hash of the configuration. And what has changed since."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ _QUIET = {"world", "mesh"}
 _WHY = {
     "config": "the configuration is another; compare the two, or start a new run",
     "git": "the code is another; check out the saved commit to continue exactly",
-    "base": "the base model is another; an adapter is of use with the base it was trained on",
 }
 
 

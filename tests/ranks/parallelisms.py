@@ -108,6 +108,11 @@ def stage(model: Model, number: int) -> Model:
     return model
 
 
+def piped_and_sharded(model: Model) -> nn.Module:
+    mesh = mesh_of(2, 2, names=("pp", "dp"))
+    return sharded(stage(model, dist.get_rank() // 2), mesh["dp"])
+
+
 KINDS: dict[str, tuple[int, Callable[[Model], nn.Module]]] = {
     "one": (0, lambda model: model),
     "one, compiled": (0, compiled),
@@ -122,15 +127,10 @@ KINDS: dict[str, tuple[int, Callable[[Model], nn.Module]]] = {
     "TP": (2, lambda model: tensor_parallel(model, mesh_of(2, names=("tp",)))),
     "FSDP2 x TP": (4, fsdp_and_tp),
     "pipeline": (2, lambda model: stage(model, dist.get_rank())),
-    "pipeline x FSDP2": (4, lambda model: piped_and_sharded(model)),
+    "pipeline x FSDP2": (4, piped_and_sharded),
     "pipeline x DP": (4, lambda model: stage(model, dist.get_rank() // 2)),
 }
 """Ranks (0: no process group), and what is done to the model."""
-
-
-def piped_and_sharded(model: Model) -> nn.Module:
-    mesh = mesh_of(2, 2, names=("pp", "dp"))
-    return sharded(stage(model, dist.get_rank() // 2), mesh["dp"])
 
 
 class Job:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from dcpsvc.state.drift import Terms
+    from dcpsvc.state.module import Only
     from dcpsvc.state.saved import Component, Saved, Want
 
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_-]*")
@@ -32,15 +33,16 @@ class AppState:
 
     Args:
         state: Names to objects. Read anew at each save, so values may be replaced.
+        only: Which parameters of the modules.
     """
 
-    def __init__(self, state: MutableMapping[str, Any]) -> None:
+    def __init__(self, state: MutableMapping[str, Any], only: Only = "all") -> None:
         if not state:
             raise ConfigError("the state is empty: there is nothing to save")
         for name in state:
             if not _NAME.fullmatch(str(name)):
                 raise ConfigError(f"state name {name!r}: use letters, digits, '_' and '-', and no '__' in front")
-        self._state = state
+        self._state, self._only = state, only
         self._known: tuple[tuple[tuple[str, int], ...], dict[str, Component]] = ((), {})
         self.components()
 
@@ -58,7 +60,7 @@ class AppState:
 
     def _make_components(self) -> dict[str, Component]:
         _check_claimed_once(self._state)
-        modules = {name: ModuleComponent(name, v) for name, v in self._state.items() if _is_module(v)}
+        modules = {name: ModuleComponent(name, v, self._only) for name, v in self._state.items() if _is_module(v)}
         found: dict[str, Component] = dict(modules)
         for name, value in self._state.items():
             if isinstance(target := bare(value), Optimizer):

@@ -144,8 +144,10 @@ def _check_storable(key: str, tensor: torch.Tensor) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _is_in(mesh: DeviceMesh, rank: int) -> bool:
-    """Whether a rank is in a mesh. Where the mesh has not all ranks, others may hold the same tensor on one of theirs:
-    what tensor parallelism leaves alone, FSDP2 shards in each of its columns. The mesh with the first rank writes.
+    """Whether a rank is in a mesh.
+
+    Where the mesh has not all ranks, others may hold the same tensor on one of theirs: what tensor parallelism leaves
+    alone, FSDP2 shards in each of its columns. The mesh with the first rank writes.
     """
     return bool((mesh.mesh == rank).any())
 

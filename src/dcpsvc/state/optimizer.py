@@ -51,7 +51,8 @@ class OptimizerComponent:
     def _inner(self) -> Optimizer:
         """The one that has state and parameters of this rank: inside a ZeroRedundancyOptimizer there is another."""
         kind = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
-        return self._optimizer.optim if kind and isinstance(self._optimizer, kind) else self._optimizer
+        within: Any = self._optimizer
+        return within.optim if kind and isinstance(within, kind) else within
 
     def collect(self, into: Collected) -> None:
         """Every state tensor under ``<name>.state.<fqn>.<entry>``; the rest is one document."""

@@ -121,7 +121,7 @@ class Part(Declared):
         SharingError: This rank is not in the group.
     """
 
-    def __init__(self, value: nn.Module, group: Group | None = None) -> None:
+    def __init__(self, value: Any, group: Group | None = None) -> None:
         if not isinstance(value, nn.Module):
             raise UnsupportedStateError("Part", f"cannot wrap a {type(value).__name__}; give it a module")
         super().__init__(value)
