@@ -82,8 +82,8 @@ class Options:
     does not fit is finished by the next start on this disk. torchrun kills 30 s after SIGTERM."""
 
     only: Literal["all", "trainable"] = "all"
-    """``trainable``: of modules only the parameters that need a gradient are saved, and buffers: for adapters over a
-    frozen base, which the training script loads by itself. A fingerprint of the base is kept, and compared on resume."""
+    """``trainable``: of modules only parameters that need a gradient, or did, are saved, and buffers: for adapters over
+    a frozen base, which the training script loads by itself. A fingerprint of the base is kept; resume compares it."""
 
     config: Any = None
     """The run's configuration, JSON-like. Its hash is recorded with each checkpoint; a resume under another says

@@ -24,6 +24,7 @@
     |   |-- NoSuchStepError         an explicitly named step that is not there
     |   |-- NoValidCheckpointError  commits exist, and every one of them is damaged
     |   `-- RestoreFailedError      a rank could not read, or did not arrive
+    |-- ExportError                 a checkpoint cannot be written in a foreign format
     |-- FormatError                 a file of ours that does not say what it should
     |   |-- ManifestError
     |   |-- LayoutError
@@ -297,6 +298,17 @@ class RestoreFailedError(RestoreError):
         intact = "nothing in memory was changed"
         parts.append("the state in memory may be partly changed: do not train on" if self.changed else intact)
         return f"{self.where}: {'; '.join(parts)}"
+
+
+class ExportError(DcpsvcError):
+    """A checkpoint cannot be written in a foreign format: the place is not empty, or something is not in it."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 # --- format ---------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "NoSuchStepError": ("/runs/a", 40, (10, 20), "damaged"),
     "NoValidCheckpointError": ("/runs/a", ("step 40: the file is missing",)),
     "RestoreFailedError": ("/runs/a", (FAILURE,), (1,)),
+    "ExportError": ("/models/a", "the directory is not empty"),
     "FormatError": ("/runs/a/run.json", "not JSON"),
     "ManifestError": ("manifests/x.json", "field 'step' is missing"),
     "LayoutError": ("layouts/x.json", "chunks hold 3 of 4 elements"),

@@ -42,7 +42,8 @@ class AppState:
         for name in state:
             if not _NAME.fullmatch(str(name)):
                 raise ConfigError(f"state name {name!r}: use letters, digits, '_' and '-', and no '__' in front")
-        self._state, self._only = state, only
+        self._state = state
+        self._only: Only = only
         self._known: tuple[tuple[tuple[str, int], ...], dict[str, Component]] = ((), {})
         self.components()
 

@@ -52,7 +52,8 @@ class OptimizerComponent:
         """The one that has state and parameters of this rank: inside a ZeroRedundancyOptimizer there is another."""
         kind = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
         within: Any = self._optimizer
-        return within.optim if kind and isinstance(within, kind) else within
+        found: Optimizer = within.optim if kind and isinstance(within, kind) else within
+        return found
 
     def collect(self, into: Collected) -> None:
         """Every state tensor under ``<name>.state.<fqn>.<entry>``; the rest is one document."""
