@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from dcpsvc.reading import latest, list_checkpoints
     from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.state.rng import Rng
-    from dcpsvc.state.values import PerRank
+    from dcpsvc.state.sharing import OneRank, Part, PerGroup, PerRank, Replicated
 
 _HOMES = {
     "checkpointer": ("Checkpointer",),
@@ -72,7 +72,7 @@ _HOMES = {
     "reading": ("latest", "list_checkpoints"),
     "stages.discover": ("Checkpoint",),
     "state.rng": ("Rng",),
-    "state.values": ("PerRank",),
+    "state.sharing": ("OneRank", "Part", "PerGroup", "PerRank", "Replicated"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -92,11 +92,15 @@ __all__ = [
     "Everything",
     "FormatError",
     "Latest",
+    "OneRank",
     "Options",
+    "Part",
     "PendingSave",
+    "PerGroup",
     "PerRank",
     "Pinned",
     "Point",
+    "Replicated",
     "RestoreError",
     "Rng",
     "RootError",

@@ -13,6 +13,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+from dcpsvc import provenance
 from dcpsvc.admission import Admission
 from dcpsvc.annotating import Annotator
 from dcpsvc.announcing import Announcer
@@ -20,7 +21,6 @@ from dcpsvc.atexit import at_exit
 from dcpsvc.catalog import Catalog
 from dcpsvc.closing import Ending
 from dcpsvc.config import Options
-from dcpsvc.copying import Watch
 from dcpsvc.errors import (
     ClosedError,
     ConfigError,
@@ -43,6 +43,8 @@ from dcpsvc.saving import Saver
 from dcpsvc.standing import Standing
 from dcpsvc.state.app import AppState
 from dcpsvc.state.collected import Collected
+from dcpsvc.state.drift import Terms
+from dcpsvc.state.sharing import bare, world_size
 from dcpsvc.steering import Steering
 from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
@@ -87,7 +89,10 @@ class Checkpointer:
 
     def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
         self._options = Options.of(options)
-        self._state = AppState(state)
+        self._state = AppState(state, self._options.only)
+        self._record = provenance.record(
+            map(bare, state.values()), world_size=world_size(), config=self._options.config
+        )
         remote = open_store(root, self._options.storage_options)
         self._job = join(remote.url, self._options.sync_timeout_s)
         self._events = Events(rank=self._job.rank, observer=self._options.on_event)
@@ -103,11 +108,8 @@ class Checkpointer:
         self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
         self._uploader = Uploader(self._life, self._let_go)
         self._saver = saver = Saver(
-            self._job, self._run, self._state, self._life, self._events,
-            staging_nbytes=self._options.staging_nbytes, max_inflight=self._options.max_inflight,
-            overlap=self._options.staging == "overlap",
-            watch=Watch.EVERY_BYTE if self._options.verify_staging else Watch.CLOSELY,
-        )  # fmt: skip
+            self._job, self._run, self._state, self._life, self._events, options=self._options, versions=self._record
+        )
         predicted_nbytes = saver.predicted_nbytes()
         try:
             self._life.check_room(predicted_nbytes)
@@ -154,14 +156,25 @@ class Checkpointer:
         """The mapping given to the constructor, with what ``resume()`` put into it."""
         return self._state.mapping
 
-    def resume(self, step: int | None = None, *, skip: Collection[str] = (), even_diverged: bool = False) -> int:
+    def resume(
+        self,
+        step: int | None = None,
+        *,
+        skip: Collection[str] = (),
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
+        even_diverged: bool = False,
+    ) -> int:
         """Continue from the newest valid commit, or from exactly ``step``. Collective; training thread.
 
         Everything is read and verified on every rank before anything in memory is changed.
 
         Args:
             step: A committed step; None takes the newest that is whole on all ranks and not tagged as diverged.
-            skip: Names of components to leave as they are.
+            skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
+            rename: Saved keys by their dotted beginning, and what they are called here.
+            strict: False lets pass what only the checkpoint or only the state has. Shapes and dtypes must fit all the
+                same.
             even_diverged: Take the newest even if it is tagged; one that is named is taken anyway.
 
         Returns:
@@ -180,7 +193,7 @@ class Checkpointer:
             options.sync_timeout_s, options.upload_timeout_s, self._catalog.hold, even_diverged,
         )  # fmt: skip
         self._saver.wait_copied()
-        found = resuming.run(step, skip)
+        found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))
         self._saver.prepare_once(Collected(self._job.rank))
         self._announcer.resumed(found)
         if found is None:
@@ -190,6 +203,9 @@ class Checkpointer:
         self._catalog.hold(found.attempt)
         self._guard.resumed(found.metrics)
         self._standing.resumed_from = found.attempt.step
+        if self._job.coordinates:
+            for change in provenance.changes(found.versions, self._record):
+                logging.getLogger("dcpsvc").warning("resumed step %s: %s", found.attempt.step, change)
         self._last.begin_at(found.attempt.step)
         return found.attempt.step
 

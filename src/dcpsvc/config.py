@@ -100,6 +100,14 @@ class Options:
     """When the training counts as diverged: saves are tagged then, and no resume takes them unless asked to. Its state
     travels with the checkpoints."""
 
+    only: Literal["all", "trainable"] = "all"
+    """``trainable``: of modules only parameters that need a gradient, or did, are saved, and buffers: for adapters over
+    a frozen base, which the training script loads by itself. A fingerprint of the base is kept; resume compares it."""
+
+    config: Any = None
+    """The run's configuration, JSON-like. Its hash is recorded with each checkpoint; a resume under another says
+    so. The values themselves are not stored."""
+
     total_steps: int | None = None
     """Steps the training will take, if known: to say at the start whether a save will ever be due."""
 
@@ -119,6 +127,7 @@ class Options:
             raise ConfigError(f"max_inflight={self.max_inflight!r} must be an int of at least 1")
         _one_of("on_failure", self.on_failure, ("continue", "raise"))
         _one_of("staging", self.staging, ("overlap", "block"))
+        _one_of("only", self.only, ("all", "trainable"))
         _one_of("backpressure", self.backpressure, ("wait", "skip", "drop-oldest"))
         _positive("grace_s", self.grace_s)
         _count_or_none("staging_nbytes", self.staging_nbytes)

@@ -10,7 +10,9 @@
     |   `-- RunBusyError            another live process on this host writes this run
     |-- StateError                  something in the state cannot be saved or loaded as declared
     |   |-- UnsupportedStateError   an object that is neither tensor nor JSON-like, named by key
+    |   |-- SharingError            a declaration that this rank, or another component, contradicts
     |   |-- StateMismatchError      the checkpoint and the state in memory do not fit
+    |   |   `-- StructureMismatchError  in keys, shapes or dtypes: with a table of all differences
     |   `-- TornSnapshotError       a tensor was changed while it was being copied
     |-- SaveError                   one attempt to save one step did not become a checkpoint
     |   |-- SaveFailedError         ranks failed, or disagreed about what to save
@@ -24,6 +26,7 @@
     |   |-- NoValidCheckpointError  commits exist, and every one of them is damaged
     |   `-- RestoreFailedError      a rank could not read, or did not arrive
     |-- CheckpointGoneError         metrics or a pin for a checkpoint that is not there, or being deleted
+    |-- ExportError                 a checkpoint cannot be written in a foreign format
     |-- FormatError                 a file of ours that does not say what it should
     |   |-- ManifestError
     |   |-- LayoutError
@@ -119,8 +122,16 @@ class UnsupportedStateError(StateError):
     """An object that is neither a tensor nor JSON-like; nothing is pickled, so it is refused."""
 
 
+class SharingError(StateError):
+    """A declaration of who holds what that this rank, or another component of the state, contradicts."""
+
+
 class StateMismatchError(StateError):
     """The checkpoint and the state in memory do not fit; nothing in memory was changed."""
+
+
+class StructureMismatchError(StateMismatchError):
+    """Keys, shapes or dtypes of the checkpoint and the state differ. The reason is a table of all differences."""
 
 
 class TornSnapshotError(StateError):
@@ -304,6 +315,17 @@ class CheckpointGoneError(DcpsvcError):
 
     def __str__(self) -> str:
         return f"{self.where}: nothing is noted for step {self.step}: {self.reason}"
+
+
+class ExportError(DcpsvcError):
+    """A checkpoint cannot be written in a foreign format: the place is not empty, or something is not in it."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 # --- format ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.ranks.job import Job
@@ -14,6 +14,7 @@ from dcpsvc.sidefiles import Lease
 from dcpsvc.stages import discover
 from dcpsvc.stages.restore import CheckpointReader
 from dcpsvc.state.app import AppState
+from dcpsvc.state.drift import Terms
 
 if TYPE_CHECKING:
     import os
@@ -51,6 +52,9 @@ def load(
     step: int | None = None,
     *,
     skip: Collection[str] = (),
+    rename: Mapping[str, str] | None = None,
+    strict: bool = True,
+    only: Literal["all", "trainable"] = "all",
     storage_options: Mapping[str, Any] | None = None,
     sync_timeout_s: float = 60.0,
     even_diverged: bool = False,
@@ -64,7 +68,10 @@ def load(
         root: The run.
         state: As for :class:`~dcpsvc.Checkpointer`.
         step: A committed step; None takes the newest that is whole.
-        skip: Names in ``state`` to leave as they are.
+        skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
+        rename: Saved keys by their dotted beginning, and what they are called here.
+        strict: False lets pass what only the checkpoint or only the state has. Shapes and dtypes must fit all the same.
+        only: ``trainable``: parameters that need no gradient are loaded only if the checkpoint has them.
         storage_options: For fsspec.
         sync_timeout_s: Longest wait for a peer.
         even_diverged: Take the newest even if it is tagged as diverged; one that is named is taken anyway.
@@ -77,7 +84,7 @@ def load(
         NoValidCheckpointError: Nothing can be loaded.
         RestoreFailedError: The state does not fit, or a rank is missing; says so if anything in memory was changed.
     """
-    store, app = open_root(root, storage_options), AppState(state)
+    store, app = open_root(root, storage_options), AppState(state, only)
     work_s = max(sync_timeout_s, 1800.0)
     lease = Lease(store, 2 * work_s)
     try:
@@ -90,7 +97,7 @@ def load(
         resuming = Resuming(
             job, "load", store, (), app, sync_timeout_s, work_s, hold=lease.take, even_diverged=even_diverged
         )
-        found = resuming.run(step, skip)
+        found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))
         with contextlib.suppress(RuntimeError):  # it is loaded; a peer that cannot be reached is not waited for
             job.linger("load", sync_timeout_s)
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import (
@@ -21,10 +21,12 @@ from dcpsvc.format.parse import Fields
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
+from dcpsvc.state.drift import Drift, Terms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Sequence
 
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
     from dcpsvc.state.saved import Component, Saved, Want
@@ -43,12 +45,14 @@ class Resumed:
     Attributes:
         attempt: The checkpoint.
         summary: What was loaded and what was left out, for people.
+        versions: What it says about its origin.
         rejected: Why nothing newer, a line for each.
         metrics: As the manifest has them.
     """
 
     attempt: Attempt
     summary: str
+    versions: dict[str, str]
     rejected: tuple[str, ...]
     metrics: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -83,8 +87,8 @@ class Resuming:
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
 
-    def run(self, step: int | None, skip: Collection[str]) -> Resumed | None:
-        """Load the newest valid commit, or exactly ``step``.
+    def run(self, step: int | None, terms: Terms) -> Resumed | None:
+        """Load the newest valid commit, or exactly ``step``, on the terms of the user.
 
         Returns:
             None if nothing was ever committed here.
@@ -104,7 +108,7 @@ class Resuming:
                 return None
             attempt = Attempt(*verdict["attempt"])
             try:
-                summary = self._load(attempt, skip)
+                summary, versions = self._load(attempt, terms)
             except RestoreFailedError as err:
                 if not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
                     raise
@@ -112,7 +116,7 @@ class Resuming:
                 tried = [*tried, *(Attempt(*pair) for pair in verdict["passed"]), attempt]
             else:
                 metrics = numbers.load(Fields(attempt.manifest, verdict["metrics"], ManifestError))
-                return Resumed(attempt, summary, tuple(rejected), metrics)
+                return Resumed(attempt, summary, versions, tuple(rejected), metrics)
 
     def _within(self, work: Callable[[], T]) -> T:
         return self.job.rendezvous.clock.bounded(work, self.work_s, "reading a checkpoint")
@@ -141,32 +145,35 @@ class Resuming:
         if rejected:
             raise NoValidCheckpointError(self.remote.url, tuple(rejected))
 
-    def _load(self, attempt: Attempt, skip: Collection[str]) -> str:
+    def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
-        loaded: tuple[dict[str, Component], Saved, list[Want]] | None = None
+        loaded: tuple[Manifest, dict[str, Component], Saved, list[Want]] | None = None
         try:
-            loaded = self._within(lambda: self._read(attempt, skip))
+            loaded = self._within(lambda: self._read(attempt, terms))
             message = None
         except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
         self._meet(f"{where}/read", message, lambda _: None)
         assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
-        components, saved, wants = loaded
+        manifest, components, saved, wants = loaded
         message = self._apply(components, saved, wants)
         self._meet(f"{where}/applied", message, lambda _: None, changed=True)
-        return restore.summary(saved, list(components), sorted(skip), self.job.world_size)
+        summary = restore.summary(saved, list(components), sorted(terms.skip), self.job.world_size)
+        return summary, manifest.versions
 
-    def _read(self, attempt: Attempt, skip: Collection[str]) -> tuple[dict[str, Component], Saved, list[Want]]:
+    def _read(self, attempt: Attempt, terms: Terms) -> tuple[Manifest, dict[str, Component], Saved, list[Want]]:
         manifest = discover.read_manifest(self.remote, attempt)
         reader = restore.CheckpointReader(
             manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
         )
-        saved = reader.saved_for(self.job.rank)
-        components = self.state.chosen(saved, skip)
+        saved = replace(
+            reader.saved_for(self.job.rank), documents_of=reader.documents, terms=terms, drift=Drift(attempt.step)
+        )
+        components = self.state.chosen(saved)
         wants = states.wants(components, saved)
         restore.read(reader, wants)
-        return components, saved, wants
+        return manifest, components, saved, wants
 
     def _apply(self, components: dict[str, Component], saved: Saved, wants: list[Want]) -> RankFailure | None:
         try:

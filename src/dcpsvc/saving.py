@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import platform
 import time
 from concurrent.futures import wait
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from dcpsvc import copying, preflight
 from dcpsvc.arena import Arena
@@ -38,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcpsvc.blueprint import Blueprint
+    from dcpsvc.config import Options
     from dcpsvc.copying import Copying
     from dcpsvc.events import Events
     from dcpsvc.format.keys import Attempt
@@ -62,10 +59,8 @@ class Saver:
         state: What is saved.
         life: What the saves go on to.
         events: For the observer.
-        staging_nbytes: Host memory for arenas; None takes a fair share of what the machine has free.
-        max_inflight: Saves on their way at a time.
-        overlap: Whether training may go on while large tensors are copied.
-        watch: How closely, meanwhile, for changes.
+        options: How.
+        versions: What every checkpoint says about its origin.
     """
 
     def __init__(
@@ -76,18 +71,17 @@ class Saver:
         life: Life,
         events: Events,
         *,
-        staging_nbytes: int | None = None,
-        max_inflight: int = 1,
-        overlap: bool = True,
-        watch: Watch = Watch.CLOSELY,
+        options: Options,
+        versions: Mapping[str, str],
     ) -> None:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
         spare = 1  # for a save after one that the disk has not taken in time
-        self._arenas = Arenas(staging_nbytes, max_inflight + spare, preflight.memory_share_nbytes)
+        self._arenas = Arenas(options.staging_nbytes, options.max_inflight + spare, preflight.memory_share_nbytes)
         self._blueprints = Blueprints(job.rank, job.world_size)
         self._tries: dict[int, int] = {}
         self._unwritten: list[tuple[DcpShard, int]] = []
-        self._overlap, self._watch, self._holdback = overlap, watch, Holdback()
+        self._versions, self._overlap, self._holdback = versions, options.staging == "overlap", Holdback()
+        self._watch = Watch.EVERY_BYTE if options.verify_staging else Watch.CLOSELY
         self._copying: Copying | None = None
         self._copier = copying.thread()
         self._staged_with = 0
@@ -223,7 +217,7 @@ class Saver:
             said=said,
             part=blueprint.part,
             known_layout=self._life.known_layout(blueprint.part),
-            stamp=_stamp(metrics),
+            stamp=_stamp(metrics) | {"versions": dict(self._versions)},
             disk=self._disk_need(),
         )
         if save.copying is not None:
@@ -318,7 +312,7 @@ def _hold(pending: PendingSave, seconds: float) -> None:
 
 
 def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What the coordinator says about a checkpoint, the same in every copy of its manifest."""
+    """When, and how good: what the coordinator says, the same in every copy of the manifest."""
     numbers: dict[str, float] = {}
     for name, value in metrics.items():
         try:
@@ -328,9 +322,4 @@ def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "metrics": {name: value if value - value == 0 else str(value) for name, value in numbers.items()},
-        "versions": {
-            "dcpsvc": metadata.version("dcpsvc"),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
     }

@@ -87,7 +87,7 @@ def test_the_order_of_parameters_in_a_group_does_not_matter(tmp_path: Path) -> N
             lambda model: [{"params": [p]} for p in model.parameters()],
             "saved with 1 parameter groups, here there are 8",
         ),
-        (lambda model: list(model.parameters())[:-1], r"param_groups\.0: parameters differ: unused\.bias"),
+        (lambda model: list(model.parameters())[:-1], r"param_groups\.0\.unused\.bias +unexpected"),
     ],
 )
 def test_other_parameter_groups_are_refused_and_nothing_is_touched(
@@ -97,7 +97,7 @@ def test_other_parameter_groups_are_refused_and_nothing_is_touched(
     model = Net()
     optimizer = AdamW(groups(model))
     before = told(model.state_dict())
-    with pytest.raises(RestoreFailedError, match=f"optim.*{reason}"):
+    with pytest.raises(RestoreFailedError, match=f"optim(.|\\n)*{reason}"):
         resume(tmp_path, {"model": model, "optim": optimizer})
     assert told(model.state_dict()) == before
     assert optimizer.state_dict()["state"] == {}

@@ -11,10 +11,10 @@ import dcpsvc
 
 PUBLIC = {
     "Best", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError",
-    "Divergence", "Event", "Every", "EveryHours", "EveryNSteps", "Everything", "FormatError", "Latest", "Options",
-    "PendingSave", "PerRank", "Pinned", "Point", "RestoreError", "Rng", "RootError", "SaveError", "StateError",
-    "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints", "load", "pin",
-    "record_metrics", "storage_reader", "unpin",
+    "Divergence", "Event", "Every", "EveryHours", "EveryNSteps", "Everything", "FormatError", "Latest", "OneRank",
+    "Options", "Part", "PendingSave", "PerGroup", "PerRank", "Pinned", "Point", "Replicated", "RestoreError", "Rng",
+    "RootError", "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings", "latest",
+    "list_checkpoints", "load", "pin", "record_metrics", "storage_reader", "unpin",
 }  # fmt: skip
 
 LIGHT = [

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from dcpsvc.errors import CorruptShardError
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.layout import ITEM_NBYTES
-from dcpsvc.format.shardfile import BLOCKS, OBJECTS, PAGE_NBYTES, Piece, Placement
+from dcpsvc.format.shardfile import BLOCKS, FOREIGN, OBJECTS, PAGE_NBYTES, Piece, Placement
 from dcpsvc.state.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def check_opens(path: Path, placement: Placement) -> None:
         assert file.metadata() == {"format": "pt", "dcpsvc": "1", **METADATA}
         for piece, begin in zip(placement.pieces, placement.begins, strict=True):
             tensor = file.get_tensor(piece.name)
-            assert (tuple(tensor.shape), tensor.dtype) == (piece.sizes, dtype_of(piece.dtype))
+            dtype, parts = FOREIGN.get(piece.dtype, (piece.dtype, ()))
+            assert (tuple(tensor.shape), tensor.dtype) == ((*piece.sizes, *parts), dtype_of(dtype))
             assert raw(tensor) == content[begin : begin + piece.nbytes]
         assert json.loads(raw(file.get_tensor(OBJECTS))) == DOCUMENTS
         table = raw(file.get_tensor(BLOCKS))

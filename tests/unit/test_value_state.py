@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.uint64,
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
-    torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    torch.complex128,
 ]  # fmt: skip
 HUGE = torch.arange(1 << 20, dtype=torch.float32)
 BASE = torch.arange(24, dtype=torch.float32).view(2, 3, 4)
@@ -59,11 +60,14 @@ def test_a_tensor_is_loaded_in_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fresh", "reason"),
-    [(torch.zeros(4), r"saved with shape \[3\]"), (torch.zeros(3).double(), "saved as torch.float32")],
+    [
+        (torch.zeros(4), r"shape +float32\[3\] +float32\[4\]"),
+        (torch.zeros(3).double(), r"dtype +float32\[3\] +float64\[3\]"),
+    ],
 )
 def test_a_tensor_that_does_not_fit_is_refused(tmp_path: Path, fresh: torch.Tensor, reason: str) -> None:
     save(tmp_path, {"x": torch.ones(3)})
-    with pytest.raises(RestoreFailedError, match=f"x: {reason}"):
+    with pytest.raises(RestoreFailedError, match=f"x +{reason}"):
         resume(tmp_path, {"x": fresh})
     assert not fresh.any()
 
@@ -99,7 +103,7 @@ def test_what_cannot_be_saved_is_named_and_the_step_is_no_checkpoint(tmp_path: P
     assert list_checkpoints(tmp_path / "root") == []
 
 
-@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.empty(2, device="meta"), torch.ones(1).cdouble()])
+@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.empty(2, device="meta")])
 def test_a_tensor_that_cannot_be_stored_is_refused_by_key(tmp_path: Path, value: torch.Tensor) -> None:
     with (
         pytest.raises(SaveFailedError, match="x"),

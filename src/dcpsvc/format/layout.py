@@ -21,8 +21,9 @@ MAX_CUT_DIMS = 8
 ITEM_NBYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "C128": 16,
 }  # fmt: skip
-"""Bytes per element of each dtype, by its safetensors name."""
+"""Bytes per element of each dtype, by its safetensors name, or one in its manner."""
 
 Shape = tuple[int, ...]
 
@@ -115,7 +116,8 @@ def uncovered(tensor: Tensor) -> str | None:
     """Why the chunks are no exact cover of their tensor; None if they are."""
     stored = sum(chunk.numel for chunk in tensor.chunks)
     if stored != math.prod(tensor.shape):
-        return f"chunks hold {stored} of {math.prod(tensor.shape)} elements"
+        why = "; ranks that hold the same Part have to give it their group" if stored > math.prod(tensor.shape) else ""
+        return f"chunks hold {stored} of {math.prod(tensor.shape)} elements{why}"
     for chunk in tensor.chunks:
         box = zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
         if any(offset + size > extent for offset, size, extent in box):

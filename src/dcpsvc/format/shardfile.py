@@ -37,6 +37,12 @@ PAGE_NBYTES = 4096
 MAX_HEADER_NBYTES = 100_000_000
 """What every safetensors reader accepts."""
 
+FOREIGN = {
+    "C128": ("F64", (2,)),
+    "F8_E4M3FNUZ": ("U8", ()), "F8_E5M2FNUZ": ("U8", ()), "F8_E8M0": ("U8", ()),
+}  # fmt: skip
+"""What not every safetensors reader knows, and as what the header gives it: real and imaginary part, or bytes."""
+
 _PREFIX_NBYTES = 8
 _SLACK_NBYTES = 512
 """Room in the header for what changes between steps: step, attempt, and the sizes of objects and blocks."""
@@ -184,4 +190,5 @@ def _describe(names: Iterable[str], pieces: Iterable[Piece], begins: Iterable[in
 
 
 def _entry(dtype: str, shape: Shape, begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    known, parts = FOREIGN.get(dtype, (dtype, ()))
+    return {"dtype": known, "shape": [*shape, *parts], "data_offsets": [begin, end]}

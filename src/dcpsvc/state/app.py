@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dcpsvc.errors import ConfigError, StateMismatchError
+from dcpsvc.errors import ConfigError, SharingError
 from dcpsvc.state.collected import Collected
-from dcpsvc.state.module import ModuleComponent
+from dcpsvc.state.metrics import has_metrics
+from dcpsvc.state.module import ModuleComponent, fqn, unwrap
 from dcpsvc.state.optimizer import OptimizerComponent
-from dcpsvc.state.rng import Rng
-from dcpsvc.state.values import PerRank, ValueComponent
+from dcpsvc.state.sharing import Part, Replicated, bare
+from dcpsvc.state.values import ValueComponent, is_stateful
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, MutableMapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
     import torch
 
+    from dcpsvc.state.drift import Terms
+    from dcpsvc.state.module import Only
     from dcpsvc.state.saved import Component, Saved, Want
 
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_-]*")
@@ -30,15 +33,17 @@ class AppState:
 
     Args:
         state: Names to objects. Read anew at each save, so values may be replaced.
+        only: Which parameters of the modules.
     """
 
-    def __init__(self, state: MutableMapping[str, Any]) -> None:
+    def __init__(self, state: MutableMapping[str, Any], only: Only = "all") -> None:
         if not state:
             raise ConfigError("the state is empty: there is nothing to save")
         for name in state:
             if not _NAME.fullmatch(str(name)):
                 raise ConfigError(f"state name {name!r}: use letters, digits, '_' and '-', and no '__' in front")
         self._state = state
+        self._only: Only = only
         self._known: tuple[tuple[tuple[str, int], ...], dict[str, Component]] = ((), {})
         self.components()
 
@@ -55,13 +60,14 @@ class AppState:
         return self._known[1]
 
     def _make_components(self) -> dict[str, Component]:
-        modules = {name: value for name, value in self._state.items() if isinstance(value, nn.Module)}
-        found: dict[str, Component] = {name: ModuleComponent(name, module) for name, module in modules.items()}
+        _check_claimed_once(self._state)
+        modules = {name: ModuleComponent(name, v, self._only) for name, v in self._state.items() if _is_module(v)}
+        found: dict[str, Component] = dict(modules)
         for name, value in self._state.items():
-            if isinstance(value, Optimizer):
-                found[name] = OptimizerComponent(name, value, list(modules.values()))
+            if isinstance(target := bare(value), Optimizer):
+                found[name] = OptimizerComponent(name, target, list(modules.values()))
             elif name not in modules:
-                found[name] = ValueComponent(name, self._state, per_rank=isinstance(value, PerRank | Rng))
+                found[name] = ValueComponent(name, self._state)
         return found
 
     def collect(self, rank: int, *, values: Collected | None = None) -> Collected:
@@ -89,23 +95,22 @@ class AppState:
         collected.detach()
         return collected
 
-    def chosen(self, saved: Saved, skip: Collection[str]) -> dict[str, Component]:
-        """The components to load.
+    def chosen(self, saved: Saved) -> dict[str, Component]:
+        """The components to load. One that the checkpoint lacks is noted, or let pass where the terms say so.
 
         Raises:
-            StateMismatchError: One is not in the checkpoint and was not skipped by name.
-            ConfigError: ``skip`` names something that is not in the state.
+            ConfigError: The terms name something that is not in the state, or are impossible.
         """
         components = self.components()
-        if unknown := sorted(set(skip) - components.keys()):
-            raise ConfigError(f"skip={unknown[0]!r} is not in the state, which has {', '.join(components)}")
-        chosen = {name: component for name, component in components.items() if name not in skip}
-        for name in chosen:
-            if not saved.has(name):
-                raise StateMismatchError(
-                    name,
-                    f"the checkpoint of step {saved.step} has no such component; skip=[{name!r}] starts without it",
-                )
+        self._check_terms(components, saved.terms)
+        chosen: dict[str, Component] = {}
+        for name, component in components.items():
+            if name in saved.terms.skip:
+                continue
+            if saved.has(name):
+                chosen[name] = component
+            elif saved.terms.strict:
+                saved.drift.add(name, "missing", "-", f"a component; skip=[{name!r}] starts without it")
         return chosen
 
     def _owners(self) -> dict[int, int]:
@@ -117,9 +122,22 @@ class AppState:
                     shared.add(id(parameter))
         return {parameter: optimizer for parameter, optimizer in found.items() if parameter not in shared}
 
+    def _check_terms(self, components: Mapping[str, Component], terms: Terms) -> None:
+        for key in terms.skip:
+            name, _, rest = key.partition(".")
+            if name not in components:
+                raise ConfigError(f"skip={key!r} is not in the state, which has {', '.join(components)}")
+            if rest and isinstance(components[name], ValueComponent):
+                raise ConfigError(
+                    f"skip={key!r}: {name} is loaded whole or not at all; skip={name!r} leaves it as it is"
+                )
+        for key in terms.rename.values():
+            if key.partition(".")[0] not in components:
+                raise ConfigError(f"rename to {key!r}: not in the state, which has {', '.join(components)}")
+
     def optimizers(self) -> list[Optimizer]:
         """Every optimizer of the state."""
-        return [value for value in self._state.values() if isinstance(value, Optimizer)]
+        return [target for value in self._state.values() if isinstance(target := bare(value), Optimizer)]
 
     def versions(self) -> tuple[int, ...]:
         """Changes when a module was written to other than by an optimizer of the state."""
@@ -129,8 +147,18 @@ class AppState:
 
 
 def wants(components: Mapping[str, Component], saved: Saved) -> list[Want]:
-    """What all components need."""
-    return [want for component in components.values() for want in component.wants(saved)]
+    """What all components need.
+
+    Raises:
+        StructureMismatchError: Something does not fit; with a table of all that does not.
+    """
+    found: dict[str, Want] = {}
+    for want in [want for component in components.values() for want in component.wants(saved)]:
+        other = found.setdefault(want.key, want)
+        if (other.offsets, other.out.shape) != (want.offsets, want.out.shape):
+            raise ConfigError(f"rename: two keys of the state would take different parts of {want.key}")
+    saved.drift.check()
+    return list(found.values())
 
 
 def apply(components: Mapping[str, Component], saved: Saved, loaded: Sequence[Want]) -> None:
@@ -138,3 +166,30 @@ def apply(components: Mapping[str, Component], saved: Saved, loaded: Sequence[Wa
     tensors: dict[str, torch.Tensor] = {want.key: want.out for want in loaded}
     for component in components.values():
         component.apply(saved, tensors)
+
+
+def _is_module(value: Any) -> bool:
+    """Whether a value is saved by its parameters and buffers, not by what its ``state_dict()`` copies."""
+    if not isinstance(value, nn.Module | Replicated | Part):
+        return False
+    module = bare(value)
+    return isinstance(module, nn.Module) and not (is_stateful(module) and has_metrics(module))
+
+
+def _check_claimed_once(state: Mapping[str, Any]) -> None:
+    """One object, or a module and a part of it, under two names would be stored and loaded twice."""
+    owners: dict[int, str] = {}
+    for name, value in state.items():
+        target = bare(value)
+        if isinstance(target, nn.Module):
+            target = unwrap(target)
+        if not isinstance(target, nn.Module | Optimizer) and not is_stateful(target):
+            continue
+        if (other := owners.setdefault(id(target), name)) != name:
+            raise SharingError(name, f"the same {type(target).__name__} as {other}; give it one name")
+    for name, value in state.items():
+        if not isinstance(target := bare(value), nn.Module):
+            continue
+        for path, child in unwrap(target).named_modules():
+            if (other := owners.get(id(unwrap(child)), name)) != name:
+                raise SharingError(other, f"it is {name}.{fqn(path)} already; leave one of the two out")

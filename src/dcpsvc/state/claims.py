@@ -60,7 +60,8 @@ class Replicas:
     """
 
     def __init__(self, collected: Collected, *, later: bool, guarded: bool) -> None:
-        replicated = {k: item for k, item in collected.items.items() if item.sharing is Sharing.REPLICATED}
+        items = collected.items.items()
+        replicated = {k: item for k, item in items if item.sharing is Sharing.REPLICATED and item.validate}
         on_host = {k: item for k, item in replicated.items() if item.tensor.device.type == "cpu"}
         large = {k: item for k, item in on_host.items() if later and item.tensor.nbytes >= _LARGE_NBYTES}
         self.tasks = [Hashing(k, item, item.owner if guarded else None) for k, item in large.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,6 +17,8 @@ from dcpsvc.state.dtypes import name_of
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from torch.distributed.device_mesh import DeviceMesh
+
     from dcpsvc.format.layout import Shape
 
 
@@ -29,7 +32,7 @@ class Sharing(StrEnum):
     FIRST = "first"
     """Rank 0's counts, whatever the others hold: module buffers, as DDP broadcasts them."""
     PER_RANK = "per-rank"
-    """Each rank holds its own; the key carries the rank."""
+    """Each rank holds its own: the key carries the rank, or is one that no other rank has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Item:
         writes: Whether this rank writes its part (a sharded tensor may also be replicated).
         origin: What training writes to, as far as torch counts writes: the DTensor around a local part.
         owner: ``id`` of the optimizer that alone changes it; None: anybody may, at any time.
+        validate: Whether replicas are compared before each writes a share of them.
     """
 
     tensor: torch.Tensor
@@ -55,6 +59,7 @@ class Item:
     writes: bool
     origin: torch.Tensor
     owner: int | None = None
+    validate: bool = True
 
     @property
     def claim(self) -> str:
@@ -82,11 +87,50 @@ class Collected:
     own_documents: dict[str, Any] = field(default_factory=dict[str, Any])
     owners: dict[int, int] = field(default_factory=dict[int, int])
 
-    def add(self, key: str, tensor: torch.Tensor, sharing: Sharing, owner: int | None = None) -> None:
+    def add(
+        self, key: str, tensor: torch.Tensor, sharing: Sharing, *, owner: int | None = None, validate: bool = True
+    ) -> None:
         """Take a tensor in; a DTensor is sharded whatever ``sharing`` says."""
+        if isinstance(tensor, DTensor):
+            if sharing is Sharing.PER_RANK:
+                raise UnsupportedStateError(key, "a DTensor is shared by ranks and cannot be the value of one")
+            sharing = Sharing.SHARDED
+        self._put(key, tensor, sharing, writes=True, owner=owner, validate=validate)
+
+    def add_part(self, key: str, tensor: torch.Tensor, holder: int, *, owner: int | None = None) -> None:
+        """Take a tensor in that only some ranks know of: those that hold a part of it, or all of it.
+
+        Args:
+            key: The name in the whole that no other part has.
+            tensor: A DTensor is cut as its mesh says.
+            holder: Of the ranks that hold the same, the one whose value counts; of DTensors, whose mesh.
+            owner: ``id`` of the optimizer that alone changes it.
+        """
+        is_mine = holder == self.rank
+        self._put(key, tensor, Sharing.PER_RANK, holder=holder, writes=is_mine, owner=owner, validate=False)
+
+    def _put(
+        self,
+        key: str,
+        tensor: torch.Tensor,
+        sharing: Sharing,
+        *,
+        holder: int = 0,
+        writes: bool,
+        owner: int | None,
+        validate: bool,
+    ) -> None:
         if key in self.items or key in self.aliases:
             raise StateError(key, "two tensors of the state would have this name")
-        self.items[key] = _item(key, tensor, sharing, owner)
+        offsets, _ = local_chunk(tensor)
+        local = tensor
+        if isinstance(tensor, DTensor):
+            writes = _is_in(tensor.device_mesh, holder) and _writes(key, tensor)
+            with torch.no_grad():  # spares a DTensor on the way, 20 us
+                local = tensor.to_local()
+        _check_storable(key, local)
+        dtype, shape = name_of(tensor.dtype, key), tuple(tensor.shape)
+        self.items[key] = Item(local.detach(), dtype, shape, offsets, sharing, writes, tensor, owner, validate)
 
     def copy(self) -> Collected:
         """The same, to be added to without this one changing."""
@@ -117,20 +161,24 @@ def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
     return _chunks[key]
 
 
-def _item(key: str, tensor: torch.Tensor, sharing: Sharing, owner: int | None) -> Item:
+def _check_storable(key: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise UnsupportedStateError(key, "the tensor is on the meta device: it has no values to save")
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    if tensor.is_quantized:
+        reason = "a quantized tensor of torch.ao cannot be stored; store its int_repr(), scale and zero point"
+        raise UnsupportedStateError(key, reason)
+    if tensor.layout is not torch.strided:
         raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
-    writes, local = True, tensor
-    offsets, _ = local_chunk(tensor)
-    if isinstance(tensor, DTensor):
-        if sharing is Sharing.PER_RANK:
-            raise UnsupportedStateError(key, "a DTensor is shared by all ranks and cannot be PerRank")
-        with torch.no_grad():  # spares a DTensor on the way, 20 us
-            sharing, writes, local = Sharing.SHARDED, _writes(key, tensor), tensor.to_local()
-    dtype, shape = name_of(tensor.dtype, key), tuple(tensor.shape)
-    return Item(local.detach(), dtype, shape, offsets, sharing, writes, tensor, owner)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_in(mesh: DeviceMesh, rank: int) -> bool:
+    """Whether a rank is in a mesh.
+
+    Where the mesh has not all ranks, others may hold the same tensor on one of theirs: what tensor parallelism leaves
+    alone, FSDP2 shards in each of its columns. The mesh with the first rank writes.
+    """
+    return bool((mesh.mesh == rank).any())
 
 
 def _writes(key: str, tensor: DTensor) -> bool:

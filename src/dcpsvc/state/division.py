@@ -73,10 +73,8 @@ def shares(collected: Collected, rank: int, world_size: int) -> list[Share]:
 
 def _is_mine(item: Item, rank: int) -> bool:
     match item.sharing:
-        case Sharing.SHARDED:
+        case Sharing.SHARDED | Sharing.PER_RANK:
             return item.writes and (item.tensor.numel() > 0 or math.prod(item.shape) == 0)
-        case Sharing.PER_RANK:
-            return True
         case Sharing.FIRST:
             return rank == 0
         case Sharing.REPLICATED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -11,12 +11,18 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents
+from dcpsvc.state import documents, origin
 from dcpsvc.state.collected import Collected, Sharing
-from dcpsvc.state.saved import Saved, Want, copy_into
+from dcpsvc.state.saved import Saved, Want, copy_into, own_name
+from dcpsvc.state.sharing import Part, Replicated, bare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+Only = Literal["all", "trainable"]
+
+BASE = "__base__"
+"""Stands for all that is not saved of a module, in a table of differences and in ``skip``."""
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
 _EXTRA = "_extra_state"
@@ -47,67 +53,159 @@ def parameter_names(module: nn.Module) -> dict[int, str]:
 
 
 class ModuleComponent:
-    """A module's parameters and buffers."""
+    """A module's parameters and buffers.
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self._name, self._module = name, unwrap(module)
-        for path, child in self._module.named_modules():
+    Args:
+        name: Its name in the state.
+        given: The module, or :class:`~dcpsvc.state.sharing.Replicated` or :class:`~dcpsvc.state.sharing.Part` of one.
+
+    Attributes:
+        module: Without what wraps it.
+        part: The declaration that this is only a part of the model; None if it is all of it.
+        validate: Whether replicas are compared.
+        only: ``trainable`` leaves out parameters that need no gradient; buffers and all others are saved.
+    """
+
+    def __init__(self, name: str, given: Any, only: Only = "all") -> None:
+        self.name, self.module = name, unwrap(bare(given))
+        self.only = only
+        self._trained: set[str] = set()
+        self._base: tuple[list[str], dict[str, str]] | None = None
+        self.part = given if isinstance(given, Part) else None
+        self.validate = not (isinstance(given, Replicated) and given.validate == "off")
+        for path, child in self.module.named_modules():
             if isinstance(child, FullyShardedDataParallel):
                 where = f"{name}.{path}".rstrip(".")
                 raise UnsupportedStateError(where, "FSDP1 modules are not supported; use fully_shard (FSDP2)")
 
     def collect(self, into: Collected) -> None:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
-        into.documents[self._name] = {}
+        about = documents.encode(self._about(), self.name, _NoTensors(self.name))
+        if self.part is None:
+            into.documents[self.name] = about
+        else:
+            into.own_documents[own_name(self.name, into.rank)] = about
         first_names: dict[int, str] = {}
-        own = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
-        for key, value in self._state().items():
+        own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
+        for key, value in self._kept(self._state(), own).items():
             if not isinstance(value, torch.Tensor):
-                into.documents[key] = documents.encode(value, key, _NoTensors(key))
+                self._collect_value(into, key, value)
             elif id(value) not in own and not key.endswith(_EXTRA):
                 raise UnsupportedStateError(
                     key, "its state_dict() gives a copy here, not the parameter or buffer itself"
                 )
-            elif (first := first_names.setdefault(id(value), key)) != key:
-                into.aliases[key] = first
+            elif self.part is None and (first := first_names.setdefault(id(value), key)) != key:
+                into.aliases[key] = first  # in a part it is stored twice: other ranks know nothing of this alias
             else:
-                shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
-                into.add(key, value, shared, into.owners.get(id(value)))
+                self._collect_tensor(into, key, value)
 
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor of the module; names must be the same on both sides."""
         mine = {key: value for key, value in self._state().items() if isinstance(value, torch.Tensor)}
-        theirs = {key for key in saved.layout.names() if key.startswith(f"{self._name}.")}
-        if missing := sorted(mine.keys() - theirs):
-            raise StateMismatchError(missing[0], f"the checkpoint lacks {len(missing)} tensors of this module")
-        if unexpected := sorted(theirs - mine.keys()):
-            raise StateMismatchError(unexpected[0], f"the module lacks {len(unexpected)} tensors of the checkpoint")
-        return [saved.want_like(key, value) for key, value in mine.items()]
+        if self.only == "trainable":
+            saved_too = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
+            self._trained |= {key for key in saved_too if isinstance(mine[key], nn.Parameter)}
+            self._check_base(saved)
+        if self.part is None and saved.terms.strict:
+            prefix = f"{saved.saved_name(self.name)}."
+            theirs = {saved.terms.name_here(key): key for key in saved.layout.names() if key.startswith(prefix)}
+            for key in sorted(theirs.keys() - mine.keys()):
+                if not saved.terms.skips(key):
+                    saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
+        own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
+        mine = self._kept(mine, own)
+        return [want for key, value in mine.items() for want in saved.want_like(key, value)]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite in place, so optimizers keep their parameters."""
         for key, value in self._state().items():
-            if isinstance(value, torch.Tensor) and key.endswith(_EXTRA):
-                self._module.get_submodule(_owner(key, self._name)).set_extra_state(tensors[key].to(value.device))
-            elif isinstance(value, torch.Tensor):
-                copy_into(value, tensors[key])
+            loaded = tensors.get(saved.saved_name(key)) if not saved.terms.skips(key) else None
+            if loaded is None:
+                continue
+            if key.endswith(_EXTRA):
+                self.module.get_submodule(_owner(key, self.name)).set_extra_state(loaded.to(value.device))
+            else:
+                copy_into(value, loaded)
         for key, document in self._extra_states(saved).items():
-            owner = self._module.get_submodule(_owner(key, self._name))
+            owner = self.module.get_submodule(_owner(key, self.name))
             owner.set_extra_state(documents.decode(document, key, _no_tensor))
 
     def versions(self, *, parameters_too: bool) -> list[int]:
         """Changes when a buffer, or a parameter, was written to."""
-        tensors = [*self._module.buffers(), *(self._module.parameters() if parameters_too else ())]
+        tensors = [*self.module.buffers(), *(self.module.parameters() if parameters_too else ())]
         return [tensor._version for tensor in tensors]  # noqa: SLF001 - torch's only counter
 
+    def _kept(self, state: dict[str, Any], own: set[int]) -> dict[str, Any]:
+        """What is saved of the module's state: all, or what training may change, or has before it was frozen."""
+        if self.only == "all":
+            return state
+        self._trained |= {key for key, v in state.items() if isinstance(v, nn.Parameter) and v.requires_grad}
+        return {
+            key: value
+            for key, value in state.items()
+            if key in self._trained
+            or key.endswith(_EXTRA)
+            or (id(value) in own and not isinstance(value, nn.Parameter))
+        }
+
+    def _about(self) -> dict[str, Any]:
+        about = origin.described(self.module, fqn)
+        if self.only == "trainable":
+            about["base"] = self._fingerprint()
+        return about
+
+    def _fingerprint(self) -> dict[str, str]:
+        """Of the parameters that are not saved, taken anew only when they are others: nothing is to change them."""
+        named = {fqn(name): parameter for name, parameter in self.module.named_parameters()}
+        frozen = [n for n, p in named.items() if not p.requires_grad and f"{self.name}.{n}" not in self._trained]
+        if self._base is None or self._base[0] != frozen:
+            values = origin.fingerprint((name, named[name]) for name in frozen)
+            self._base = (frozen, values | {"name": origin.base_name(self.module)})
+        return self._base[1]
+
+    def _check_base(self, saved: Saved) -> None:
+        """An adapter over another base is of no use, and no shape would tell."""
+        about = next(iter(saved.own_documents(self.name)), None) if self.part is not None else None
+        about = about or saved.documents.get(saved.saved_name(self.name))
+        theirs = about.get("base") if isinstance(about, dict) else None
+        key = f"{self.name}.{BASE}"
+        if not theirs or saved.terms.skips(key):
+            return
+        mine = self._fingerprint()
+        for what in ("structure", "values"):
+            if theirs.get(what, mine.get(what)) != mine.get(what, theirs.get(what)):
+                texts = [f"{base.get('name') or 'unnamed'} ({what} {base.get(what)})" for base in (theirs, mine)]
+                saved.drift.add(key, "base", *texts)
+
+    def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
+        owner = into.owners.get(id(value))
+        if self.part is not None:
+            into.add_part(key, value, self.part.holder, owner=owner)
+        else:
+            shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
+            into.add(key, value, shared, owner=owner, validate=self.validate)
+
+    def _collect_value(self, into: Collected, key: str, value: Any) -> None:
+        if self.part is not None:
+            raise UnsupportedStateError(key, "an extra state that is no tensor, in a Part; register it as a buffer")
+        into.documents[key] = documents.encode(value, key, _NoTensors(key))
+
     def _extra_states(self, saved: Saved) -> dict[str, Any]:
-        prefix = f"{self._name}."
-        return {k: v for k, v in saved.documents.items() if k.startswith(prefix) and k.endswith(_EXTRA)}
+        prefix = f"{saved.saved_name(self.name)}."
+        found = {saved.terms.name_here(k): v for k, v in saved.documents.items() if k.startswith(prefix)}
+        here = {name for name, _ in self.module.named_modules()}
+        return {
+            key: document
+            for key, document in found.items()
+            if key.endswith(_EXTRA)
+            and not saved.terms.skips(key)
+            and (saved.terms.strict or _owner(key, self.name) in here)
+        }
 
     def _state(self) -> dict[str, Any]:
         return {
-            f"{self._name}.{fqn(name)}": value
-            for name, value in self._module.state_dict(keep_vars=True).items()
+            f"{self.name}.{fqn(name)}": value
+            for name, value in self.module.state_dict(keep_vars=True).items()
             if not (name.endswith(_EXTRA) and value is None)
         }
 

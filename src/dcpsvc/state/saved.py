@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError
 from dcpsvc.state.collected import local_chunk
+from dcpsvc.state.drift import Drift, Terms, described
 from dcpsvc.state.dtypes import dtype_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from dcpsvc.format.layout import Layout, Shape, Tensor
 
@@ -37,6 +38,9 @@ class Saved:
         rank: This rank, now.
         world_size: Ranks that wrote the checkpoint.
         step: Its training step.
+        documents_of: Gives the JSON values in the shard of a rank that wrote the checkpoint.
+        terms: What the user asked to be let pass.
+        drift: Where what is wanted and what was saved differ, as far as was looked.
     """
 
     layout: Layout
@@ -44,6 +48,9 @@ class Saved:
     rank: int
     world_size: int
     step: int
+    documents_of: Callable[[int], Mapping[str, Any]] | None = None
+    terms: Terms = field(default_factory=Terms)
+    drift: Drift = field(default_factory=Drift)
 
     @property
     def source_rank(self) -> int:
@@ -52,10 +59,16 @@ class Saved:
 
     def has(self, component: str) -> bool:
         """Whether the checkpoint holds anything of that name."""
-        return component in self.documents or own_name(component, self.source_rank) in self.documents
+        name = self.saved_name(component)
+        return name in self.documents or own_name(name, self.source_rank) in self.documents
 
-    def document(self, name: str) -> Any:
+    def saved_name(self, key: str) -> str:
+        """What a key of the state is called in the checkpoint."""
+        return self.terms.saved_name(key)
+
+    def document(self, component: str) -> Any:
         """A component's document."""
+        name = self.saved_name(component)
         if name not in self.documents:
             raise StateMismatchError(name, "the checkpoint holds nothing of that name")
         return self.documents[name]
@@ -67,22 +80,53 @@ class Saved:
             raise StateMismatchError(key, "the checkpoint holds no such tensor")
         return found
 
-    def want_like(self, key: str, template: torch.Tensor) -> Want:
-        """Ask for what this rank holds of ``template``, which must have the saved shape and dtype."""
-        saved = self.tensor(key)
-        if tuple(template.shape) != saved.shape:
-            raise StateMismatchError(key, f"saved with shape {list(saved.shape)}, here it is {list(template.shape)}")
-        if template.dtype != dtype_of(saved.dtype):
-            raise StateMismatchError(key, f"saved as {dtype_of(saved.dtype)}, here it is {template.dtype}")
-        return self.want_box(key, *local_chunk(template))
+    def own_documents(self, component: str) -> Iterator[Any]:
+        """What the ranks that wrote the checkpoint had of a component of their own: this rank's source first."""
+        name, source = self.saved_name(component), self.source_rank
+        for rank in [source, *(rank for rank in range(self.world_size) if rank != source)]:
+            if (found := self.document_of(rank, name)) is not None:
+                yield found
+
+    def document_of(self, rank: int, name: str) -> Any:
+        """What a rank that wrote the checkpoint had under a name of its own; None if nothing."""
+        if rank == self.source_rank or self.documents_of is None:
+            return self.documents.get(own_name(name, rank))
+        return self.documents_of(rank).get(own_name(name, rank))
+
+    def want_like(self, key: str, template: torch.Tensor, *, saved_key: str = "") -> list[Want]:
+        """Ask for what this rank holds of ``template``; where it differs in shape or dtype that is noted instead.
+
+        Args:
+            key: Of the state.
+            template: As the state has it.
+            saved_key: Its name in the checkpoint, where that is not what ``rename`` makes of the key.
+        """
+        theirs = saved_key or self.saved_name(key)
+        saved = self.layout.find(theirs)
+        if self.terms.skips(key) or (saved is None and not self.terms.strict):
+            return []
+        if saved is None:
+            self.drift.add(key, "missing", "-", described(template))
+        elif tuple(template.shape) != saved.shape:
+            self.drift.add(key, "shape", self.described(theirs), described(template))
+        elif template.dtype != dtype_of(saved.dtype):
+            self.drift.add(key, "dtype", self.described(theirs), described(template))
+        else:
+            return [self.want_box(theirs, *local_chunk(template))]
+        return []
+
+    def described(self, saved_key: str) -> str:
+        """Dtype and shape of a saved tensor, for people."""
+        found = self.tensor(saved_key)
+        return f"{str(dtype_of(found.dtype)).removeprefix('torch.')}{list(found.shape)}"
 
     def want_whole(self, key: str) -> Want:
-        """Ask for a whole tensor."""
+        """Ask for a whole tensor, by its name in the checkpoint."""
         shape = self.tensor(key).shape
         return self.want_box(key, (0,) * len(shape), shape)
 
     def want_box(self, key: str, offsets: Shape, sizes: Shape) -> Want:
-        """Ask for a box."""
+        """Ask for a box of a tensor, by its name in the checkpoint."""
         return Want(key, offsets, torch.empty(sizes, dtype=dtype_of(self.tensor(key).dtype)))
 
 
@@ -94,10 +138,10 @@ class Component(Protocol):
         ...
 
     def wants(self, saved: Saved) -> list[Want]:
-        """Say what to read. Changes nothing.
+        """Say what to read. Changes nothing; notes in ``saved.drift`` which keys do not fit.
 
         Raises:
-            StateMismatchError: The checkpoint does not fit.
+            StateMismatchError: The checkpoint does not fit at all.
         """
         ...
 

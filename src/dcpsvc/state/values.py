@@ -6,30 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcpsvc.errors import StateMismatchError, UnsupportedStateError
+from dcpsvc.errors import StateMismatchError
 from dcpsvc.state import documents
 from dcpsvc.state.collected import Collected, Sharing
+from dcpsvc.state.metrics import check_kept
 from dcpsvc.state.rng import Rng
 from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
+from dcpsvc.state.sharing import Declared, OneRank, PerGroup, PerRank, Replicated, bare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
+_HELD_BY = "$rank"
+"""Stands for a value that another rank holds."""
 
-class PerRank:
-    """Declares that each rank has its own value: a data loader, a sampler, an environment.
-
-    A restart with the same number of ranks gives each rank its own back. With more ranks, rank ``r`` takes
-    the value of rank ``r % saved``; with fewer, the values of the ranks that are gone are not loaded.
-
-    Args:
-        value: A Stateful (``state_dict()`` / ``load_state_dict()``), a tensor, or a JSON-like value.
-    """
-
-    def __init__(self, value: Any) -> None:
-        if isinstance(value, PerRank | torch.nn.Module | torch.optim.Optimizer):
-            raise UnsupportedStateError("PerRank", f"cannot wrap a {type(value).__name__}")
-        self.value = value
+_ELSEWHERE = object()
 
 
 def is_stateful(value: Any) -> bool:
@@ -43,84 +34,119 @@ class ValueComponent:
     Args:
         name: Its name in the mapping.
         state: The user's mapping; a plain value that is not a tensor or a dict is replaced in it.
-        per_rank: Whether each rank has its own.
     """
 
-    def __init__(self, name: str, state: MutableMapping[str, Any], *, per_rank: bool) -> None:
-        self._name, self._state, self._per_rank = name, state, per_rank
+    def __init__(self, name: str, state: MutableMapping[str, Any]) -> None:
+        self._name, self._state = name, state
+
+    @property
+    def _given(self) -> Any:
+        return self._state[self._name]
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether ranks have different values."""
+        return isinstance(self._given, PerRank | PerGroup | OneRank | Rng)
 
     def collect(self, into: Collected) -> None:
         """One document, and its tensors under dotted names."""
-        name = own_name(self._name, into.rank) if self._per_rank else self._name
+        given = self._given
+        if isinstance(given, OneRank) and given.rank != into.rank:
+            into.own_documents[own_name(self._name, into.rank)] = {_HELD_BY: given.rank}
+            return
         tensors: dict[str, torch.Tensor] = {}
-        document = documents.encode(self._current(), name, tensors)
-        (into.own_documents if self._per_rank else into.documents)[name] = document
-        for key, tensor in tensors.items():
-            into.add(key, tensor, Sharing.PER_RANK if self._per_rank else Sharing.REPLICATED)
+        if not self._is_own:
+            validate = not (isinstance(given, Replicated) and given.validate == "off")
+            into.documents[self._name] = documents.encode(self._current(), self._name, tensors)
+            for key, tensor in tensors.items():
+                into.add(key, tensor, Sharing.REPLICATED, validate=validate)
+            return
+        first = given.ranks[0] if isinstance(given, PerGroup) else into.rank
+        document = documents.encode(self._current(), own_name(self._name, first), tensors)
+        into.own_documents[own_name(self._name, into.rank)] = document
+        if first == into.rank:
+            for key, tensor in tensors.items():
+                into.add(key, tensor, Sharing.PER_RANK)
 
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor the document refers to, in the box this rank holds of it now."""
-        document = saved.document(self._saved_name(saved))
-        self._check_kind(document)
-        templates = self._templates(saved)
-        return [
-            saved.want_like(key, templates[key]) if key in templates else saved.want_whole(key)
-            for key in documents.tensor_names(document)
-        ]
+        document = self._document(saved)
+        if document is _ELSEWHERE or not self._is_of_kind(saved, document):
+            return []
+        templates = self._templates(saved, document)
+        found: list[Want] = []
+        for key in documents.tensor_names(document):
+            if key in templates:
+                found += saved.want_like(saved.terms.name_here(key), templates[key], saved_key=key)
+            else:
+                found.append(saved.want_whole(key))
+        return found
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the value back, in place where the object allows it."""
-        name = self._saved_name(saved)
-        templates = self._templates(saved)
-        value = documents.decode(saved.document(name), name, lambda key: like(templates.get(key), tensors[key]))
-        target = self._target()
+        document = self._document(saved)
+        if document is _ELSEWHERE:
+            return
+        templates = self._templates(saved, document)
+        value = documents.decode(document, self._name, lambda key: like(templates.get(key), tensors[key]))
+        target = bare(self._given)
         if is_stateful(target):
             target.load_state_dict(value)
         elif isinstance(target, torch.Tensor):
-            copy_into(target, tensors[name])
+            copy_into(target, tensors[document["$tensor"]])
         elif isinstance(target, dict):
             target.clear()
             target.update(value)
+        elif isinstance(self._given, Declared):
+            self._given.value = value
         else:
-            self._replace(value)
+            self._state[self._name] = value
         if isinstance(target, Rng) and saved.rank >= saved.world_size:
             target.reseed(saved.step, saved.rank)
 
-    def _check_kind(self, document: Any) -> None:
+    def _document(self, saved: Saved) -> Any:
+        """What this rank takes over, or that another rank has it."""
+        given, name = self._given, saved.saved_name(self._name)
+        if isinstance(given, OneRank) and given.rank != saved.rank:
+            return _ELSEWHERE
+        if name in saved.documents:
+            return saved.documents[name]
+        mine = own_name(name, saved.source_rank)
+        if mine not in saved.documents:
+            raise StateMismatchError(name, "the checkpoint holds nothing of that name")
+        own = saved.documents[mine]
+        if not self._is_own:
+            reason = "saved as a value of each rank, here it is shared by all; wrap it in PerRank, or skip it"
+            raise StateMismatchError(self._name, reason)
+        return saved.document_of(own[_HELD_BY], name) if isinstance(own, dict) and list(own) == [_HELD_BY] else own
+
+    def _is_of_kind(self, saved: Saved, document: Any) -> bool:
         """A tensor or a dict is loaded in place, so it must have been one."""
-        target = self._target()
+        target = bare(self._given)
         if is_stateful(target):
-            return
+            return True
         kinds = {torch.Tensor: "$tensor", dict: "dict"}
         here = next((name for kind, name in kinds.items() if isinstance(target, kind)), "value")
-        saved = documents.kind_of(document)
-        if here not in {saved, "value"}:
-            raise StateMismatchError(self._name, f"saved as a {saved.strip('$')}, here it is a {type(target).__name__}")
-
-    def _target(self) -> Any:
-        value = self._state[self._name]
-        return value.value if isinstance(value, PerRank) else value
+        there = documents.kind_of(document)
+        if here in {there, "value"}:
+            return True
+        saved.drift.add(self._name, "kind", there.strip("$"), type(target).__name__)
+        return False
 
     def _current(self) -> Any:
-        target = self._target()
+        target = bare(self._given)
+        if isinstance(target, torch.nn.Module):
+            check_kept(self._name, target)
         return target.state_dict() if is_stateful(target) else target
 
-    def _replace(self, value: Any) -> None:
-        holder = self._state[self._name]
-        if isinstance(holder, PerRank):
-            holder.value = value
-        else:
-            self._state[self._name] = value
-
-    def _saved_name(self, saved: Saved) -> str:
-        return own_name(self._name, saved.source_rank) if self._per_rank else self._name
-
-    def _templates(self, saved: Saved) -> dict[str, torch.Tensor]:
+    def _templates(self, saved: Saved, document: Any) -> dict[str, torch.Tensor]:
         """The value's tensors as they are now, by the names they were saved under.
 
         Only what must keep its kind: a tensor given as such, and DTensors. Others may change shape.
         """
+        target = bare(self._given)
+        if isinstance(target, torch.Tensor):
+            return {document["$tensor"]: target}
         now: dict[str, torch.Tensor] = {}
-        documents.encode(self._current(), self._saved_name(saved), now)
-        whole = isinstance(self._target(), torch.Tensor)
-        return {key: tensor for key, tensor in now.items() if whole or hasattr(tensor, "device_mesh")}
+        documents.encode(self._current(), saved.saved_name(self._name), now)
+        return {key: tensor for key, tensor in now.items() if hasattr(tensor, "device_mesh")}

@@ -1,0 +1,93 @@
+"""The command ``dcpsvc export``: thin over :mod:`dcpsvc.tools.exporting` and :mod:`dcpsvc.conversion`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dcpsvc.errors import NoSuchStepError
+from dcpsvc.reading import open_root
+from dcpsvc.stages import discover
+from dcpsvc.tools import exporting, tables
+from dcpsvc.tools.casting import FLOATS
+
+if TYPE_CHECKING:
+    from dcpsvc.storage.base import Store
+
+_MIB = 1 << 20
+
+
+@click.command("export")
+@click.argument("root")
+@click.argument("step")
+@click.argument("directory", type=click.Path(file_okay=False))
+@click.option("--format", "kind", type=click.Choice(["hf", "peft", "dcp", "torch"]), required=True)
+@click.option(
+    "--component", default="model", show_default=True, help="The module, or a dotted beginning below it (not for dcp)."
+)
+@click.option("--dtype", type=click.Choice(FLOATS), help="Cast floating-point tensors (not for dcp).")
+@click.option(
+    "--max-shard-mib", type=click.IntRange(min=1), default=5120, show_default=True, help="Largest file of hf, in MiB."
+)
+@click.option("-o", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Passed to fsspec (repeatable).")
+def export_command(
+    root: str,
+    step: str,
+    directory: str,
+    kind: str,
+    component: str,
+    dtype: str | None,
+    max_shard_mib: int,
+    options: tuple[str, ...],
+) -> None:
+    """Write the checkpoint of STEP, a number or "latest", into DIRECTORY as other tools read it.
+
+    hf: safetensors with index for from_pretrained. peft: adapters. dcp: a stock DCP directory. torch: model.pt.
+    Every byte is verified. An export that was cut short goes on where it was.
+
+    Example: dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
+    """
+    store = open_root(root, _parsed(options))
+    number = _step(store, step)
+    if kind == "dcp":
+        from dcpsvc import conversion
+
+        with tables.progress(0, quiet=True) as advance:
+            conversion.export_dcp(store, number, directory, progress=advance)
+        return
+    source = exporting.Source(store, number, component)
+    with tables.progress(exporting.planned_nbytes(source), quiet=False) as advance:
+        if kind == "hf":
+            exporting.export_hf(source, directory, dtype=dtype, max_shard_nbytes=max_shard_mib * _MIB, progress=advance)
+        elif kind == "peft":
+            exporting.export_peft(source, directory, dtype=dtype, progress=advance)
+        else:
+            from dcpsvc import conversion
+
+            conversion.export_torch(source, store, directory, dtype=dtype, progress=advance)
+
+
+def _step(store: Store, text: str) -> int:
+    found = sorted({attempt.step for attempt in discover.committed(store)})
+    if text == "latest" and found:
+        return found[-1]
+    if not text.isdecimal():
+        if text == "latest":
+            raise NoSuchStepError(store.url, 0, (), "nothing is committed")
+        raise click.BadParameter(f"{text!r} is neither a number nor 'latest'", param_hint="STEP")
+    return int(text)
+
+
+def _parsed(options: tuple[str, ...]) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-o")
+        try:
+            parsed[key] = json.loads(value)
+        except ValueError:
+            parsed[key] = value
+    return parsed

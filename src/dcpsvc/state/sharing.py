@@ -1,0 +1,170 @@
+"""How a value of the state is spread over the ranks, where it is not what a module or a tensor says by itself."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from dcpsvc.errors import SharingError, UnsupportedStateError
+
+Group = dist.ProcessGroup | DeviceMesh | list[int] | tuple[int, ...] | range
+"""A process group or a mesh with this rank in it, or the global ranks."""
+
+Validate = Literal["hash", "off"]
+"""How replicas are compared before each of them writes a share: by a hash of every byte, or not at all."""
+
+
+class Declared:
+    """A value with a declaration around it; declarations do not nest.
+
+    Attributes:
+        value: What was declared; a plain value is replaced here when it is loaded.
+    """
+
+    def __init__(self, value: Any) -> None:
+        if isinstance(value, Declared):
+            raise UnsupportedStateError(type(self).__name__, f"cannot wrap a {type(value).__name__}")
+        self.value = value
+
+
+class PerRank(Declared):
+    """Declares that each rank has its own value: a data loader, a sampler, a metric that was not reduced yet.
+
+    A restart with the same number of ranks gives each rank its own back. With more ranks, rank ``r`` takes
+    the value of rank ``r % saved``; with fewer, the values of the ranks that are gone are not loaded.
+
+    Args:
+        value: A Stateful (``state_dict()`` / ``load_state_dict()``), a tensor, or a JSON-like value. A module is
+            taken as a Stateful.
+    """
+
+    def __init__(self, value: Any) -> None:
+        _refuse_optimizer(self, value)
+        super().__init__(value)
+
+
+class Replicated(Declared):
+    """Declares that all ranks hold the same, which is what anything not sharded is taken for; says how it is proven.
+
+    Args:
+        value: Anything a state may hold.
+        validate: ``"hash"``: tensors are compared before each rank writes a share of them, and a diverged replica
+            fails the save by name. ``"off"``: only their dtypes and shapes are; ranks that differ give a mixture.
+    """
+
+    def __init__(self, value: Any, validate: Validate = "hash") -> None:
+        if validate not in get_args(Validate):
+            raise SharingError("Replicated", f"validate={validate!r} must be 'hash' or 'off'")
+        super().__init__(value)
+        self.validate: Validate = validate
+
+
+class PerGroup(Declared):
+    """Declares that the ranks of a group hold the same value, and other groups others.
+
+    JSON values are written by every rank, tensors by the first rank of the group, whose counts. A rank takes over
+    what the rank of its number had, wrapped around like :class:`PerRank`.
+
+    Args:
+        value: As for :class:`PerRank`.
+        group: The process group, the mesh, or the global ranks; this rank must be one of them. The groups of all ranks
+            have to divide the job: no rank is in two.
+
+    Raises:
+        SharingError: This rank is not in the group.
+    """
+
+    def __init__(self, value: Any, group: Group) -> None:
+        _refuse_optimizer(self, value)
+        super().__init__(value)
+        self.ranks = ranks_of(group, "PerGroup")
+
+
+class OneRank(Declared):
+    """Declares that one rank alone has the value: only it saves it, and only it gets it back.
+
+    Args:
+        value: As for :class:`PerRank`; what the other ranks give is not looked at.
+        rank: Which. It may be another one when the value is loaded.
+
+    Raises:
+        SharingError: The job has no such rank.
+    """
+
+    def __init__(self, value: Any, rank: int = 0) -> None:
+        _refuse_optimizer(self, value)
+        super().__init__(value)
+        if type(rank) is not int or not 0 <= rank < world_size():
+            raise SharingError("OneRank", f"rank={rank!r} is not in this job of {world_size()} ranks")
+        self.rank = rank
+
+
+class Part(Declared):
+    """Declares that this rank has a part of a model, under names that no other part has: a pipeline stage.
+
+    Each part is stored under the names of the whole model, so any other division into parts, or the whole model, loads
+    it. The optimizer of a part is one by itself.
+
+    Args:
+        value: The module: its parameters bear the names they have in the whole model.
+        group: The ranks that hold this same part, or shards of it, where there are several: of what more than one
+            holds alike the first one's counts. None: this rank alone, or the mesh of its DTensors.
+
+    Attributes:
+        holder: The first of them.
+
+    Raises:
+        SharingError: This rank is not in the group.
+    """
+
+    def __init__(self, value: Any, group: Group | None = None) -> None:
+        if not isinstance(value, nn.Module):
+            raise UnsupportedStateError("Part", f"cannot wrap a {type(value).__name__}; give it a module")
+        super().__init__(value)
+        self.holder = this_rank() if group is None else ranks_of(group, "Part")[0]
+
+
+def bare(value: Any) -> Any:
+    """What a declaration is about; the value itself where there is none."""
+    return value.value if isinstance(value, Declared) else value
+
+
+def this_rank() -> int:
+    """The global rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Ranks of the job; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def ranks_of(group: Any, declaration: str) -> tuple[int, ...]:
+    """The global ranks of a group, ascending.
+
+    Raises:
+        SharingError: This rank is not among them.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+    elif isinstance(group, DeviceMesh):
+        ranks = tuple(sorted(group.mesh.flatten().tolist()))
+    elif isinstance(group, list | tuple | range):
+        ranks = tuple(sorted({int(rank) for rank in group}))
+    else:  # what new_group() gives to a rank outside, too
+        raise SharingError(declaration, f"rank {this_rank()} is not in the group it was given; use this rank's own")
+    if this_rank() not in ranks:
+        raise SharingError(declaration, f"rank {this_rank()} is not in the group of ranks {ranks}; use this rank's own")
+    return ranks
+
+
+def _refuse_optimizer(declared: Declared, value: Any) -> None:
+    if isinstance(value, Optimizer):
+        kind = type(declared).__name__
+        raise UnsupportedStateError(
+            kind, "an optimizer is as its parameters are: give it to the state as it is, beside its module"
+        )
