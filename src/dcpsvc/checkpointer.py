@@ -86,7 +86,7 @@ class Checkpointer:
     def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
         self._options = _options(options)
         self._state = AppState(state)
-        remote = open_store(root, self._options.storage_options)
+        remote = open_store(root, self._options.storage_options, limits=self._options.limits)
         self._job = _join(remote.url, self._options.sync_timeout_s)
         self._events = Events(rank=self._job.rank, observer=self._options.on_event)
         try:

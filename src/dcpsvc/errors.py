@@ -32,6 +32,7 @@
     |   |-- StoreAccessError        credentials or permissions
     |   |-- StoreFullError          no space left
     |   `-- StoreUnavailableError   transient: worth another try
+    |       `-- StoreThrottledError the server asks for fewer requests
     `-- WaitTimeoutError            wait() or close() ran out of time
 """
 
@@ -352,3 +353,7 @@ class StoreUnavailableError(StoreError):
     """A passing condition: throttled, reset, timed out."""
 
     transient = True
+
+
+class StoreThrottledError(StoreUnavailableError):
+    """The server asks for fewer requests."""

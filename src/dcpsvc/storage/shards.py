@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES
+from dcpsvc.storage.oserror import local_file_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
@@ -114,3 +116,38 @@ class _Source:
         if digest.digest(table) != self._record.digest:
             raise CorruptShardError(path, f"its block table does not match the manifest ({self._store.url})")
         return table
+
+
+class LocalCheck:
+    """Compares the bytes of a shard's file with its record, on their way to somewhere else. Any thread."""
+
+    def __init__(self, record: ShardRecord, path: Path) -> None:
+        self._record, self._path = record, path
+        self._table = b""
+        self._lock = threading.Lock()
+
+    def __call__(self, begin: int, view: memoryview) -> None:
+        """Bytes of the file from ``begin`` on, which is a multiple of a block.
+
+        Raises:
+            CorruptShardError: They are not what was written.
+        """
+        body, table = view[: max(self._record.body_nbytes - begin, 0)], self._known_table()
+        if bad := digest.mismatches(body, begin // BLOCK_NBYTES, table):
+            raise CorruptShardError(self._record.path, f"block {bad[0]} of {self._path} does not match its checksum")
+        at = begin + len(body) - self._record.body_nbytes
+        if bytes(view[len(body) :]) != table[at : at + len(view) - len(body)]:
+            raise CorruptShardError(self._record.path, f"the block table of {self._path} changed while it was read")
+
+    def _known_table(self) -> bytes:
+        with self._lock:
+            if not self._table:
+                try:
+                    with self._path.open("rb") as file:
+                        file.seek(self._record.body_nbytes)
+                        self._table = file.read(self._record.nbytes - self._record.body_nbytes + 1)
+                except OSError as err:
+                    raise local_file_error(self._record.path, self._path, err) from err
+                if digest.digest(self._table) != self._record.digest:
+                    raise CorruptShardError(self._record.path, f"the block table of {self._path} does not match")
+            return self._table
