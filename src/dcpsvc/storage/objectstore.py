@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from dcpsvc.config import Limits
-from dcpsvc.errors import StoreNotFoundError
+from dcpsvc.errors import StoreNotFoundError, StoreUnavailableError
 from dcpsvc.storage.base import Entry
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.names import check_key, check_prefix, is_temp, redact
@@ -123,7 +123,7 @@ class ObjectStore:
             found = self._wire.read_into(path, begin, views)
         if found < wanted:
             check_end(where, self._size("read", key), begin + wanted)
-        check_length("read", where, found, wanted)
+            raise _cut_short("read", where, found, wanted)
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`; lists that prefix only, and never from a cache."""
@@ -163,6 +163,7 @@ class ObjectStore:
         if len(data) < end - begin:
             # A short answer is either a short object or a broken connection; only the size can tell.
             check_end(where, self._size(operation, key), end)
+            raise _cut_short(operation, where, len(data), end - begin)
         check_length(operation, where, len(data), end - begin)
         return data
 
@@ -191,6 +192,11 @@ class ObjectStore:
 
     def _where(self, key: str) -> str:
         return f"{self._url}/{key}" if key else self._url
+
+
+def _cut_short(operation: str, where: str, found: int, wanted: int) -> StoreUnavailableError:
+    """The object has the bytes, and the answer had not."""
+    return StoreUnavailableError(operation, where, f"{found} bytes came where {wanted} were expected")
 
 
 def _unchecked(begin: int, view: memoryview) -> None:

@@ -55,6 +55,7 @@ _CODES: dict[str, tuple[type[StoreError], str]] = {
     "TooManyRequests": (StoreThrottledError, "the server asks to slow down"),
     "XAmzContentSHA256Mismatch": (StoreUnavailableError, "the bytes were damaged on their way to the server"),
     "XAmzContentChecksumMismatch": (StoreUnavailableError, "the bytes were damaged on their way to the server"),
+    "InvalidPart": (StoreUnavailableError, "the list of parts was damaged on its way to the server"),
     "BadDigest": (StoreUnavailableError, "the bytes were damaged on their way to the server"),
     "IncompleteBody": (StoreUnavailableError, "the bytes did not all arrive at the server"),
     "PermanentRedirect": (StoreError, "the bucket lives in another region; set region_name in storage_options"),

@@ -36,6 +36,8 @@ _ENDLESS = 10**9
 _S3_CONFIG: Mapping[str, object] = {
     "connect_timeout": 5,
     "read_timeout": 30,
+    # For signed URLs too, where botocore still prefers what newer regions of AWS refuse.
+    "signature_version": "s3v4",
     # Of calls that carry no data; RetryingStore goes around the call.
     "retries": {"mode": "standard", "total_max_attempts": 4},
 }
