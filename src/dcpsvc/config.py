@@ -150,7 +150,8 @@ class Options:
     @property
     def limits(self) -> Limits:
         """This rank's share of what its node may ask of the run root."""
-        sharers = max(1, int(os.environ.get(SHARERS_VARIABLE) or 1))
+        said = os.environ.get(SHARERS_VARIABLE, "")
+        sharers = max(int(said), 1) if said.isdecimal() else 1
         asked, rate = self.transfer_concurrency, self.transfer_nbytes_per_s
         return Limits(
             concurrency=Limits().concurrency if asked is None else max(1, asked // sharers),

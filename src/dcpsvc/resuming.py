@@ -43,6 +43,16 @@ class Resumed:
     rejected: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What one rank has read and proven."""
+
+    reader: restore.CheckpointReader
+    components: dict[str, Component]
+    saved: Saved
+    wants: list[Want]
+
+
 @dataclass(slots=True)
 class Resuming:
     """One resume. Collective; training thread.
@@ -88,7 +98,7 @@ class Resuming:
             try:
                 summary = self._load(attempt, skip)
             except RestoreFailedError as err:
-                if not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
+                if err.changed or not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
                     raise
                 rejected.append(f"step {attempt.step}: {err.failures[0].text}")
                 tried = [*tried, *(Attempt(*pair) for pair in verdict["passed"]), attempt]
@@ -118,7 +128,7 @@ class Resuming:
     def _load(self, attempt: Attempt, skip: Collection[str]) -> str:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
-        loaded: tuple[dict[str, Component], Saved, list[Want]] | None = None
+        loaded: _Loaded | None = None
         try:
             loaded = self._within(lambda: self._read(attempt, skip))
             message = None
@@ -126,25 +136,23 @@ class Resuming:
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
         self._meet(f"{where}/read", message, lambda _: None)
         assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
-        components, saved, wants = loaded
-        message = self._apply(components, saved, wants)
+        message = self._apply(loaded)
         self._meet(f"{where}/applied", message, lambda _: None, changed=True)
-        return restore.summary(saved, list(components), sorted(skip), self.job.world_size)
+        return restore.summary(loaded.saved, list(loaded.components), sorted(skip), self.job.world_size)
 
-    def _read(self, attempt: Attempt, skip: Collection[str]) -> tuple[dict[str, Component], Saved, list[Want]]:
+    def _read(self, attempt: Attempt, skip: Collection[str]) -> _Loaded:
         manifest = discover.read_manifest(self.remote, attempt)
         reader = restore.CheckpointReader(
             manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
         )
         saved = reader.saved_for(self.job.rank)
         components = self.state.chosen(saved, skip)
-        wants = states.wants(components, saved)
-        restore.read(reader, wants)
-        return components, saved, wants
+        return _Loaded(reader, components, saved, restore.prepare(reader, states.wants(components, saved)))
 
-    def _apply(self, components: dict[str, Component], saved: Saved, wants: list[Want]) -> RankFailure | None:
+    def _apply(self, loaded: _Loaded) -> RankFailure | None:
         try:
-            states.apply(components, saved, wants)
+            self._within(lambda: restore.finish(loaded.reader, loaded.wants))
+            states.apply(loaded.components, loaded.saved, loaded.wants)
         except Exception as err:  # noqa: BLE001 - load_state_dict() is the user's code; the other ranks must hear of it
             return RankFailure(self.job.rank, "apply", type(err).__name__, str(err))
         return None

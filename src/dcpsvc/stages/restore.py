@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dcpsvc import preflight
 from dcpsvc.errors import LayoutError, StateMismatchError
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.state import boxes, dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
-from dcpsvc.state.saved import Saved, own_name
+from dcpsvc.state.saved import Saved, Want, own_name
 from dcpsvc.storage import scatter
 from dcpsvc.storage.scatter import Segment
 from dcpsvc.storage.shards import VerifiedShard
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from dcpsvc.format.layout import Chunk, Layout
     from dcpsvc.format.layout import Tensor as Described
     from dcpsvc.format.manifest import Manifest
-    from dcpsvc.state.saved import Want
     from dcpsvc.storage.base import Store
 
 _THREADS = 8
@@ -69,7 +69,7 @@ class CheckpointReader(StorageReader):
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
         self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
-        self._direct = False
+        self._direct = self._proving = False
         self._check_places()
 
     def documents(self, *ranks: int) -> dict[str, Any]:
@@ -85,15 +85,23 @@ class CheckpointReader(StorageReader):
         found = self.documents(0, source)
         return Saved(self.layout, found, rank, self.manifest.world_size, self.manifest.step)
 
-    def for_known_boxes(self) -> CheckpointReader:
+    def for_known_boxes(self, *, proving: bool = False) -> CheckpointReader:
         """A twin that describes nothing to DCP, so that nothing but the boxes asked for is read.
 
         Nobody looks at them before all of it is proven, so bytes go straight there.
+
+        Args:
+            proving: Read and prove everything, and put nothing anywhere.
         """
         twin = copy.copy(self)
-        twin._direct = True  # noqa: SLF001 - our own twin
-        twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - our own twin
+        twin._direct, twin._proving = True, proving  # noqa: SLF001 - our own twin
+        twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - likewise
         return twin
+
+    def reads_again_cheaply(self, nbytes: int) -> bool:
+        """Whether so many bytes, read once, can be read once more from this machine's memory."""
+        room = preflight.memory_share_nbytes()
+        return room is not None and nbytes < room and all(shard.cached for shard in self._shards.values())
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Part of DCP's protocol: a reader is bound to its checkpoint."""
@@ -156,13 +164,17 @@ class CheckpointReader(StorageReader):
             place = self._place(item)
             first = boxes.whole_rows(place, item.storage_offsets, item.lengths)
             if first is None or (memory := boxes.memory(target, place.dtype)) is None:
-                yield functools.partial(self._read_rows, item, target, place)
+                into = torch.empty_like(target) if self._proving else target
+                yield functools.partial(self._read_rows, item, into, place)
             else:
                 segments[place.rank].append(Segment(first, memory))
         for rank, found in sorted(segments.items()):
             shard = self._shards[rank]
             for piece in scatter.pieces(found, shard.record.body_nbytes):
-                yield functools.partial(piece.read, shard, direct=self._direct)
+                if self._proving:
+                    yield functools.partial(shard.prove, piece.begin, piece.end)
+                else:
+                    yield functools.partial(piece.read, shard, direct=self._direct)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -273,6 +285,31 @@ class _WantPlanner(LoadPlanner):
         return create_read_items_for_chunk_list(want.key, tensor_metadata(described), [box])
 
 
+def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
+    """Read everything that is wanted and prove it, changing nothing of the state. Any world size; no collective.
+
+    What goes to memory of the state itself is read once more by :func:`finish`, if that is cheap: so there is no second
+    copy of it in memory. Elsewhere it waits in memory of its own.
+
+    Returns:
+        The wants, as they are now.
+
+    Raises:
+        CorruptShardError: A needed block is missing or not what was written; names the file.
+        StoreError: The store did not answer.
+    """
+    if not reader.reads_again_cheaply(sum(want.out.nbytes for want in wants if want.live)):
+        wants = [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
+    _load([want for want in wants if want.live], reader.for_known_boxes(proving=True), reader)
+    read(reader, [want for want in wants if not want.live])
+    return list(wants)
+
+
+def finish(reader: CheckpointReader, wants: Sequence[Want]) -> None:
+    """What :func:`prepare` has proven, into the memory of the state. Same errors; the state may be changed then."""
+    read(reader, [want for want in wants if want.live])
+
+
 def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
     """Fill the box of every want with verified bytes. Any world size; no collective.
 
@@ -280,15 +317,19 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
-    if not wants:
-        return
     for want in wants:
         boxes.in_huge_pages(want.out)
+    _load(wants, reader.for_known_boxes(), reader)
+
+
+def _load(wants: Sequence[Want], how: CheckpointReader, reader: CheckpointReader) -> None:
+    if not wants:
+        return
     dcp_quirks.quiet()
     try:
         dcp_load(
             {want.key: want.out for want in wants},
-            storage_reader=reader.for_known_boxes(),
+            storage_reader=how,
             planner=_WantPlanner(reader, wants),
             no_dist=True,
         )

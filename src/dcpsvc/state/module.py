@@ -82,7 +82,10 @@ class ModuleComponent:
             raise StateMismatchError(missing[0], f"the checkpoint lacks {len(missing)} tensors of this module")
         if unexpected := sorted(theirs - mine.keys()):
             raise StateMismatchError(unexpected[0], f"the module lacks {len(unexpected)} tensors of the checkpoint")
-        return [saved.want_like(key, value) for key, value in mine.items()]
+        return [
+            saved.want_like(key, value) if key.endswith(_EXTRA) else saved.want_in_place(key, value)
+            for key, value in mine.items()
+        ]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite in place, so optimizers keep their parameters."""

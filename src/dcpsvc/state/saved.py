@@ -25,6 +25,8 @@ class Want:
     key: str
     offsets: Shape
     out: torch.Tensor
+    live: bool = False
+    """``out`` is memory of the state itself: not to be written to before everything is proven on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,16 @@ class Saved:
             raise StateMismatchError(key, f"saved as {dtype_of(saved.dtype)}, here it is {template.dtype}")
         return self.want_box(key, *local_chunk(template))
 
+    def want_in_place(self, key: str, template: torch.Tensor) -> Want:
+        """Likewise, into the memory of ``template`` where that can be written to as it is."""
+        if template.device.type == "meta":
+            raise StateMismatchError(key, "it is on the meta device; call to_empty(device=...) on its module before")
+        want = self.want_like(key, template)
+        local = (template.to_local() if isinstance(template, DTensor) else template).detach()
+        if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
+            return want
+        return Want(key, want.offsets, local, live=True) if local.shape == want.out.shape else want
+
     def want_whole(self, key: str) -> Want:
         """Ask for a whole tensor."""
         shape = self.tensor(key).shape
@@ -114,6 +126,8 @@ def own_name(component: str, rank: int) -> str:
 def copy_into(target: torch.Tensor, loaded: torch.Tensor) -> None:
     """Overwrite the local part of ``target``."""
     local = target.to_local() if isinstance(target, DTensor) else target
+    if loaded.data_ptr() == local.data_ptr() and loaded.device == local.device:
+        return  # it was read in place
     with torch.no_grad():
         local.copy_(loaded)
 

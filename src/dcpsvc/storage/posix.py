@@ -30,6 +30,9 @@ class PosixStore:
     leaves a ``.tmp-*`` file that no listing shows.
     """
 
+    cached = True
+    """What was read a moment ago is in this machine's memory, while there is room."""
+
     def __init__(self, root: Path) -> None:
         # A later chdir must not move the run root.
         self._root = Path(root).absolute()

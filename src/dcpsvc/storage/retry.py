@@ -97,6 +97,11 @@ class RetryingStore:
         """The inner store's."""
         return self._store.atomic_create
 
+    @property
+    def cached(self) -> bool:
+        """The inner store's, if it has such a thing."""
+        return bool(getattr(self._store, "cached", False))
+
     def create(self, key: str, data: bytes) -> bool:
         """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`.
 
