@@ -11,7 +11,10 @@ CEPH=${DCPSVC_CEPH_ROOT:-$HOME/.cache/dcpsvc-tests/ceph}
 WORK=$(mktemp -d)
 job=
 leave_nothing() {
-    [ -z "$job" ] || kill "$job" 2>/dev/null || true
+    if [ -n "$job" ]; then # first, so that it does not wait for the server
+        kill "$job" 2>/dev/null || true
+        wait "$job" || true
+    fi
     [ ! -e "$WORK/s3" ] || SIG=KILL tests/s3/ceph/stop.sh "$WORK/s3"
     rm -rf "$WORK"
 }
@@ -46,11 +49,10 @@ Session().create_client(
     aws_access_key_id=options["key"], aws_secret_access_key=options["secret"],
 ).create_bucket(Bucket="runs")'
 
-train() {
-    "$PYTHON" -m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port 0 --rdzv-backend c10d \
-        --rdzv-endpoint 127.0.0.1:0 -m dcpsvc.demo.train --root s3://runs/demo --nvme "$WORK/nvme" \
-        --steps "$STEPS" --every 20 --journal "$WORK/journal"
-}
+train=( # no function: the signal is for torchrun itself, not for a shell around it
+    "$PYTHON" -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0
+    -m dcpsvc.demo.train --root s3://runs/demo --nvme "$WORK/nvme" --steps "$STEPS" --every 20 --journal "$WORK/journal"
+)
 committed() {
     "$PYTHON" -c '
 import json, os, dcpsvc
@@ -63,7 +65,7 @@ print(newest.step if newest else 0)'
 }
 
 echo "== two ranks, until something is committed"
-train &
+"${train[@]}" &
 job=$!
 until [ "$(committed)" -gt 0 ]; do
     kill -0 "$job" || { echo "the job ended before its first commit" >&2; exit 1; }
@@ -75,7 +77,7 @@ wait "$job" || true
 job=
 before=$(committed)
 echo "== step $before is committed; the job again"
-train
+"${train[@]}"
 after=$(committed)
 echo "== step $after is committed"
 [ "$before" -gt 0 ] && [ "$after" -eq "$STEPS" ]
