@@ -6,8 +6,10 @@ session. So no byte passes the event loop, a checksum is computed once, and call
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     from dcpsvc.storage.bodysum import BodySum
 
 _SIGNED_FOR_S = 3600
+_SIGNED_AGAIN_AFTER_S = 600.0
+_SIGNATURES = 64
 _SIGN_WITHIN_S = 60.0
+_GET = "get_object"
 _CODE = re.compile(rb"<Code>([^<]{1,100})</Code>")
 _ERROR_NBYTES = 65536
 _READ_NBYTES = 2**20
@@ -46,6 +51,7 @@ class Direct:
         self, fs: Any, config: Mapping[str, Any], *, endpoint_url: str | None, verify: bool | str | None
     ) -> None:
         self._fs = fs
+        self._signed: dict[str, tuple[float, str]] = {}
         self._requests: Any = import_module("botocore.awsrequest")
         self._errors: Any = import_module("botocore.exceptions")
         environment: Any = import_module("botocore.utils").get_environ_proxies
@@ -72,7 +78,7 @@ class Direct:
     def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
         """Fill ``views`` from ``begin`` on; how many bytes there were, fewer where the object is shorter."""
         asked = {"Range": f"bytes={begin}-{begin + sum(map(len, views)) - 1}"}
-        raw = self._send("GET", Request(path, "get_object"), asked, None).raw
+        raw = self._send("GET", Request(path, _GET), asked, None).raw
         try:
             return sum(_fill(raw, view) for view in views)
         finally:
@@ -81,9 +87,7 @@ class Direct:
             raw.release_conn()
 
     def _send(self, method: str, request: Request, headers: dict[str, str], body: memoryview | None) -> Any:
-        path, operation, parameters = request
-        signing = {"expires": _SIGNED_FOR_S, "client_method": operation, "timeout": _SIGN_WITHIN_S}
-        url = self._fs.url(path, **signing, **parameters)
+        url = self._url(request)
         answer = self._session.send(self._requests.AWSPreparedRequest(method, url, headers, body, method == "GET"))
         if answer.status_code in _OK:
             return answer
@@ -91,7 +95,20 @@ class Direct:
         code = _CODE.search(told)
         error = {"Code": code[1].decode("ascii", "replace") if code else ""}
         response = {"Error": error, "ResponseMetadata": {"HTTPStatusCode": answer.status_code}}
-        raise self._errors.ClientError(response, operation)
+        self._signed.pop(request.path, None)  # it may be the signature that has become old
+        raise self._errors.ClientError(response, request.operation)
+
+    def _url(self, request: Request) -> str:
+        """Signed. One for all ranges of an object: signing takes longer than asking."""
+        path, operation, parameters = request
+        made, url = self._signed.get(path, (-math.inf, ""))
+        if operation == _GET and time.monotonic() - made < _SIGNED_AGAIN_AFTER_S:
+            return url
+        signing = {"expires": _SIGNED_FOR_S, "client_method": operation, "timeout": _SIGN_WITHIN_S}
+        url = str(self._fs.url(path, **signing, **parameters))
+        if operation == _GET:
+            self._signed = {path: (time.monotonic(), url)} | dict(list(self._signed.items())[: _SIGNATURES - 1])
+        return url
 
 
 def _fill(raw: Any, view: memoryview) -> int:
