@@ -93,7 +93,7 @@ class Checkpointer:
         self._record = provenance.record(
             map(bare, state.values()), world_size=world_size(), config=self._options.config
         )
-        remote = open_store(root, self._options.storage_options)
+        remote = open_store(root, self._options.storage_options, limits=self._options.limits)
         self._job = join(remote.url, self._options.sync_timeout_s)
         self._events = Events(rank=self._job.rank, observer=self._options.on_event)
         try:

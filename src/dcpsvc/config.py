@@ -22,6 +22,26 @@ if TYPE_CHECKING:
 LOCAL_VARIABLE = "DCPSVC_LOCAL"
 """Environment variable that names the local tier where ``local=`` does not."""
 
+SHARERS_VARIABLE = "LOCAL_WORLD_SIZE"
+"""How many ranks this node has, as torchrun says it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one process may ask of a store."""
+
+    concurrency: int = 8
+    """Requests with data under way at once; each upload holds a part in memory."""
+
+    nbytes_per_s: float | None = None
+    """Bytes sent and received, on average over a few parts; None: no limit."""
+
+    part_nbytes: int = 16 * 2**20
+    """Size of a part of a large object. Servers refuse less than 5 MiB."""
+
+    patience_s: float = 60.0
+    """How long one part is tried again after it first failed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -47,6 +67,14 @@ class Options:
 
     storage_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Passed to fsspec: credentials, endpoint. Never logged, never written."""
+
+    transfer_concurrency: int | None = None
+    """Requests with data under way at once, to an object store, from all ranks of a node together
+    (``$LOCAL_WORLD_SIZE`` of them). Each upload holds 16 MiB of memory. None: 8 a rank. A store that asks to slow
+    down gets fewer."""
+
+    transfer_nbytes_per_s: float | None = None
+    """Bytes a second between a node and an object store, likewise; None: no limit."""
 
     sync_timeout_s: float = 60.0
     """Longest wait for a peer that should arrive: to save, to commit, to resume, to close."""
@@ -132,6 +160,9 @@ class Options:
         _positive("grace_s", self.grace_s)
         _count_or_none("staging_nbytes", self.staging_nbytes)
         _count_or_none("total_steps", self.total_steps)
+        _count_or_none("transfer_concurrency", self.transfer_concurrency)
+        if self.transfer_nbytes_per_s is not None:
+            _positive("transfer_nbytes_per_s", self.transfer_nbytes_per_s, "bytes a second")
         _signals(self.stop_signals)
         _instance("every", self.every, (Every, type(None)), "an Every(...), or None")
         _instance("keep", self.keep, Keep, "a policy such as Latest(3)")
@@ -162,14 +193,25 @@ class Options:
         return Path(tempfile.gettempdir()) / f"dcpsvc-{os.getuid()}"
 
     @property
+    def limits(self) -> Limits:
+        """This rank's share of what its node may ask of the run root."""
+        said = os.environ.get(SHARERS_VARIABLE, "")
+        sharers = max(int(said), 1) if said.isdecimal() else 1
+        asked, rate = self.transfer_concurrency, self.transfer_nbytes_per_s
+        return Limits(
+            concurrency=Limits().concurrency if asked is None else max(1, asked // sharers),
+            nbytes_per_s=None if rate is None else rate / sharers,
+        )
+
+    @property
     def failure_budget(self) -> int:
         """Failed saves in a row before ``step()`` raises."""
         return 1 if self.on_failure == "raise" else self.max_consecutive_failures
 
 
-def _positive(name: str, value: float) -> None:
+def _positive(name: str, value: float, unit: str = "seconds") -> None:
     if not is_number(value) or not 0 < value < math.inf:
-        raise ConfigError(f"{name}={value!r} must be a number of seconds above 0")
+        raise ConfigError(f"{name}={value!r} must be a number of {unit} above 0")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

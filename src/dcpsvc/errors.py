@@ -37,6 +37,7 @@
     |   |-- StoreAccessError        credentials or permissions
     |   |-- StoreFullError          no space left
     |   `-- StoreUnavailableError   transient: worth another try
+    |       `-- StoreThrottledError the server asks for fewer requests
     `-- WaitTimeoutError            wait() or close() ran out of time
 """
 
@@ -391,3 +392,7 @@ class StoreUnavailableError(StoreError):
     """A passing condition: throttled, reset, timed out."""
 
     transient = True
+
+
+class StoreThrottledError(StoreUnavailableError):
+    """The server asks for fewer requests."""

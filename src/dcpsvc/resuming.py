@@ -26,7 +26,6 @@ from dcpsvc.state.drift import Drift, Terms
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
     from dcpsvc.state.saved import Component, Saved, Want
@@ -59,6 +58,17 @@ class Resumed:
 
 def _no_hold(attempt: Attempt) -> None:
     """For whoever knows that nobody deletes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What one rank has read and proven."""
+
+    reader: restore.CheckpointReader
+    components: dict[str, Component]
+    saved: Saved
+    wants: list[Want]
+    versions: dict[str, str]
 
 
 @dataclass(slots=True)
@@ -110,7 +120,7 @@ class Resuming:
             try:
                 summary, versions = self._load(attempt, terms)
             except RestoreFailedError as err:
-                if not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
+                if err.changed or not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
                     raise
                 rejected.append(f"step {attempt.step}: {err.failures[0].text}")
                 tried = [*tried, *(Attempt(*pair) for pair in verdict["passed"]), attempt]
@@ -148,7 +158,7 @@ class Resuming:
     def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
-        loaded: tuple[Manifest, dict[str, Component], Saved, list[Want]] | None = None
+        loaded: _Loaded | None = None
         try:
             loaded = self._within(lambda: self._read(attempt, terms))
             message = None
@@ -156,13 +166,12 @@ class Resuming:
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
         self._meet(f"{where}/read", message, lambda _: None)
         assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
-        manifest, components, saved, wants = loaded
-        message = self._apply(components, saved, wants)
+        message = self._apply(loaded)
         self._meet(f"{where}/applied", message, lambda _: None, changed=True)
-        summary = restore.summary(saved, list(components), sorted(terms.skip), self.job.world_size)
-        return summary, manifest.versions
+        summary = restore.summary(loaded.saved, list(loaded.components), sorted(terms.skip), self.job.world_size)
+        return summary, loaded.versions
 
-    def _read(self, attempt: Attempt, terms: Terms) -> tuple[Manifest, dict[str, Component], Saved, list[Want]]:
+    def _read(self, attempt: Attempt, terms: Terms) -> _Loaded:
         manifest = discover.read_manifest(self.remote, attempt)
         reader = restore.CheckpointReader(
             manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
@@ -171,13 +180,13 @@ class Resuming:
             reader.saved_for(self.job.rank), documents_of=reader.documents, terms=terms, drift=Drift(attempt.step)
         )
         components = self.state.chosen(saved)
-        wants = states.wants(components, saved)
-        restore.read(reader, wants)
-        return manifest, components, saved, wants
+        wants = restore.prepare(reader, states.wants(components, saved))
+        return _Loaded(reader, components, saved, wants, manifest.versions)
 
-    def _apply(self, components: dict[str, Component], saved: Saved, wants: list[Want]) -> RankFailure | None:
+    def _apply(self, loaded: _Loaded) -> RankFailure | None:
         try:
-            states.apply(components, saved, wants)
+            self._within(lambda: restore.finish(loaded.reader, loaded.wants))
+            states.apply(loaded.components, loaded.saved, loaded.wants)
         except Exception as err:  # noqa: BLE001 - load_state_dict() is the user's code; the other ranks must hear of it
             return RankFailure(self.job.rank, "apply", type(err).__name__, str(err))
         return None

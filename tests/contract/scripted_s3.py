@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from base64 import b64encode
 from collections import deque
+from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -25,6 +27,8 @@ class ScriptedS3(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.objects: dict[str, bytes] = {}
+        self.uploads: dict[str, dict[int, bytes]] = {}
+        self.compares_md5 = False
         self.faults: deque[Fault | None] = deque()
         self.requests: list[str] = []
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
@@ -44,6 +48,8 @@ class ScriptedS3(ThreadingHTTPServer):
     def reset(self) -> None:
         """Forget all objects, faults and requests."""
         self.objects.clear()
+        self.uploads.clear()
+        self.compares_md5 = False
         self.faults.clear()
         self.requests.clear()
 
@@ -73,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, body: bytes = b"", length: int | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("ETag", '"etag"')
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -89,15 +96,18 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.truthful()
 
-    do_GET = do_PUT = do_HEAD = do_DELETE = handle_request  # noqa: N815  as http.server has it
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request  # noqa: N815  as http.server has it
 
     def truthful(self) -> None:
         parts = urlsplit(self.path)
         key = unquote(parts.path).removeprefix("/bucket").lstrip("/")
-        if self.command == "PUT":
+        query = parse_qs(parts.query, keep_blank_values=True)
+        if "uploadId" in query or "uploads" in query:
+            self.multipart(key, query)
+        elif self.command == "PUT":
             self.store(key)
         elif not key:
-            self.listing(parse_qs(parts.query).get("prefix", [""])[0])
+            self.listing(query.get("prefix", [""])[0])
         elif self.command == "DELETE":
             self.server.objects.pop(key, None)
             self.answer(204)
@@ -106,8 +116,41 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.content(self.server.objects[key])
 
+    def multipart(self, key: str, query: dict[str, list[str]]) -> None:
+        data, uploads = self.body(), self.server.uploads
+        if "uploads" in query:
+            upload_id = f"{key}:{len(self.server.requests)}"
+            uploads[upload_id] = {}
+            self.answer(200, f"<R><UploadId>{upload_id}</UploadId></R>".encode())
+            return
+        upload_id = query["uploadId"][0]
+        if upload_id not in uploads:
+            self.answer(404, b"<Error><Code>NoSuchUpload</Code></Error>")
+        elif self.command == "PUT":
+            if self.is_whole(data):
+                uploads[upload_id][int(query["partNumber"][0])] = data
+                self.answer(200)
+        else:
+            sent = uploads.pop(upload_id)
+            if self.command == "POST":
+                self.server.objects[key] = b"".join(sent[number] for number in sorted(sent))
+            self.answer(200 if self.command == "POST" else 204, b"<R></R>" if self.command == "POST" else b"")
+
+    def is_whole(self, data: bytes) -> bool:
+        """Compare the checksum that came with the bytes, if this server does such a thing."""
+        claimed = self.headers.get("Content-MD5")
+        whole = (
+            not (self.server.compares_md5 and claimed)
+            or b64encode(md5(data, usedforsecurity=False).digest()).decode() == claimed
+        )
+        if not whole:
+            self.answer(400, b"<Error><Code>BadDigest</Code></Error>")
+        return whole
+
     def store(self, key: str) -> None:
         data = self.body()
+        if not self.is_whole(data):
+            return
         if self.headers.get("If-None-Match") != "*":
             self.server.objects[key] = data
         elif self.server.objects.setdefault(key, data) is not data:

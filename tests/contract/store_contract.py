@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dcpsvc.errors import StoreError, StoreNotFoundError
+from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
+from dcpsvc.storage.base import ProvingStore, read_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,6 +133,45 @@ class StoreContract:
             store.read("data/step/x", begin, end)
         assert not isinstance(caught.value, StoreNotFoundError)
         assert not caught.value.transient
+
+    def test_a_range_is_read_into_several_pieces_of_memory_and_nothing_beside_them(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        source = local_file(tmp_path, 3 * MIB + 7)
+        store.put_file("data/step/x", source)
+        memory = bytearray(b"." * (2 * MIB + 30))
+        view = memoryview(memory)
+        read_into(store, "data/step/x", 5, [view[10:11], view[20:20], view[20 : 20 + 2 * MIB]])
+        expected = source.read_bytes()[5 : 6 + 2 * MIB]
+        assert memory == b"." * 10 + expected[:1] + b"." * 9 + expected[1:] + b"." * 10
+
+    @pytest.mark.parametrize("begin", [1, 10, 20])
+    def test_memory_that_the_object_cannot_fill_is_refused(self, store: Store, begin: int) -> None:
+        store.put("data/step/x", b"0123456789")
+        with pytest.raises(StoreError) as caught:
+            read_into(store, "data/step/x", begin, [memoryview(bytearray(4)), memoryview(bytearray(6))])
+        assert not isinstance(caught.value, StoreNotFoundError)
+        assert not caught.value.transient
+        with pytest.raises(StoreNotFoundError):
+            read_into(store, "data/step/y", begin, [memoryview(bytearray(4))])
+
+    def test_a_file_is_checked_on_its_way_and_what_fails_the_check_leaves_no_object(
+        self, store: Store, reopen: Reopen, tmp_path: Path
+    ) -> None:
+        source, seen = local_file(tmp_path, self.big_nbytes), dict[int, bytes]()
+        if not isinstance(store, ProvingStore):
+            return
+        if store.put_proven("data/step/x", source, check=lambda begin, view: seen.update({begin: bytes(view)})):
+            assert b"".join(seen[begin] for begin in sorted(seen)) == source.read_bytes()
+            assert all(begin % MIB == 0 for begin in seen)
+
+            def fail(begin: int, _: memoryview) -> None:
+                if begin:
+                    raise CorruptShardError("data/step/y", "rotted")
+
+            with pytest.raises(CorruptShardError):
+                store.put_proven("data/step/y", source, check=fail)
+        assert reopen().list("") == [("data/step/x", self.big_nbytes)]
 
     def test_an_object_that_is_not_there_is_not_found(self, store: Store) -> None:
         store.put("data/step/x", b"x")

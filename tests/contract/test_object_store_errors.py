@@ -15,6 +15,7 @@ from dcpsvc.errors import (
     StoreError,
     StoreFullError,
     StoreNotFoundError,
+    StoreThrottledError,
     StoreUnavailableError,
 )
 from dcpsvc.storage.objectstore import ObjectStore
@@ -73,10 +74,10 @@ class TestObjectStoreWithoutAServer(BrokenStoreContract):
 
 
 ANSWERS = [
-    (says(503, "SlowDown"), StoreUnavailableError),
+    (says(503, "SlowDown"), StoreThrottledError),
     (says(503, "ServiceUnavailable"), StoreUnavailableError),
     (says(500, "InternalError"), StoreUnavailableError),
-    (says(429, "TooManyRequests"), StoreUnavailableError),
+    (says(429, "TooManyRequests"), StoreThrottledError),
     (says(400, "RequestTimeout"), StoreUnavailableError),
     (says(409, "ConditionalRequestConflict"), StoreUnavailableError),
     (hangs_up, StoreUnavailableError),

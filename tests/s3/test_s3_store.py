@@ -86,7 +86,7 @@ def test_a_file_of_several_parts_comes_back_and_its_progress_comes_in_parts(
     store, heard = open_store(run_root, s3_server.storage_options), list[int]()
     source = local_file(tmp_path, 80 * MIB + 1)
     store.put_file("data/step/x", source, progress=heard.append)
-    assert sorted(heard) == [16 * MIB + 1, 32 * MIB, 32 * MIB]
+    assert sorted(heard) == [1, *[16 * MIB] * 5]
     assert store.read("data/step/x", 0, 80 * MIB + 1) == source.read_bytes()
     assert store.read("data/step/x", 32 * MIB - 1, 32 * MIB + 1) == source.read_bytes()[32 * MIB - 1 : 32 * MIB + 1]
 

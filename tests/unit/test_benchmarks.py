@@ -53,6 +53,20 @@ def test_a_benchmark_measures_ours_and_a_peer_in_one_run(script, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_resume_benchmark_reads_warm_and_cold_and_counts_what_it_fetches(tmp_path):
+    result = run("bench_resume", "--mib", "32", "--rounds", "1", "--dir", str(tmp_path))
+    for setting in ("warm", "cold"):
+        rows = {row["system"]: row for row in result["settings"][setting]}
+        assert {"dcpsvc", "plain reads", "safetensors", "DCP load"} <= rows.keys()
+        assert all(row["seconds"] > 0 for row in rows.values())
+    assert result["resharded"][0]["ranks"] == "1 -> 1"
+    assert result["resharded"][0]["fetched_per_needed"] < 1.02
+    assert result["facts"].keys() >= FACTS
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_scale_benchmark_measures_every_phase_and_says_what_it_leaves_out():
     result = run("bench_scale", "--ranks", "2,8", "--tensors", "100", "--max-pieces", "500")
     small, large = ({row["phase"]: row for row in result["rows"] if row["ranks"] == ranks} for ranks in (2, 8))

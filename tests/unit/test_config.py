@@ -118,3 +118,18 @@ def test_two_schedules_join() -> None:
 
 def test_the_local_variable_is_the_documented_one() -> None:
     assert LOCAL_VARIABLE == "DCPSVC_LOCAL"
+
+
+def test_the_ranks_of_a_node_share_what_it_may_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Options().limits.concurrency == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    limits = Options(transfer_concurrency=16, transfer_nbytes_per_s=1e9).limits
+    assert (limits.concurrency, limits.nbytes_per_s) == (4, 2.5e8)
+    assert Options(transfer_concurrency=2).limits.concurrency == 1
+    assert Options().limits.concurrency == 8
+
+
+@pytest.mark.parametrize("options", [{"transfer_concurrency": 0}, {"transfer_nbytes_per_s": 0.0}])
+def test_a_limit_on_transfers_that_allows_none_is_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(options))}=0"):
+        Options(**options)

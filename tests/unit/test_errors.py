@@ -50,6 +50,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "StoreAccessError": ("get", "data/x", "403"),
     "StoreFullError": ("put", "data/x", "no space left"),
     "StoreUnavailableError": ("list", "manifests/", "503"),
+    "StoreThrottledError": ("put_file", "data/x", "503"),
 }
 """Sensible arguments for every class of the tree; a new class must be given some."""
 
@@ -123,7 +124,7 @@ def test_an_unknown_commit_sends_the_reader_to_the_store() -> None:
 
 def test_only_an_unavailable_store_is_worth_another_try() -> None:
     transient = [kind.__name__ for kind in tree(errors.StoreError) if kind.transient]
-    assert transient == ["StoreUnavailableError"]
+    assert transient == ["StoreUnavailableError", "StoreThrottledError"]
 
 
 def test_a_step_that_is_not_there_lists_those_that_are() -> None:

@@ -58,7 +58,7 @@ class Hanging(PosixStore):
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hanging]]:
     """The store that the next Checkpointer of this test gets."""
     kind = type("Hanging", (Hanging,), {"let_go": threading.Event(), "reached": threading.Event()})
-    monkeypatch.setattr("dcpsvc.checkpointer.open_store", lambda root, _: kind(Path(root)))
+    monkeypatch.setattr("dcpsvc.checkpointer.open_store", lambda root, _, **__: kind(Path(root)))
     yield kind
     kind.let_go.set()
 

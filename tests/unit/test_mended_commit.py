@@ -132,7 +132,7 @@ def checkpointer_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     def make(**faults: Any) -> Checkpointer:
         kind = type("Faulty", (Faults, PosixStore), faults)
         with monkeypatch.context() as patch:
-            patch.setattr("dcpsvc.checkpointer.open_store", lambda root, _: kind(Path(root)))
+            patch.setattr("dcpsvc.checkpointer.open_store", lambda root, _, **__: kind(Path(root)))
             return Checkpointer(tmp_path / "root", {"x": torch.ones(2)}, local=tmp_path / "local", save_last=False)
 
     return make

@@ -69,7 +69,7 @@ def check_opens(path: Path, placement: Placement) -> None:
             assert raw(tensor) == content[begin : begin + piece.nbytes]
         assert json.loads(raw(file.get_tensor(OBJECTS))) == DOCUMENTS
         table = raw(file.get_tensor(BLOCKS))
-    assert digest.mismatches(memoryview(content)[: -len(table)], 0, table) == []
+    assert digest.mismatches([memoryview(content)[: -len(table)]], 0, table) == []
 
 
 @given(pieces())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 BLOCK_NBYTES = 1 << 20
 """Bytes of one block: small enough that reading a slice reads little more, large enough to cost nothing."""
@@ -41,11 +41,30 @@ def blocks(body: memoryview) -> Iterator[memoryview]:
         yield body[begin : begin + BLOCK_NBYTES]
 
 
-def mismatches(data: memoryview, first_block: int, digests: bytes) -> list[int]:
-    """Numbers of the blocks in ``data`` (which starts at ``first_block``) that differ from the table."""
-    bad = []
-    for number, block in enumerate(blocks(data), first_block):
-        expected = digests[number * DIGEST_NBYTES : (number + 1) * DIGEST_NBYTES]
-        if xxhash.xxh3_128_digest(block) != expected:
-            bad.append(number)
-    return bad
+def mismatches(views: Sequence[memoryview], first_block: int, digests: bytes) -> list[int]:
+    """Numbers of the blocks in ``views`` (which together start at ``first_block``) that differ from the table."""
+    return [
+        number
+        for number, found in enumerate(_digests(views), first_block)
+        if found != digests[number * DIGEST_NBYTES : (number + 1) * DIGEST_NBYTES]
+    ]
+
+
+def _digests(views: Sequence[memoryview]) -> Iterator[bytes]:
+    """Of each block of views that follow one another."""
+    running, room = xxhash.xxh3_128(), BLOCK_NBYTES
+    for view in views:
+        at = 0
+        while at < len(view):
+            part = view[at : at + room]
+            at, room = at + len(part), room - len(part)
+            if len(part) == BLOCK_NBYTES:
+                yield xxhash.xxh3_128_digest(part)
+                room = BLOCK_NBYTES
+                continue
+            running.update(part)
+            if not room:
+                yield running.digest()
+                running, room = xxhash.xxh3_128(), BLOCK_NBYTES
+    if room < BLOCK_NBYTES:
+        yield running.digest()

@@ -7,12 +7,12 @@ chunk goes where. Nothing in the model is touched until everything has been read
 from __future__ import annotations
 
 import copy
+import functools
 import io
-import math
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -27,25 +27,28 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dcpsvc import preflight
 from dcpsvc.errors import LayoutError, StateMismatchError
 from dcpsvc.format.layout import ITEM_NBYTES
-from dcpsvc.state import dcp_quirks, documents
+from dcpsvc.state import boxes, dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
-from dcpsvc.state.saved import Saved, own_name
+from dcpsvc.state.saved import Saved, Want, own_name
+from dcpsvc.storage import scatter
+from dcpsvc.storage.scatter import Segment
 from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from dcpsvc.format.layout import Chunk, Layout
     from dcpsvc.format.layout import Tensor as Described
     from dcpsvc.format.manifest import Manifest
-    from dcpsvc.state.saved import Want
     from dcpsvc.storage.base import Store
 
-_THREADS = 4
-_PIECE_NBYTES = 64 << 20
+_THREADS = 8
+_ROWS_NBYTES = 16 << 20
+"""Of a chunk of which this rank needs a part of each row: so much is held by each thread."""
 
 
 class CheckpointReader(StorageReader):
@@ -66,6 +69,7 @@ class CheckpointReader(StorageReader):
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
         self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
+        self._direct = self._proving = False
         self._check_places()
 
     def documents(self, *ranks: int) -> dict[str, Any]:
@@ -81,11 +85,23 @@ class CheckpointReader(StorageReader):
         found = self.documents(0, source)
         return Saved(self.layout, found, rank, self.manifest.world_size, self.manifest.step)
 
-    def for_known_boxes(self) -> CheckpointReader:
-        """A twin that describes nothing to DCP, so that nothing but the boxes asked for is read."""
+    def for_known_boxes(self, *, proving: bool = False) -> CheckpointReader:
+        """A twin that describes nothing to DCP, so that nothing but the boxes asked for is read.
+
+        Nobody looks at them before all of it is proven, so bytes go straight there.
+
+        Args:
+            proving: Read and prove everything, and put nothing anywhere.
+        """
         twin = copy.copy(self)
-        twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - our own twin
+        twin._direct, twin._proving = True, proving  # noqa: SLF001 - our own twin
+        twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - likewise
         return twin
+
+    def reads_again_cheaply(self, nbytes: int) -> bool:
+        """Whether so many bytes, read once, can be read once more from this machine's memory."""
+        room = preflight.memory_share_nbytes()
+        return room is not None and nbytes < room and all(shard.cached for shard in self._shards.values())
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Part of DCP's protocol: a reader is bound to its checkpoint."""
@@ -122,18 +138,43 @@ class CheckpointReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read every item, in file order, a few at a time."""
+        """Read every item: whole rows in the order of the files and in large pieces, a few at a time."""
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
-        tensors.sort(key=lambda item: self._place(item)[:2])
+        targets = [planner.resolve_tensor(item) for item in tensors]
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="dcpsvc-read") as pool:
-            for _ in pool.map(lambda item: self._read_tensor(item, planner), tensors):
-                pass
+            try:
+                for _ in pool.map(lambda work: work(), self._work(tensors, targets)):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what is not begun need not be: it is over
+                raise
+        for item, target in zip(tensors, targets, strict=True):
+            planner.commit_tensor(item, target)
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._value(item.storage_index.fqn))
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _work(self, items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> Iterator[Callable[[], None]]:
+        """What there is to do, shard by shard."""
+        segments: dict[int, list[Segment]] = defaultdict(list)
+        for item, target in zip(items, targets, strict=True):
+            place = self._place(item)
+            first = boxes.whole_rows(place, item.storage_offsets, item.lengths)
+            if first is None or (memory := boxes.memory(target, place.dtype)) is None:
+                into = torch.empty_like(target) if self._proving else target
+                yield functools.partial(self._read_rows, item, into, place)
+            else:
+                segments[place.rank].append(Segment(first, memory))
+        for rank, found in sorted(segments.items()):
+            shard = self._shards[rank]
+            for piece in scatter.pieces(found, shard.record.body_nbytes):
+                if self._proving:
+                    yield functools.partial(shard.prove, piece.begin, piece.end)
+                else:
+                    yield functools.partial(piece.read, shard, direct=self._direct)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -159,30 +200,27 @@ class CheckpointReader(StorageReader):
             self._chunks[key] = {chunk.offsets: chunk for chunk in tensor.chunks if chunk.numel}
         return self._chunks[key][tuple(offsets)]
 
-    def _place(self, item: ReadItem) -> tuple[int, int, Chunk, str]:
+    def _place(self, item: ReadItem) -> boxes.Place:
         tensor = self.layout.find(item.storage_index.fqn)
         offsets = item.storage_index.offset
         if tensor is None or offsets is None:
             raise StateMismatchError(item.storage_index.fqn, "the checkpoint holds no such tensor")
         chunk = self._chunk(item.storage_index.fqn, tensor, offsets)
-        return chunk.rank, chunk.begin, chunk, tensor.dtype
+        return boxes.Place(chunk.rank, chunk.begin, chunk.sizes, tensor.dtype)
 
-    def _read_tensor(self, item: ReadItem, planner: LoadPlanner) -> None:
-        rank, begin, chunk, dtype = self._place(item)
-        target = planner.resolve_tensor(item)
+    def _read_rows(self, item: ReadItem, target: torch.Tensor, place: boxes.Place) -> None:
+        """Some rows of a chunk, and of each row a part; or onto another device, or as another type."""
         offsets, lengths = list(item.storage_offsets), list(item.lengths)
-        row_nbytes = math.prod(chunk.sizes[1:]) * ITEM_NBYTES[dtype]
         first, rows = (offsets[0], lengths[0]) if offsets else (0, 1)
-        step = max(1, _PIECE_NBYTES // max(row_nbytes, 1))
+        step = max(1, _ROWS_NBYTES // max(place.row_nbytes, 1))
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            at = begin + (first + row) * row_nbytes
-            data = self._shards[rank].read(at, at + count * row_nbytes)
-            part = _as_tensor(data, dtype, (count, *chunk.sizes[1:]) if offsets else ())
+            at = place.begin + (first + row) * place.row_nbytes
+            data = self._shards[place.rank].read(at, at + count * place.row_nbytes)
+            part = boxes.as_tensor(data, place.dtype, (count, *place.sizes[1:]) if offsets else ())
             for dim in range(1, len(offsets)):
                 part = part.narrow(dim, offsets[dim], lengths[dim])
             (target.narrow(0, row, count) if offsets else target).copy_(part)
-        planner.commit_tensor(item, target)
 
     def _value(self, path: str) -> io.BytesIO:
         for name, document in self._all_documents().items():
@@ -247,6 +285,31 @@ class _WantPlanner(LoadPlanner):
         return create_read_items_for_chunk_list(want.key, tensor_metadata(described), [box])
 
 
+def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
+    """Read everything that is wanted and prove it, changing nothing of the state. Any world size; no collective.
+
+    What goes to memory of the state itself is read once more by :func:`finish`, if that is cheap: so there is no second
+    copy of it in memory. Elsewhere it waits in memory of its own.
+
+    Returns:
+        The wants, as they are now.
+
+    Raises:
+        CorruptShardError: A needed block is missing or not what was written; names the file.
+        StoreError: The store did not answer.
+    """
+    if not reader.reads_again_cheaply(sum(want.out.nbytes for want in wants if want.live)):
+        wants = [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
+    _load([want for want in wants if want.live], reader.for_known_boxes(proving=True), reader)
+    read(reader, [want for want in wants if not want.live])
+    return list(wants)
+
+
+def finish(reader: CheckpointReader, wants: Sequence[Want]) -> None:
+    """What :func:`prepare` has proven, into the memory of the state. Same errors; the state may be changed then."""
+    read(reader, [want for want in wants if want.live])
+
+
 def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
     """Fill the box of every want with verified bytes. Any world size; no collective.
 
@@ -254,13 +317,19 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
+    for want in wants:
+        boxes.in_huge_pages(want.out)
+    _load(wants, reader.for_known_boxes(), reader)
+
+
+def _load(wants: Sequence[Want], how: CheckpointReader, reader: CheckpointReader) -> None:
     if not wants:
         return
     dcp_quirks.quiet()
     try:
         dcp_load(
             {want.key: want.out for want in wants},
-            storage_reader=reader.for_known_boxes(),
+            storage_reader=how,
             planner=_WantPlanner(reader, wants),
             no_dist=True,
         )
@@ -290,9 +359,3 @@ def summary(saved: Saved, loaded: Sequence[str], skipped: Sequence[str], world_s
         shrunk = "values of ranks that are gone are left out"
         parts.append(f"{saved.world_size} -> {world_size} ranks: {grown if world_size > saved.world_size else shrunk}")
     return "; ".join(parts)
-
-
-def _as_tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    raw = torch.empty(len(data), dtype=torch.uint8)
-    raw.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
-    return raw.view(dtype_of(dtype)).view(shape)

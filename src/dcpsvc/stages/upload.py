@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef
-from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.storage.base import ProvingStore
+from dcpsvc.storage.shards import LocalCheck, VerifiedShard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
 
 
 def upload_shard(store: Store, record: ShardRecord, path: Path) -> None:
-    """Put the file under its key and read it back once. Durable and proven when this returns.
+    """Put the file under its key. Durable and proven when this returns.
+
+    Every block is compared with the record before it is sent, and every part by the server when it arrives; what no
+    server has compared is read back once.
 
     Raises:
         StoreError: The store does not take it.
-        CorruptShardError: What the store gives back is not what was sent.
+        CorruptShardError: The file, or what the store gives back, is not what was written.
     """
-    store.put_file(record.path, path)
+    if isinstance(store, ProvingStore):
+        if store.put_proven(record.path, path, check=LocalCheck(record, path)):
+            return
+    else:
+        store.put_file(record.path, path)
     VerifiedShard([store], record).verify()
 
 

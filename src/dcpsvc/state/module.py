@@ -114,7 +114,7 @@ class ModuleComponent:
                     saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
         own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
         mine = self._kept(mine, own)
-        return [want for key, value in mine.items() for want in saved.want_like(key, value)]
+        return [want for key, value in mine.items() for want in self._wanted(saved, key, value)]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite in place, so optimizers keep their parameters."""
@@ -176,6 +176,9 @@ class ModuleComponent:
             if theirs.get(what, mine.get(what)) != mine.get(what, theirs.get(what)):
                 texts = [f"{base.get('name') or 'unnamed'} ({what} {base.get(what)})" for base in (theirs, mine)]
                 saved.drift.add(key, "base", *texts)
+
+    def _wanted(self, saved: Saved, key: str, value: torch.Tensor) -> list[Want]:
+        return saved.want_like(key, value) if key.endswith(_EXTRA) else saved.want_in_place(key, value)
 
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
         owner = into.owners.get(id(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,6 +26,8 @@ class Want:
     key: str
     offsets: Shape
     out: torch.Tensor
+    live: bool = False
+    """``out`` is memory of the state itself: not to be written to before everything is proven on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,16 @@ class Saved:
         found = self.tensor(saved_key)
         return f"{str(dtype_of(found.dtype)).removeprefix('torch.')}{list(found.shape)}"
 
+    def want_in_place(self, key: str, template: torch.Tensor) -> list[Want]:
+        """Likewise, into the memory of ``template`` where that can be written to as it is."""
+        if template.device.type == "meta":
+            raise StateMismatchError(key, "it is on the meta device; call to_empty(device=...) on its module before")
+        wants = self.want_like(key, template)
+        local = (template.to_local() if isinstance(template, DTensor) else template).detach()
+        if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
+            return wants
+        return [replace(want, out=local, live=True) if local.shape == want.out.shape else want for want in wants]
+
     def want_whole(self, key: str) -> Want:
         """Ask for a whole tensor, by its name in the checkpoint."""
         shape = self.tensor(key).shape
@@ -158,6 +170,8 @@ def own_name(component: str, rank: int) -> str:
 def copy_into(target: torch.Tensor, loaded: torch.Tensor) -> None:
     """Overwrite the local part of ``target``."""
     local = target.to_local() if isinstance(target, DTensor) else target
+    if loaded.data_ptr() == local.data_ptr() and loaded.device == local.device:
+        return  # it was read in place
     with torch.no_grad():
         local.copy_(loaded)
 

@@ -7,10 +7,10 @@ called from any thread, and raises only :class:`~dcpsvc.errors.StoreError` and i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 
@@ -87,3 +87,49 @@ class Store(Protocol):
         The store's own clock counts. Whoever still writes such a thing gets an error.
         """
         ...
+
+
+@runtime_checkable
+class ProvingStore(Protocol):
+    """A store whose server may compare checksums of its own with those that came with the bytes."""
+
+    def put_proven(
+        self,
+        key: str,
+        path: Path,
+        *,
+        check: Callable[[int, memoryview], None],
+        progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """Like :meth:`Store.put_file`; True if the server has proven that it holds the bytes that ``check`` has seen.
+
+        After False nothing is known: read it back.
+
+        Args:
+            key: Where to.
+            path: A file that nobody changes meanwhile.
+            check: Called with the offset and the bytes of each part before they are sent, from any thread; raises if
+                they are not what they should be. Parts begin at multiples of a MiB.
+            progress: As there.
+        """
+        ...
+
+
+@runtime_checkable
+class ScatteringStore(Protocol):
+    """A store that reads straight into memory of the caller."""
+
+    def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
+        """Fill ``views``, one after the other, with the bytes from ``begin`` on; see :meth:`Store.read`."""
+        ...
+
+
+def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -> None:
+    """See :class:`ScatteringStore`; on a store that cannot, by a copy."""
+    if isinstance(store, ScatteringStore):
+        store.read_into(key, begin, views)
+        return
+    data = memoryview(store.read(key, begin, begin + sum(map(len, views))))
+    for view in views:
+        view[:] = data[: len(view)]
+        data = data[len(view) :]

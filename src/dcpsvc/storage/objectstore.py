@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from dcpsvc.errors import StoreNotFoundError
+from dcpsvc.config import Limits
+from dcpsvc.errors import StoreNotFoundError, StoreUnavailableError
 from dcpsvc.storage.base import Entry
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.names import check_key, check_prefix, is_temp, redact
@@ -16,24 +18,37 @@ from dcpsvc.storage.remoteerror import from_remote_error, secrets_in
 from dcpsvc.storage.wire import open_wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
 
 class ObjectStore:
     """Objects behind an fsspec URL, such as ``s3://bucket/run``.
 
+    Args:
+        url: Of the run root.
+        storage_options: For fsspec.
+        limits: How hard to work the server.
+        stop: Once set, nothing is tried again.
+
     On S3 :meth:`create` says True as well where the stored bytes are exactly ``data``: the answer to our own write
     may have been lost. Buckets are never created. On file systems behind fsspec (sftp, smb, ...) nothing is synced:
     durable means what that server means by it.
     """
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        limits: Limits | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
         options = dict(storage_options or {})
         self._url = redact(url).rstrip("/")
         self._secrets = [*secrets_in(options), *_passwords_in(url)]
         with self._translated("open", ""):
-            self._wire, self._root = open_wire(url, options)
+            self._wire, self._root = open_wire(url, options, limits or Limits(), stop or threading.Event())
 
     def __repr__(self) -> str:
         return f"ObjectStore({self._url!r})"
@@ -63,14 +78,27 @@ class ObjectStore:
 
     def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
         """See :meth:`Store.put_file <dcpsvc.storage.base.Store.put_file>`."""
+        self.put_proven(key, path, check=_unchecked, progress=progress)
+
+    def put_proven(
+        self,
+        key: str,
+        path: Path,
+        *,
+        check: Callable[[int, memoryview], None],
+        progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """See :meth:`ProvingStore.put_proven <dcpsvc.storage.base.ProvingStore.put_proven>`."""
         target, where = self._path("put_file", key), self._where(key)
         nbytes = _local_size(where, path)
         sent = _Sent(progress)
         with self._translated("put_file", key):
-            self._wire.put_file(target, path, nbytes, sent.upto)
-        check_length("put_file", where, self._size("put_file", key), nbytes)
+            proven = self._wire.put_file(target, path, nbytes, sent.upto, check)
+        if not proven:
+            check_length("put_file", where, self._size("put_file", key), nbytes)
         # Some file systems copy without reporting anything.
         sent.upto(nbytes)
+        return proven
 
     def get(self, key: str, *, max_nbytes: int) -> bytes:
         """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""
@@ -84,6 +112,18 @@ class ObjectStore:
         if begin == end:
             check_end(self._where(key), self._size("read", key), end)
         return self._range("read", key, begin, end)
+
+    def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
+        """See :meth:`ScatteringStore.read_into <dcpsvc.storage.base.ScatteringStore.read_into>`."""
+        path, where = self._path("read", key), self._where(key)
+        wanted = sum(map(len, views))
+        if not wanted:
+            return
+        with self._translated("read", key):
+            found = self._wire.read_into(path, begin, views)
+        if found < wanted:
+            check_end(where, self._size("read", key), begin + wanted)
+            raise _cut_short("read", where, found, wanted)
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`; lists that prefix only, and never from a cache."""
@@ -104,8 +144,10 @@ class ObjectStore:
             self._wire.delete(path)
 
     def remove_unfinished(self, before: str) -> None:
-        """Nothing: unfinished multipart uploads are the bucket's own rules' to remove."""
-        self._path("remove_unfinished", before)
+        """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`; on S3: multipart."""
+        path = self._path("remove_unfinished", before)
+        with self._translated("remove_unfinished", before):
+            self._wire.remove_unfinished(self._root, path)
 
     def _size(self, operation: str, key: str) -> int:
         path = self._path(operation, key)
@@ -121,6 +163,7 @@ class ObjectStore:
         if len(data) < end - begin:
             # A short answer is either a short object or a broken connection; only the size can tell.
             check_end(where, self._size(operation, key), end)
+            raise _cut_short(operation, where, len(data), end - begin)
         check_length(operation, where, len(data), end - begin)
         return data
 
@@ -149,6 +192,15 @@ class ObjectStore:
 
     def _where(self, key: str) -> str:
         return f"{self._url}/{key}" if key else self._url
+
+
+def _cut_short(operation: str, where: str, found: int, wanted: int) -> StoreUnavailableError:
+    """The object has the bytes, and the answer had not."""
+    return StoreUnavailableError(operation, where, f"{found} bytes came where {wanted} were expected")
+
+
+def _unchecked(begin: int, view: memoryview) -> None:
+    """Any bytes will do."""
 
 
 class _Sent:

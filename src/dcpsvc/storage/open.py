@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Mapping
 
+    from dcpsvc.config import Limits
     from dcpsvc.storage.base import Store
 
 __all__ = ["open_store", "redact"]
@@ -32,6 +33,7 @@ def open_store(
     storage_options: Mapping[str, Any] | None = None,
     *,
     stop: threading.Event | None = None,
+    limits: Limits | None = None,
 ) -> Store:
     """The store for a run root; transient failures are tried again.
 
@@ -43,6 +45,7 @@ def open_store(
             own.
         storage_options: What fsspec takes for that protocol, such as ``endpoint_url``, ``key`` and ``secret``.
         stop: Once set, nothing is tried again.
+        limits: How hard to work an object store.
 
     Raises:
         RootError: The URL names no place that can hold a run, or the package for its protocol is missing.
@@ -50,11 +53,11 @@ def open_store(
     # tenacity is not needed to only import this module.
     from dcpsvc.storage.retry import RetryingStore
 
-    store = _open(os.fspath(url), storage_options or {}) if isinstance(url, str | os.PathLike) else url
+    store = _open(os.fspath(url), storage_options or {}, limits, stop) if isinstance(url, str | os.PathLike) else url
     return RetryingStore(store, stop=stop)
 
 
-def _open(url: str, options: Mapping[str, Any]) -> Store:
+def _open(url: str, options: Mapping[str, Any], limits: Limits | None, stop: threading.Event | None) -> Store:
     if not url:
         raise RootError("run root", "it is empty; give a directory or a URL such as s3://bucket/prefix")
     if "\0" in url:
@@ -66,7 +69,7 @@ def _open(url: str, options: Mapping[str, Any]) -> Store:
         return _without_options(url, options, PosixStore(_file_url_path(url)))
     if protocol == "memory":
         return _without_options(url, options, MemoryStore(_memory_name(url)))
-    return _open_remote(protocol, url, options)
+    return _open_remote(protocol, url, options, limits, stop)
 
 
 def _without_options(url: str, options: Mapping[str, Any], store: Store) -> Store:
@@ -91,7 +94,9 @@ def _memory_name(url: str) -> str:
     return name
 
 
-def _open_remote(protocol: str, url: str, options: Mapping[str, Any]) -> Store:
+def _open_remote(
+    protocol: str, url: str, options: Mapping[str, Any], limits: Limits | None, stop: threading.Event | None
+) -> Store:
     shown = redact(url)
     if "::" in url or protocol in _NO_PLACE:
         raise RootError(shown, "not a place that objects can be written to; give a directory or an object store's URL")
@@ -103,7 +108,7 @@ def _open_remote(protocol: str, url: str, options: Mapping[str, Any]) -> Store:
     try:
         if protocol not in import_module("fsspec.registry").known_implementations:
             raise RootError(shown, f"{protocol!r} is not a known protocol; give a directory or s3://bucket/prefix")
-        return ObjectStore(f"{protocol}://{url.partition('://')[2]}", options)
+        return ObjectStore(f"{protocol}://{url.partition('://')[2]}", options, limits=limits, stop=stop)
     except ImportError as err:
         raise RootError(shown, f"the package for {protocol}:// is not installed ({err})") from err
     except StoreError as err:

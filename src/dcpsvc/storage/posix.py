@@ -16,7 +16,7 @@ from dcpsvc.storage.oserror import from_os_error, local_file_error
 from dcpsvc.storage.ranges import check_end, check_length, check_limit, check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
 _TOP_LEVEL = 2
 """Components of a key directly below a top-level folder; such folders are never removed."""
@@ -29,6 +29,9 @@ class PosixStore:
     a whole object or none, and a crash of the machine loses nothing that was reported written. A killed writer
     leaves a ``.tmp-*`` file that no listing shows.
     """
+
+    cached = True
+    """What was read a moment ago is in this machine's memory, while there is room."""
 
     def __init__(self, root: Path) -> None:
         # A later chdir must not move the run root.
@@ -86,6 +89,14 @@ class PosixStore:
             data = posixfile.read_range(fd, begin, end)
         check_length("read", self._where(key), len(data), end - begin)
         return data
+
+    def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
+        """See :meth:`ScatteringStore.read_into <dcpsvc.storage.base.ScatteringStore.read_into>`."""
+        with self._opened("read", key) as (fd, nbytes):
+            wanted = sum(map(len, views))
+            check_end(self._where(key), nbytes, begin + wanted)
+            found = posixfile.read_into(fd, begin, views)
+        check_length("read", self._where(key), found, wanted)
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""

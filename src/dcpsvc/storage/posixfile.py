@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from dcpsvc.storage.names import temp_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from io import FileIO
     from pathlib import Path
 
 COPY_NBYTES = 8 * 2**20
 _DIRECTORY_ATTEMPTS = 5
+_IOV_MAX = 1024
 _UNSYNCABLE = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 """What file systems say that cannot sync a directory (CIFS, some FUSE) and need not."""
 
@@ -72,6 +73,21 @@ def read_range(fd: int, begin: int, end: int) -> bytes:
         begin += len(parts[-1])
         parts.append(os.pread(fd, end - begin, begin))
     return b"".join(parts)
+
+
+def read_into(fd: int, begin: int, views: Sequence[memoryview]) -> int:
+    """Fill ``views`` with the bytes from ``begin`` on; fewer than they hold only where the file ends."""
+    left, found = [view for view in views if view], 0
+    while left:
+        count = os.preadv(fd, left[:_IOV_MAX], begin + found)
+        if not count:
+            break
+        found += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if count:
+            left[0] = left[0][count:]
+    return found
 
 
 def link(temp: Path, target: Path) -> bool:

@@ -14,6 +14,7 @@ from dcpsvc.errors import (
     StoreError,
     StoreFullError,
     StoreNotFoundError,
+    StoreThrottledError,
     StoreUnavailableError,
 )
 from dcpsvc.storage.oserror import from_os_error
@@ -47,10 +48,14 @@ _CODES: dict[str, tuple[type[StoreError], str]] = {
     "ConditionalRequestConflict": (StoreUnavailableError, "somebody else is writing the same object now"),
     "InvalidRange": (StoreError, "the object is shorter than the bytes asked for"),
     "RequestTimeout": (StoreUnavailableError, "the server waited too long for the request"),
-    "SlowDown": (StoreUnavailableError, "the server asks to slow down"),
-    "Throttling": (StoreUnavailableError, "the server asks to slow down"),
-    "TooManyRequests": (StoreUnavailableError, "the server asks to slow down"),
+    "SlowDown": (StoreThrottledError, "the server asks to slow down"),
+    "Throttling": (StoreThrottledError, "the server asks to slow down"),
+    "ThrottlingException": (StoreThrottledError, "the server asks to slow down"),
+    "RequestLimitExceeded": (StoreThrottledError, "the server asks to slow down"),
+    "TooManyRequests": (StoreThrottledError, "the server asks to slow down"),
     "XAmzContentSHA256Mismatch": (StoreUnavailableError, "the bytes were damaged on their way to the server"),
+    "XAmzContentChecksumMismatch": (StoreUnavailableError, "the bytes were damaged on their way to the server"),
+    "InvalidPart": (StoreUnavailableError, "the list of parts was damaged on its way to the server"),
     "BadDigest": (StoreUnavailableError, "the bytes were damaged on their way to the server"),
     "IncompleteBody": (StoreUnavailableError, "the bytes did not all arrive at the server"),
     "PermanentRedirect": (StoreError, "the bucket lives in another region; set region_name in storage_options"),
@@ -65,7 +70,7 @@ _STATUSES: dict[int, tuple[type[StoreError], str]] = {
     409: (StoreUnavailableError, "somebody else is changing the same object now"),
     412: (StoreError, "the object exists already"),
     416: (StoreError, "the object is shorter than the bytes asked for"),
-    429: (StoreUnavailableError, "the server asks to slow down"),
+    429: (StoreThrottledError, "the server asks to slow down"),
     501: (StoreError, "the server does not implement this request"),
     507: (StoreFullError, "no space left on the server"),
 }
@@ -89,6 +94,7 @@ _TYPES: dict[str, tuple[type[StoreError], str]] = {
     "ClientPayloadError": (StoreUnavailableError, "the connection was closed before the answer was whole"),
     "ClientConnectionError": (StoreUnavailableError, "the connection failed"),
     "IncompleteReadError": (StoreUnavailableError, "the connection was closed before the answer was whole"),
+    "ProtocolError": (StoreUnavailableError, "the connection was closed before the answer was whole"),
     "ResponseParserError": (StoreUnavailableError, "the server's answer makes no sense"),
 }
 

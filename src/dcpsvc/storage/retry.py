@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
+from dcpsvc.storage.base import ProvingStore, read_into
 from dcpsvc.storage.conflict import holds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from dcpsvc.storage.base import Entry, Store
@@ -23,13 +24,12 @@ _log = logging.getLogger(__name__)
 _FIRST_WAIT_S = 0.5
 
 
-class RetryingStore:
-    """A store that tries again where an error is :attr:`transient <dcpsvc.errors.StoreError.transient>`.
+class Retry:
+    """Calls again what fails with an error that is :attr:`transient <dcpsvc.errors.StoreError.transient>`.
 
     Waits grow exponentially with full jitter, so that many ranks turned away together do not come back together.
 
     Args:
-        store: Does the work.
         tries: At most so many calls for one operation.
         deadline_s: No new try begins later than this after the first one failed. The first try is not counted: the
             upload of a large shard may rightly take longer.
@@ -41,7 +41,6 @@ class RetryingStore:
 
     def __init__(
         self,
-        store: Store,
         *,
         tries: int = 5,
         deadline_s: float = 60.0,
@@ -50,10 +49,40 @@ class RetryingStore:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], bool] | None = None,
     ) -> None:
-        self._store, self._tries, self._deadline_s = store, tries, deadline_s
+        self._tries, self._deadline_s = tries, deadline_s
         self._stop = stop or threading.Event()
         self._clock, self._pause = clock, pause or self._stop.wait
         self._wait = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=wait_max_s)
+
+    def run(self, call: Callable[[], T]) -> T:
+        """What ``call`` gives in the end; its last error if there is no end."""
+        patience = _Patience(self._clock, self._tries, self._deadline_s, self._stop)
+
+        def pause(seconds: float) -> None:
+            # Raising here is the only way to make no further try: tenacity tries once more after every pause.
+            if self._pause(seconds) and patience.last:
+                raise patience.last
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(patience.forgives),
+            stop=patience.is_over,
+            wait=self._wait,
+            sleep=pause,
+            before_sleep=_log_retry,
+            reraise=True,
+        )(call)
+
+
+class RetryingStore:
+    """A store that tries again. What the inner store can do beyond the contract, this one can too.
+
+    Args:
+        store: Does the work.
+        how: See :class:`Retry`.
+    """
+
+    def __init__(self, store: Store, **how: Any) -> None:
+        self._store, self._retry = store, Retry(**how)
 
     def __repr__(self) -> str:
         return f"RetryingStore({self._store!r})"
@@ -67,6 +96,11 @@ class RetryingStore:
     def atomic_create(self) -> bool:
         """The inner store's."""
         return self._store.atomic_create
+
+    @property
+    def cached(self) -> bool:
+        """The inner store's, if it has such a thing."""
+        return bool(getattr(self._store, "cached", False))
 
     def create(self, key: str, data: bytes) -> bool:
         """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`.
@@ -83,57 +117,60 @@ class RetryingStore:
                 unsure = True
                 raise
 
-        return self._run(attempt)
+        return self._retry.run(attempt)
 
     def put(self, key: str, data: bytes) -> None:
         """See :meth:`Store.put <dcpsvc.storage.base.Store.put>`."""
-        self._run(lambda: self._store.put(key, data))
+        self._retry.run(lambda: self._store.put(key, data))
 
     def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
         """See :meth:`Store.put_file <dcpsvc.storage.base.Store.put_file>`; no byte is reported twice."""
         reported = _Reported(progress)
-        self._run(lambda: self._store.put_file(key, path, progress=reported.attempt()))
+        self._retry.run(lambda: self._store.put_file(key, path, progress=reported.attempt()))
+
+    def put_proven(
+        self,
+        key: str,
+        path: Path,
+        *,
+        check: Callable[[int, memoryview], None],
+        progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """See :meth:`ProvingStore.put_proven <dcpsvc.storage.base.ProvingStore.put_proven>`."""
+        store = self._store
+        if not isinstance(store, ProvingStore):
+            self.put_file(key, path, progress=progress)
+            return False
+        reported = _Reported(progress)
+        return self._retry.run(lambda: store.put_proven(key, path, check=check, progress=reported.attempt()))
 
     def get(self, key: str, *, max_nbytes: int) -> bytes:
         """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""
-        return self._run(lambda: self._store.get(key, max_nbytes=max_nbytes))
+        return self._retry.run(lambda: self._store.get(key, max_nbytes=max_nbytes))
 
     def read(self, key: str, begin: int, end: int) -> bytes:
         """See :meth:`Store.read <dcpsvc.storage.base.Store.read>`."""
-        return self._run(lambda: self._store.read(key, begin, end))
+        return self._retry.run(lambda: self._store.read(key, begin, end))
+
+    def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
+        """See :meth:`ScatteringStore.read_into <dcpsvc.storage.base.ScatteringStore.read_into>`."""
+        self._retry.run(lambda: read_into(self._store, key, begin, views))
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""
-        return self._run(lambda: self._store.list(prefix))
+        return self._retry.run(lambda: self._store.list(prefix))
 
     def size(self, key: str) -> int:
         """See :meth:`Store.size <dcpsvc.storage.base.Store.size>`."""
-        return self._run(lambda: self._store.size(key))
+        return self._retry.run(lambda: self._store.size(key))
 
     def delete(self, key: str) -> None:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
-        self._run(lambda: self._store.delete(key))
+        self._retry.run(lambda: self._store.delete(key))
 
     def remove_unfinished(self, before: str) -> None:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
-        self._run(lambda: self._store.remove_unfinished(before))
-
-    def _run(self, call: Callable[[], T]) -> T:
-        patience = _Patience(self._clock, self._tries, self._deadline_s, self._stop)
-
-        def pause(seconds: float) -> None:
-            # Raising here is the only way to make no further try: tenacity tries once more after every pause.
-            if self._pause(seconds) and patience.last:
-                raise patience.last
-
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(patience.forgives),
-            stop=patience.is_over,
-            wait=self._wait,
-            sleep=pause,
-            before_sleep=_log_retry,
-            reraise=True,
-        )(call)
+        self._retry.run(lambda: self._store.remove_unfinished(before))
 
 
 class _Patience:

@@ -1,6 +1,6 @@
-"""The three ways to move bytes through fsspec, each with the cautions its kind of server needs.
+"""The ways to move bytes through fsspec, each with the cautions its kind of server needs.
 
-The only module that loads fsspec, s3fs and botocore, and only when a store is made. Paths are fsspec's, errors are
+fsspec and what is below it are loaded only when a store is made. Paths are fsspec's, errors are
 the libraries' own.
 """
 
@@ -13,31 +13,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dcpsvc.storage.names import temp_name
-from dcpsvc.storage.remoteerror import answer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    import threading
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from dcpsvc.config import Limits
 
 _S3 = frozenset({"s3", "s3a"})
 _WHOLE_PUT = frozenset({"abfs", "abfss", "adl", "az", "gcs", "gs", "oci", "oss", "tos"})
 """Protocols beside S3 whose objects appear whole or not at all, and that have no directories."""
-
-_CALL_S = 180.0
-"""No S3 call may take longer, not even with a server that accepts a connection and then says nothing."""
-_SLOWEST_NBYTES_PER_S = 2**20
-_PART_NBYTES = 32 * 2**20
-_MAX_PARTS = 10_000
-_MAX_CREATE_NBYTES = 32 * 2**20
-_PRECONDITION_FAILED = 412
-
-_S3_CONFIG: Mapping[str, object] = {
-    "connect_timeout": 5,
-    "read_timeout": 30,
-    "max_pool_connections": 32,
-    # Inside one call, so that one bad part does not send a whole shard again; RetryingStore goes around the call.
-    "retries": {"mode": "standard", "total_max_attempts": 4},
-}
 
 
 class Wire(Protocol):
@@ -53,12 +39,34 @@ class Wire(Protocol):
         """Write an object, all or nothing."""
         ...
 
-    def put_file(self, path: str, source: Path, nbytes: int, sent: Callable[[int], None]) -> None:
-        """Write a file's bytes, all or nothing; ``sent`` hears how many are gone in total."""
+    def put_file(
+        self,
+        path: str,
+        source: Path,
+        nbytes: int,
+        sent: Callable[[int], None],
+        check: Callable[[int, memoryview], None],
+    ) -> bool:
+        """Write a file's bytes, all or nothing.
+
+        Args:
+            path: Where to.
+            source: The file.
+            nbytes: Its size.
+            sent: Hears how many bytes are gone in total.
+            check: See :meth:`ProvingStore.put_proven <dcpsvc.storage.base.ProvingStore.put_proven>`.
+
+        Returns:
+            Whether the server has proven that it has the bytes that ``check`` has seen.
+        """
         ...
 
     def read(self, path: str, begin: int, end: int) -> bytes:
         """Read bytes ``[begin, end)``, fewer where the object is shorter."""
+        ...
+
+    def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
+        """Fill ``views`` with the bytes from ``begin`` on; how many there were."""
         ...
 
     def size(self, path: str) -> int:
@@ -73,19 +81,32 @@ class Wire(Protocol):
         """Remove an object; FileNotFoundError is a fine answer where there is none."""
         ...
 
+    def remove_unfinished(self, root: str, before: str) -> None:
+        """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
+        ...
 
-def open_wire(url: str, options: Mapping[str, Any]) -> tuple[Wire, str]:
+
+def open_wire(url: str, options: Mapping[str, Any], limits: Limits, stop: threading.Event) -> tuple[Wire, str]:
     """The wire for a URL, and the run root as a path on it. Nothing is sent yet for S3."""
     protocol = url.partition("://")[0]
+    if protocol in _S3:
+        from dcpsvc.storage.s3wire import S3Wire, s3_options
+
+        options = s3_options(options, limits)
+        fs, root = _file_system(url, options)
+        return S3Wire(fs, options, limits, stop), root
+    if protocol in _WHOLE_PUT:
+        fs, root = _file_system(url, {**options, "use_listings_cache": False})
+        return BlobWire(fs), root
+    fs, root = _file_system(url, options)
+    return FileWire(fs), root
+
+
+def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     # By name: fsspec ships no types, and whoever only lists a local run root must not pay for loading it.
     core: Any = import_module("fsspec.core")
-    kind: type[BlobWire] = FileWire
-    if protocol in _S3:
-        kind, options = S3Wire, _s3_options(options)
-    elif protocol in _WHOLE_PUT:
-        kind, options = BlobWire, {**options, "use_listings_cache": False}
     fs, root = core.url_to_fs(url, skip_instance_cache=True, **options)
-    return kind(fs), cast("str", root).rstrip("/")
+    return fs, cast("str", root).rstrip("/")
 
 
 class BlobWire:
@@ -109,13 +130,32 @@ class BlobWire:
         """See :class:`Wire`."""
         self._fs.pipe_file(path, data, **self._within(len(data)))
 
-    def put_file(self, path: str, source: Path, nbytes: int, sent: Callable[[int], None]) -> None:
-        """See :class:`Wire`."""
+    def put_file(
+        self,
+        path: str,
+        source: Path,
+        nbytes: int,
+        sent: Callable[[int], None],
+        check: Callable[[int, memoryview], None],
+    ) -> bool:
+        """See :class:`Wire`; proves nothing."""
+        del check
         self._fs.put_file(str(source), path, callback=_callback(sent), **self._within(nbytes))
+        return False
 
     def read(self, path: str, begin: int, end: int) -> bytes:
         """See :class:`Wire`."""
         return cast("bytes", self._fs.cat_file(path, start=begin, end=end, **self._within(end - begin)))
+
+    def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
+        """See :class:`Wire`; by a copy."""
+        data = memoryview(self.read(path, begin, begin + sum(map(len, views))))
+        at = 0
+        for view in views:
+            part = data[at : at + len(view)]
+            view[: len(part)] = part
+            at += len(part)
+        return at
 
     def size(self, path: str) -> int:
         """See :class:`Wire`."""
@@ -129,57 +169,20 @@ class BlobWire:
         """See :class:`Wire`."""
         self._fs.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
-            yield from _files(self._fs.find(f"{root}/{prefix}", detail=True))
+            yield from files(self._fs.find(f"{root}/{prefix}", detail=True))
 
     def delete(self, path: str) -> None:
         """See :class:`Wire`."""
         self._fs.rm_file(path, **self._within(0))
 
+    def remove_unfinished(self, root: str, before: str) -> None:
+        """See :class:`Wire`; nothing: how such servers name what is unfinished, fsspec does not say."""
+        del root, before
+
     def _within(self, nbytes: int) -> dict[str, Any]:
         """Options that bound one call."""
         del nbytes
         return {}
-
-
-class S3Wire(BlobWire):
-    """S3 through s3fs: conditional PUT, one LIST a listing, parts of 32 MiB, and a limit on every call."""
-
-    atomic_create = True
-
-    def __init__(self, fs: Any) -> None:
-        super().__init__(fs)
-        # s3fs's own loop around botocore's would multiply every timeout by five.
-        fs.retries = 1
-
-    def create(self, path: str, data: bytes) -> bool:
-        """See :class:`Wire`; a single PUT, the only conditional write that S3 servers agree about."""
-        if len(data) > _MAX_CREATE_NBYTES:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        try:
-            self._fs.pipe_file(path, data, mode="create", chunksize=_MAX_CREATE_NBYTES, **self._within(len(data)))
-        except OSError as err:
-            # FileExistsError only where the server names the condition that failed; AWS does, Ceph does not.
-            answer = answer_of(err)
-            if isinstance(err, FileExistsError) or (answer and answer.status == _PRECONDITION_FAILED):
-                return False
-            raise
-        return True
-
-    def put_file(self, path: str, source: Path, nbytes: int, sent: Callable[[int], None]) -> None:
-        """See :class:`Wire`."""
-        part = max(_PART_NBYTES, -(-nbytes // _MAX_PARTS))
-        self._fs.put_file(str(source), path, callback=_callback(sent), chunksize=part, **self._within(nbytes))
-
-    def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
-        """See :class:`Wire`; here FileNotFoundError means that there is no such bucket, so it is raised."""
-        if prefix:
-            # With a prefix s3fs asks once; without, an empty answer costs two more requests.
-            yield from _files(self._fs.find(root, prefix=prefix, detail=True, **self._within(0)))
-        else:
-            yield from _files(self._fs.find(root, detail=True, **self._within(0)))
-
-    def _within(self, nbytes: int) -> dict[str, Any]:
-        return {"timeout": _CALL_S + nbytes / _SLOWEST_NBYTES_PER_S}
 
 
 class FileWire(BlobWire):
@@ -190,10 +193,17 @@ class FileWire(BlobWire):
         with self._aside(path) as temp:
             self._fs.pipe_file(temp, data)
 
-    def put_file(self, path: str, source: Path, nbytes: int, sent: Callable[[int], None]) -> None:
+    def put_file(
+        self,
+        path: str,
+        source: Path,
+        nbytes: int,
+        sent: Callable[[int], None],
+        check: Callable[[int, memoryview], None],
+    ) -> bool:
         """See :class:`Wire`."""
         with self._aside(path) as temp:
-            super().put_file(temp, source, nbytes, sent)
+            return super().put_file(temp, source, nbytes, sent, check)
 
     def read(self, path: str, begin: int, end: int) -> bytes:
         """See :class:`Wire`."""
@@ -248,13 +258,8 @@ def _directory_is_no_object() -> Generator[None]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from err
 
 
-def _s3_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = {**_S3_CONFIG, **(options.get("config_kwargs") or {})}
-    # Listings are never cached: a rank must see what another one wrote a moment ago.
-    return {**options, "config_kwargs": config, "use_listings_cache": False}
-
-
-def _files(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
+def files(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
+    """What of a listing is an object, and its size."""
     for name, info in found.items():
         if info["type"] != "directory":
             yield name, int(info["size"])

@@ -1,0 +1,299 @@
+"""Reading a checkpoint back: dcpsvc beside plain reads of the same files, DCP and safetensors, warm and cold.
+
+    python -m benchmarks.bench_resume --mib 1024 --rounds 5 --out benchmarks/results/resume.json
+
+One process. dcpsvc proves every block and only then touches the model; the others load in place and prove nothing.
+Cold: the files' pages are dropped from the page cache before. Memory: peak beyond the model's own, in multiples of it.
+Below, bytes fetched per byte needed when another number of ranks reads: each asks for its part of every tensor, cut
+along the first dimension. With --s3 the same from a real S3 server, beside downloads by obstore, boto3 and DCP's
+FsspecReader.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+import dcpsvc
+from benchmarks.common import ceph
+from benchmarks.common.facts import facts
+from benchmarks.common.options import plain_parser
+from benchmarks.common.report import write
+
+MIB = 2**20
+AT_ONCE = 8
+PIECE = 8 * MIB
+WIDTH = 2048
+
+
+class Model(torch.nn.Module):
+    """Linear layers, about so many MiB."""
+
+    def __init__(self, mib):
+        super().__init__()
+        count = max(1, round(mib * MIB / (4 * WIDTH * WIDTH)))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+    @property
+    def nbytes(self):
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+
+def spans(path):
+    size = path.stat().st_size
+    return [(path, begin, min(begin + PIECE, size)) for begin in range(0, size, PIECE)]
+
+
+def plain(shards, _):
+    """The same bytes into new memory, and nothing else."""
+    work = [span for path in shards for span in spans(path)]
+    memory = {path: memoryview(torch.empty(path.stat().st_size, dtype=torch.uint8).numpy()) for path in shards}
+    files = {path: os.open(path, os.O_RDONLY) for path in shards}
+
+    def one(span):
+        path, at, end = span
+        while at < end:
+            at += os.preadv(files[path], [memory[path][at:end]], at)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, work))
+    for descriptor in files.values():
+        os.close(descriptor)
+
+
+def safetensors(shards, _):
+    from safetensors.torch import load_file
+
+    for path in shards:
+        {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def drop(folder):
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def peak(work):
+    """Seconds, and how far resident memory rose above what it was."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, began = _status("VmRSS"), time.perf_counter()
+    work()
+    return time.perf_counter() - began, _status("VmHWM") - before
+
+
+def _status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def compare(systems, rounds, nbytes, prepare=lambda: None):
+    """Systems take turns."""
+    taken, skipped = {name: [] for name in systems}, {}
+    for _ in range(rounds + 1):
+        for name, work in systems.items():
+            if name in skipped:
+                continue
+            prepare()
+            try:
+                taken[name].append(peak(work))
+            except Exception as err:  # noqa: BLE001 - a peer that cannot do it is said so, and the others are measured
+                skipped[name] = f"{type(err).__name__}: {err}"[:200]
+    rows = []
+    for name, runs in taken.items():
+        if name in skipped:
+            rows.append({"system": name, "skipped": skipped[name]})
+            continue
+        seconds = statistics.median(run[0] for run in runs[1:])
+        memory = statistics.median(run[1] for run in runs[1:]) / nbytes
+        rows.append({"system": name, "seconds": seconds, "gib_per_s": nbytes / 2**30 / seconds, "memory": memory})
+    ours = next(row["seconds"] for row in rows if row["system"] == "dcpsvc")
+    for row in rows:
+        if "seconds" in row:
+            row["x_ours"] = row["seconds"] / ours
+    return rows
+
+
+def local(options, folder, model):
+    """From a directory."""
+    root, other = folder / "root", folder / "dcp"
+    save(root, model, folder)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=other, no_dist=True)
+    shards = sorted((root / "data").rglob("*.safetensors"))
+    state = {"model": model.state_dict()}
+    systems = {
+        "dcpsvc": lambda: dcpsvc.load(root, {"model": model}),
+        "plain reads": functools.partial(plain, shards, None),
+        "safetensors": functools.partial(safetensors, shards, None),
+        "DCP load": lambda: dcp.load(state, checkpoint_id=other, no_dist=True),
+        "DCP load, our reader": lambda: dcp.load(
+            {f"model.{name}": tensor for name, tensor in state["model"].items()},
+            storage_reader=dcpsvc.storage_reader(root), no_dist=True,
+        ),
+    }  # fmt: skip
+    return {
+        "warm": compare(systems, options.rounds, model.nbytes),
+        "cold": compare(systems, options.rounds, model.nbytes, lambda: drop(folder)),
+    }
+
+
+def save(root, model, folder, **options):
+    with dcpsvc.Checkpointer(root, {"model": model}, local=folder / "nvme", save_last=False, **options) as ckpt:
+        ckpt.save(1).wait(600)
+
+
+def remote(options, folder, model):
+    """From a real S3 server."""
+    with ceph.bucket(options.endpoint, folder) as (storage_options, bucket):
+        root = f"s3://{bucket}/run"
+        save(root, model, folder, storage_options=storage_options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+        there = f"s3://{bucket}/dcp"
+        state = {"model": model.state_dict()}
+        dcp.save(state, storage_writer=FsspecWriter(there, **storage_options), no_dist=True)
+        plain_client = ceph.client(storage_options)
+        keys = [
+            (item["Key"], item["Size"])
+            for item in plain_client.list_objects_v2(Bucket=bucket, Prefix="run/data/")["Contents"]
+        ]
+        systems = {
+            "dcpsvc": lambda: dcpsvc.load(root, {"model": model}, storage_options=storage_options),
+            "obstore": functools.partial(obstore_download, storage_options, bucket, keys),
+            "boto3": functools.partial(boto3_download, storage_options, bucket, keys, folder),
+            "DCP FsspecReader": lambda: dcp.load(
+                state, storage_reader=FsspecReader(there, **storage_options), no_dist=True
+            ),
+        }
+        return {"S3": compare(systems, options.rounds, model.nbytes)}
+
+
+def obstore_download(options, bucket, keys):
+    import obstore
+    from obstore.store import S3Store
+
+    store = S3Store(
+        bucket, endpoint=options["endpoint_url"], access_key_id=options["key"], region="us-east-1",
+        secret_access_key=options["secret"], client_options={"allow_http": True},
+    )  # fmt: skip
+    for key, nbytes in keys:
+        memory = memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy())
+
+        def one(begin, key=key, memory=memory, nbytes=nbytes):
+            end = min(begin + PIECE, nbytes)
+            memory[begin:end] = memoryview(obstore.get_range(store, key, start=begin, end=end))
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(one, range(0, nbytes, PIECE)))
+
+
+def boto3_download(options, bucket, keys, folder):
+    import boto3
+    from boto3.s3.transfer import TransferConfig
+
+    client = boto3.client(
+        "s3", endpoint_url=options["endpoint_url"], aws_access_key_id=options["key"], region_name="us-east-1",
+        aws_secret_access_key=options["secret"],
+    )  # fmt: skip
+    for key, _ in keys:
+        client.download_file(
+            bucket,
+            key,
+            str(folder / "download"),
+            Config=TransferConfig(multipart_chunksize=PIECE, max_concurrency=AT_ONCE),
+        )
+
+
+def resharded(folder, worlds):
+    """Bytes fetched per byte needed, all ranks together, from the checkpoint that is there."""
+    from dcpsvc.stages import discover, restore
+    from dcpsvc.state.saved import Saved
+    from dcpsvc.storage.posix import PosixStore
+
+    class Counting(PosixStore):
+        fetched = 0
+
+        def read(self, key, begin, end):
+            Counting.fetched += end - begin
+            return super().read(key, begin, end)
+
+        def read_into(self, key, begin, views):
+            Counting.fetched += sum(map(len, views))
+            super().read_into(key, begin, views)
+
+    store = Counting(folder / "root")
+    (attempt,) = discover.committed(store)
+    manifest = discover.read_manifest(store, attempt)
+    layout = discover.read_layout(store, manifest)
+    rows = []
+    for world in worlds:
+        Counting.fetched, needed = 0, 0
+        for rank in range(world):
+            saved = Saved(layout, {}, rank, manifest.world_size, manifest.step)
+            wants = [part for key in layout.tensors if (part := cut(saved, key, rank, world))]
+            needed += sum(want.out.nbytes for want in wants)
+            restore.read(restore.CheckpointReader(manifest, layout, [store]), wants)
+        rows.append({"ranks": f"{manifest.world_size} -> {world}", "fetched_per_needed": Counting.fetched / needed})
+    return rows
+
+
+def cut(saved, key, rank, world):
+    """One rank's part of a tensor, as FSDP2 cuts it."""
+    shape = saved.tensor(key).shape
+    rows = -(-shape[0] // world)
+    begin, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+    if begin == end:
+        return None
+    return saved.want_box(key, (begin, *[0] * (len(shape) - 1)), (end - begin, *shape[1:]))
+
+
+def draw(result, console):
+    for title, rows in result["settings"].items():
+        console.print(f"\n{title}\n{'system':26}{'s':>8}{'x ours':>8}{'GiB/s':>8}{'memory x':>10}", highlight=False)
+        for row in rows:
+            if "skipped" in row:
+                console.print(f"{row['system']:26}  skipped: {row['skipped']}", highlight=False, markup=False)
+                continue
+            numbers = f"{row['seconds']:8.3f}{row['x_ours']:8.2f}{row['gib_per_s']:8.2f}{row['memory']:10.2f}"
+            console.print(f"{row['system']:26}{numbers}", highlight=False)
+    for row in result["resharded"]:
+        console.print(f"{row['ranks']}: {row['fetched_per_needed']:.3f} bytes fetched per byte needed", highlight=False)
+
+
+def main():
+    made = plain_parser(__doc__)
+    made.add_argument("--mib", type=int, default=1024, help="of model (default: %(default)s)")
+    made.add_argument("--rounds", type=int, default=5, help="of which the medians are (default: %(default)s)")
+    made.add_argument("--s3", action="store_true", help="from a real S3 server too")
+    made.add_argument("--endpoint", default=None, help="of a server of yours; keys in DCPSVC_TEST_S3_KEY and _SECRET")
+    made.add_argument("--dir", default=None, help="where files are (default: the temporary directory)")
+    options = made.parse_args()
+    warnings.simplefilter("ignore")
+    folder = Path(tempfile.mkdtemp(prefix="resume-", dir=options.dir))
+    with contextlib.ExitStack() as after:
+        after.callback(shutil.rmtree, folder, ignore_errors=True)
+        model = Model(options.mib)
+        result = {"facts": facts(folder, {"mib": options.mib, "rounds": options.rounds})}
+        result["settings"] = local(options, folder, model)
+        result["resharded"] = resharded(folder, (1, 2, 4, 8))
+        if options.s3:
+            result["settings"] |= remote(options, folder, model)
+        write(options, result, functools.partial(draw, result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Boxes of a saved chunk, and the host memory they go to."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+
+from dcpsvc import linux
+from dcpsvc.format.layout import ITEM_NBYTES
+from dcpsvc.state.dtypes import dtype_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_HUGE_NBYTES = 2 << 20
+
+
+class Place(NamedTuple):
+    """Where a saved chunk lies: in whose shard, from which byte on, and its extent."""
+
+    rank: int
+    begin: int
+    sizes: tuple[int, ...]
+    dtype: str
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one index of the first dimension."""
+        return math.prod(self.sizes[1:]) * ITEM_NBYTES[self.dtype]
+
+
+def whole_rows(place: Place, offsets: Sequence[int], lengths: Sequence[int]) -> int | None:
+    """The first byte of a box of the chunk if it is one range of the file, which it is if no row is cut; else None."""
+    if any(offsets[1:]) or tuple(lengths[1:]) != tuple(place.sizes[1:]):
+        return None
+    return place.begin + (offsets[0] if offsets else 0) * place.row_nbytes
+
+
+def memory(target: torch.Tensor, dtype: str) -> memoryview | None:
+    """The bytes of ``target`` if a file's bytes can go there as they are, else None."""
+    plain = type(target) is torch.Tensor or isinstance(target, torch.nn.Parameter)
+    if not plain or target.device.type != "cpu" or target.dtype != dtype_of(dtype) or not target.is_contiguous():
+        return None
+    return memoryview(cast("Any", target.detach().reshape(-1).view(torch.uint8).numpy()))
+
+
+def as_tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes as a tensor, without a copy."""
+    kind = dtype_of(dtype)
+    return torch.frombuffer(data, dtype=kind).view(shape) if data else torch.empty(shape, dtype=kind)
+
+
+def in_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask for it before new memory is filled: that is several times faster where the kernel leaves it to be asked."""
+    begin = -(-tensor.data_ptr() // _HUGE_NBYTES) * _HUGE_NBYTES
+    nbytes = (tensor.data_ptr() + tensor.nbytes - begin) // _HUGE_NBYTES * _HUGE_NBYTES
+    if nbytes > 0:
+        with contextlib.suppress(OSError):
+            linux.madvise(begin, nbytes, linux.MADV_HUGEPAGE)

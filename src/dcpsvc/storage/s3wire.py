@@ -1,0 +1,175 @@
+"""S3: s3fs for everything that carries no data, our own connections for the data."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from dcpsvc.storage.bodysum import candidates
+from dcpsvc.storage.direct import Direct, Request
+from dcpsvc.storage.multipart import Sender
+from dcpsvc.storage.names import temp_name
+from dcpsvc.storage.pace import Pace
+from dcpsvc.storage.remoteerror import answer_of, from_remote_error
+from dcpsvc.storage.retry import Retry
+from dcpsvc.storage.wire import BlobWire, files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from dcpsvc.config import Limits
+    from dcpsvc.storage.bodysum import BodySum
+
+_CALL_S = 180.0
+"""No S3 call may take longer, not even with a server that accepts a connection and then says nothing."""
+_SLOWEST_NBYTES_PER_S = 2**20
+_MAX_CREATE_NBYTES = 32 * 2**20
+_PRECONDITION_FAILED = 412
+_CONNECTIONS = 32
+_ENDLESS = 10**9
+
+_S3_CONFIG: Mapping[str, object] = {
+    "connect_timeout": 5,
+    "read_timeout": 30,
+    # For signed URLs too, where botocore still prefers what newer regions of AWS refuse.
+    "signature_version": "s3v4",
+    # Of calls that carry no data; RetryingStore goes around the call.
+    "retries": {"mode": "standard", "total_max_attempts": 4},
+}
+
+_REFUSED_SUM = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "ChecksumMismatch"})
+"""What servers say to bytes that do not match the checksum that came with them."""
+
+_ONLY_BY_S3FS = frozenset({"RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"})
+"""Options that every request for data must repeat; s3fs knows how."""
+
+
+def s3_options(options: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    """Storage options with our defaults below them."""
+    connections = {"max_pool_connections": max(_CONNECTIONS, 2 * limits.concurrency)}
+    config: dict[str, Any] = {**_S3_CONFIG, **connections, **(options.get("config_kwargs") or {})}
+    # Listings are never cached: a rank must see what another one wrote a moment ago.
+    return {**options, "config_kwargs": config, "use_listings_cache": False}
+
+
+class S3Wire(BlobWire):
+    """Conditional PUT, one LIST a listing, parts that the server proves, and a limit on every call."""
+
+    atomic_create = True
+
+    def __init__(self, fs: Any, options: Mapping[str, Any], limits: Limits, stop: threading.Event) -> None:
+        super().__init__(fs)
+        # s3fs's own loop around botocore's would multiply every timeout by five.
+        fs.retries = 1
+        self._limits, self._stop = limits, stop
+        self._pace = Pace(limits, pause=stop.wait)
+        self._checksum: tuple[BodySum | None] | None = None
+        self._probing = threading.Lock()
+        client: Mapping[str, Any] = options.get("client_kwargs") or {}
+        endpoint = options.get("endpoint_url") or client.get("endpoint_url")
+        extra = {*(options.get("s3_additional_kwargs") or {}), *(fs.req_kw or {})}
+        self._extra = bool(extra)
+        self._direct: Direct | None = None
+        if not extra & _ONLY_BY_S3FS:
+            self._direct = Direct(fs, options["config_kwargs"], endpoint_url=endpoint, verify=client.get("verify"))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """See :class:`Wire`; a single PUT, the only conditional write that S3 servers agree about."""
+        if len(data) > _MAX_CREATE_NBYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        try:
+            self._fs.pipe_file(path, data, mode="create", chunksize=_MAX_CREATE_NBYTES, **self._within(len(data)))
+        except OSError as err:
+            # FileExistsError only where the server names the condition that failed; AWS does, Ceph does not.
+            answer = answer_of(err)
+            if isinstance(err, FileExistsError) or (answer and answer.status == _PRECONDITION_FAILED):
+                return False
+            raise
+        return True
+
+    def put_file(
+        self,
+        path: str,
+        source: Path,
+        nbytes: int,
+        sent: Callable[[int], None],
+        check: Callable[[int, memoryview], None],
+    ) -> bool:
+        """See :class:`Wire`."""
+        # What is said about a new object (encryption, storage class) s3fs adds, and not to a signed URL.
+        if self._direct is None or (self._extra and nbytes <= self._limits.part_nbytes):
+            return super().put_file(path, source, nbytes, sent, check)
+        checksum = self._proving(self._direct, path)
+        retry = functools.partial(Retry, tries=_ENDLESS, deadline_s=self._limits.patience_s, stop=self._stop)
+        Sender(self._fs, self._direct, self._pace, self._limits, retry, checksum).send(
+            path, source, nbytes, sent, check
+        )
+        return checksum is not None
+
+    def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
+        """See :class:`Wire`."""
+        if self._direct is None:
+            return super().read_into(path, begin, views)
+        with self._pace.turn(sum(map(len, views))):
+            try:
+                return self._direct.read_into(path, begin, views)
+            except Exception as err:  # every library below has an error tree of its own
+                raise from_remote_error("read", f"s3://{path}", err) from err
+
+    def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
+        """See :class:`Wire`; here FileNotFoundError means that there is no such bucket, so it is raised."""
+        if prefix:
+            # With a prefix s3fs asks once; without, an empty answer costs two more requests.
+            yield from files(self._fs.find(root, prefix=prefix, detail=True, **self._within(0)))
+        else:
+            yield from files(self._fs.find(root, detail=True, **self._within(0)))
+
+    def remove_unfinished(self, root: str, before: str) -> None:
+        """See :class:`Wire`: multipart uploads below the run root that began before that object was written."""
+        bucket, _, prefix = f"{root}/".partition("/")
+        limit: datetime = self._call("head_object", Bucket=bucket, Key=before.partition("/")[2])["LastModified"]
+        for upload in self._unfinished(bucket, prefix):
+            if upload["Initiated"] < limit:
+                self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    def _unfinished(self, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+        marker: dict[str, str] = {}
+        while True:
+            page = self._call("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
+            yield from page.get("Uploads") or []
+            if not page.get("IsTruncated"):
+                return
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _proving(self, direct: Direct, path: str) -> BodySum | None:
+        """The cheapest checksum that this server compares; found out once."""
+        with self._probing:
+            if self._checksum is None:
+                place = f"{path.rpartition('/')[0]}/{temp_name()}"
+                self._checksum = (next((kind for kind in candidates() if self._compares(direct, place, kind)), None),)
+            return self._checksum[0]
+
+    def _compares(self, direct: Direct, place: str, kind: BodySum) -> bool:
+        """Whether it refuses bytes with the checksum of others."""
+        try:
+            direct.put(Request(place, "put_object"), memoryview(b"these bytes"), (kind, kind.of(b"not those")))
+        except Exception as err:
+            answer = answer_of(err)
+            if answer and (answer.code in _REFUSED_SUM):
+                return True
+            if answer and answer.code in {"InvalidRequest", "NotImplemented", "InvalidArgument"}:
+                return False
+            raise
+        self._fs.rm_file(place, **self._within(0))
+        return False
+
+    def _call(self, operation: str, **parameters: object) -> Any:
+        return self._fs.call_s3(operation, **parameters, **self._within(0))
+
+    def _within(self, nbytes: int) -> dict[str, Any]:
+        return {"timeout": _CALL_S + nbytes / _SLOWEST_NBYTES_PER_S}

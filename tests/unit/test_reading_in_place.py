@@ -1,0 +1,124 @@
+"""A module is read in place where reading twice is cheap: nothing is touched before all is proven, no copy is held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import dcpsvc
+from dcpsvc.errors import NoValidCheckpointError, RestoreFailedError
+from dcpsvc.storage.posix import PosixStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def linear(value: float) -> torch.nn.Linear:
+    model = torch.nn.Linear(1000, 700)
+    with torch.no_grad():
+        model.weight.fill_(value)
+        model.bias.fill_(value)
+    return model
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two steps of a model of 2.7 MiB, all ones and all twos."""
+    model = linear(0.0)
+    with dcpsvc.Checkpointer(tmp_path / "root", {"model": model}, local=tmp_path / "local", save_last=False) as ckpt:
+        for step in (1, 2):
+            with torch.no_grad():
+                model.weight.fill_(float(step))
+                model.bias.fill_(float(step))
+            ckpt.save(step).wait(60)
+    return tmp_path / "root"
+
+
+class Watching(PosixStore):
+    """Tells of every read what the model held just then, and may damage what it gives out from some read on."""
+
+    def __init__(self, root: Path, model: torch.nn.Linear, damaged_from: int = 10**9) -> None:
+        super().__init__(root)
+        self.model, self.damaged_from, self.held, self.given_out = model, damaged_from, list[float](), 0
+
+    def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
+        self.held.append(self.model.weight[0, 0].item())
+        super().read_into(key, begin, views)
+        self.given_out += sum(map(len, views))
+        if len(self.held) >= self.damaged_from:
+            views[0][0] ^= 1
+
+
+def test_the_model_s_own_memory_is_what_is_read_into(root: Path) -> None:
+    model = linear(0.0)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    store = Watching(root, model)
+    assert dcpsvc.load(store, {"model": model}) == 2
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    assert torch.equal(model.weight, torch.full((700, 1000), 2.0))
+    assert torch.equal(model.bias, torch.full((700,), 2.0))
+    assert store.given_out > 2 * model.weight.nbytes
+
+
+def test_where_reading_twice_is_dear_it_is_read_once(root: Path) -> None:
+    given_out = []
+    for cached in (True, False):
+        model = linear(0.0)
+        store = Watching(root, model)
+        store.cached = cached
+        assert dcpsvc.load(store, {"model": model}) == 2
+        assert torch.equal(model.weight, torch.full((700, 1000), 2.0))
+        given_out.append(store.given_out)
+    assert set(store.held) == {0.0}
+    assert given_out[0] - given_out[1] >= model.weight.nbytes
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_damage_is_found_before_anything_is_touched(root: Path, *, cached: bool) -> None:
+    model = linear(0.0)
+    store = Watching(root, model, damaged_from=1)
+    store.cached = cached
+    with pytest.raises((RestoreFailedError, NoValidCheckpointError)):
+        dcpsvc.load(store, {"model": model})
+    assert torch.equal(model.weight, torch.zeros(700, 1000))
+
+
+def test_a_damaged_newest_commit_is_passed_over_for_the_older_one(root: Path) -> None:
+    shard = next(path for path in root.rglob("*.safetensors") if "step-000000000002" in str(path))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    model = linear(0.0)
+    assert dcpsvc.load(root, {"model": model}) == 1
+    assert torch.equal(model.weight, torch.ones(700, 1000))
+
+
+def test_what_breaks_after_it_was_proven_says_that_the_state_was_changed_and_nothing_older_is_tried(root: Path) -> None:
+    model = linear(0.0)
+    proving = Watching(root, model)
+    dcpsvc.load(proving, {"model": linear(0.0)})
+    first_in_place = proving.held.index(0.0)
+    store = Watching(root, model, damaged_from=len(proving.held) - first_in_place)
+    with pytest.raises(RestoreFailedError, match="partly changed") as caught:
+        dcpsvc.load(store, {"model": model})
+    assert caught.value.changed
+
+
+def test_a_module_on_the_meta_device_is_refused_with_what_to_do(root: Path) -> None:
+    with torch.device("meta"):
+        model = torch.nn.Linear(1000, 700)
+    with pytest.raises(RestoreFailedError, match=r"to_empty"):
+        dcpsvc.load(root, {"model": model})
+    model.to_empty(device="cpu")
+    assert dcpsvc.load(root, {"model": model}) == 2
+    assert torch.equal(model.weight, torch.full((700, 1000), 2.0))
+
+
+def test_a_module_whose_memory_is_not_in_one_piece_is_loaded_too(root: Path) -> None:
+    model = linear(0.0)
+    model.weight = torch.nn.Parameter(torch.zeros(1000, 700).t())
+    assert dcpsvc.load(root, {"model": model}) == 2
+    assert torch.equal(model.weight, torch.full((700, 1000), 2.0))
