@@ -317,8 +317,6 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
-    for want in wants:
-        boxes.in_huge_pages(want.out)
     _load(wants, reader.for_known_boxes(), reader)
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
-from dcpsvc import linux
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.state.dtypes import dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_HUGE_NBYTES = 2 << 20
 
 
 class Place(NamedTuple):
@@ -51,12 +47,3 @@ def as_tensor(data: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Ten
     """Bytes as a tensor, without a copy."""
     kind = dtype_of(dtype)
     return torch.frombuffer(data, dtype=kind).view(shape) if data else torch.empty(shape, dtype=kind)
-
-
-def in_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask for it before new memory is filled: that is several times faster where the kernel leaves it to be asked."""
-    begin = -(-tensor.data_ptr() // _HUGE_NBYTES) * _HUGE_NBYTES
-    nbytes = (tensor.data_ptr() + tensor.nbytes - begin) // _HUGE_NBYTES * _HUGE_NBYTES
-    if nbytes > 0:
-        with contextlib.suppress(OSError):
-            linux.madvise(begin, nbytes, linux.MADV_HUGEPAGE)

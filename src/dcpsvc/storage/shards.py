@@ -127,15 +127,13 @@ class _Source:
     def __init__(self, store: Store, record: ShardRecord) -> None:
         self.store, self._record = store, record
         self._table: bytes | None = None
-        self._lock = threading.Lock()
 
     def read_into(self, begin: int, views: Sequence[memoryview]) -> None:
         """Proven bytes of the body, whole blocks."""
         path, first = self._record.path, begin // BLOCK_NBYTES
         try:
-            with self._lock:
-                if self._table is None:
-                    self._table = self._read_table()
+            if self._table is None:
+                self._table = self._read_table()  # by several threads, perhaps: none waits for another's store
             read_into(self.store, path, begin, views)
         except StoreNotFoundError as err:
             raise CorruptShardError(path, f"the file is missing ({self.store.url})") from err
