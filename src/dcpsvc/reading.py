@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
 
 
+AT_ONCE = 16
+"""Small files read side by side: an object store takes milliseconds for each."""
+
+
 def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
     """The store of an existing run.
 
@@ -44,7 +48,7 @@ def list_checkpoints(
         RootError: There is no run at that place.
         StoreError: The store could not be listed. That is never an empty list.
     """
-    return discover.listing(open_root(root, storage_options))
+    return discover.listing(open_root(root, storage_options), at_once=AT_ONCE)
 
 
 def latest(root: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Checkpoint | None:

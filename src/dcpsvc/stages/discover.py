@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.manifest import Manifest
@@ -126,6 +128,11 @@ def _created(store: Store, attempt: Attempt) -> str:
         return ""
 
 
+def created(found: Manifest) -> datetime:
+    """When the ranks agreed to save it, UTC."""
+    return datetime.fromisoformat(found.created).astimezone(UTC)
+
+
 def check_files(store: Store, found: Manifest) -> None:
     """Every file a manifest names is there and has its size: one LIST of the attempt. Content is proven on reading.
 
@@ -188,16 +195,29 @@ def choose(store: Store, step: int | None, tried: Collection[Attempt] = ()) -> C
     return Choice(None, tuple(rejected), tuple(passed), steps)
 
 
-def listing(store: Store) -> list[Checkpoint]:
-    """Everything of ours below a run root, ascending by step; files with other names are ignored."""
+def listing(store: Store, *, at_once: int = 1) -> list[Checkpoint]:
+    """Everything of ours below a run root, ascending by step; files with other names are ignored.
+
+    Args:
+        store: The run root.
+        at_once: Manifests read side by side, on threads; 1 reads on the caller's.
+    """
     entries = store.list(keys.DATA)
     sizes = {entry.key: entry.nbytes for entry in entries}
     layouts = {entry.key: entry.nbytes for entry in store.list(keys.LAYOUTS)}
     manifests, fenced = _manifests(store)
-    found = [_describe(store, attempt, sizes, layouts) for attempt in manifests]
+    describe = functools.partial(_describe, store, sizes=sizes, layouts=layouts)
+    found = _map(describe, manifests, at_once)
     found += [_incomplete(attempt, "a newer job had taken the run root over", sizes) for attempt in fenced]
     found += _without_manifest(entries, {*manifests, *fenced})
     return sorted(found, key=_age)
+
+
+def _map(work: Callable[[Attempt], Checkpoint], attempts: list[Attempt], at_once: int) -> list[Checkpoint]:
+    if at_once == 1:
+        return [work(attempt) for attempt in attempts]
+    with ThreadPoolExecutor(at_once) as threads:
+        return list(threads.map(work, attempts))
 
 
 def _age(checkpoint: Checkpoint) -> tuple[int, int, datetime, str]:
@@ -227,7 +247,7 @@ def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: di
     return Checkpoint(
         step=found.step,
         attempt=found.attempt,
-        created=datetime.fromisoformat(found.created).astimezone(UTC),
+        created=created(found),
         nbytes=found.nbytes,
         world_size=found.world_size,
         metrics=found.metrics,
