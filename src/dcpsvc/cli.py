@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from dcpsvc.commandline import looking
+from dcpsvc.commandline import checking, looking
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     EXIT_NOT_LIVE,
@@ -55,6 +55,7 @@ for _command in (
     looking.diff_command,
     looking.du_command,
     looking.fetch_command,
+    checking.doctor_command,
 ):
     cli.add_command(_command)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -25,6 +26,27 @@ F = TypeVar("F", bound="Callable[..., Any]")
 EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_NOT_LIVE = 1, 3, 4
 
 SECONDS = click.FloatRange(min=0, min_open=True)
+
+
+def size_in_bytes(text: str) -> int:
+    """``105GB``, ``1.5TiB``, ``4096`` in bytes."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size: write 105GB, 1.5TiB or a number of bytes")
+    base, power = 1024 if match["binary"] else 1000, " KMGTP".index(match["prefix"].upper() or " ")
+    return round(float(match["number"]) * float(base**power))
+
+
+def time_in_seconds(text: str) -> float:
+    """``24h``, ``90min``, ``30s``, ``7d`` in seconds."""
+    match = _DURATION.fullmatch(text)
+    if match is None or not float(match["number"]):
+        raise click.BadParameter(f"{text!r} is no time: write 24h, 90min, 30s or 7d")
+    return float(match["number"]) * {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}[match["unit"]]
+
+
+_SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<prefix>[kKMGTP]?)(?P<binary>i?)B?")
+_DURATION = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<unit>s|min|h|d|)")
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 store_options = click.option(

@@ -61,10 +61,10 @@ def measure(store: Store, local_path: Path | None = None) -> Usage:
     committed = discover.committed(store)
     entries = store.list("")
     by_attempt, kinds = _sum(entries, set(committed))
-    rows = [(*attempt, nbytes) for attempt, nbytes in sorted(by_attempt.items())]
+    rows = sorted(by_attempt.items())
     return Usage(
-        checkpoints=tuple(row for row in rows if keys.Attempt(*row[:2]) in committed),
-        debris=tuple(row for row in rows if keys.Attempt(*row[:2]) not in committed),
+        checkpoints=tuple((one.step, one.attempt, nbytes) for one, nbytes in rows if one in committed),
+        debris=tuple((one.step, one.attempt, nbytes) for one, nbytes in rows if one not in committed),
         components=_components(store, committed),
         kinds=kinds,
         local=0 if local_path is None else sum(entry.nbytes for entry in PosixStore(local_path).list("")),
@@ -73,7 +73,7 @@ def measure(store: Store, local_path: Path | None = None) -> Usage:
 
 def _sum(entries: Iterable[Entry], committed: set[Attempt]) -> tuple[dict[Attempt, int], dict[str, int]]:
     by_attempt: defaultdict[Attempt, int] = defaultdict(int)
-    kinds = dict.fromkeys(("checkpoints", "debris", "manifests", "layouts", "other"), 0)
+    kinds: dict[str, int] = dict.fromkeys(("checkpoints", "debris", "manifests", "layouts", "other"), 0)
     for key, nbytes in entries:
         if (attempt := keys.attempt_below(key)) is not None:
             by_attempt[attempt] += nbytes
