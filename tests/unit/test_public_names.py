@@ -11,9 +11,9 @@ import dcpsvc
 
 PUBLIC = {
     "Checkpoint", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError", "Event", "Every", "Everything",
-    "FormatError", "Latest", "Options", "PendingSave", "PerRank", "Point", "RestoreError", "Rng", "RootError",
-    "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints",
-    "load", "storage_reader",
+    "FormatError", "Latest", "Observers", "Options", "PendingSave", "PerRank", "Point", "PrometheusMetrics",
+    "RestoreError", "Rng", "RootError", "RunLog", "SaveError", "Spans", "StateError", "Statistics", "StepOutcome",
+    "StoreError", "Timings", "latest", "list_checkpoints", "load", "storage_reader",
 }  # fmt: skip
 
 LIGHT = [
@@ -25,6 +25,7 @@ LIGHT = [
     "dcpsvc.stages.discover",
     "dcpsvc.stages.retain",
     "dcpsvc.policies",
+    "dcpsvc.observing.runlog",
     "dcpsvc.format.layout",
     "dcpsvc.format.shardfile",
     "dcpsvc.errors",
