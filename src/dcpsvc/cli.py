@@ -55,6 +55,7 @@ for _command in (
     looking.diff_command,
     looking.du_command,
     looking.fetch_command,
+    looking.report_command,
     checking.doctor_command,
 ):
     cli.add_command(_command)

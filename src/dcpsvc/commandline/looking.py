@@ -1,7 +1,9 @@
-"""Commands that look at a run root and change nothing: ls, show, verify, diff, du, fetch."""
+"""Commands that look at a run root and change nothing: ls, show, verify, diff, du, fetch, report."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +23,7 @@ from dcpsvc.commandline.common import (
     store_options,
 )
 from dcpsvc.stages import discover
-from dcpsvc.tools import comparing, fetching, listing, progress, showing, tables, usage, verifying
+from dcpsvc.tools import comparing, fetching, listing, progress, reporting, showing, tables, usage, verifying
 
 _jobs_option = click.option(
     "--jobs",
@@ -197,3 +199,50 @@ def fetch_command(
     else:
         there = f", of which {progress.size(found.found_nbytes)} lay there" if found.found_nbytes else ""
         click.echo(f"step {step}: {progress.size(found.nbytes)} in {directory}{there}")
+
+
+@click.command("report")
+@click.argument("root")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    metavar="FILE",
+    help="The page.",
+)
+@click.option(
+    "--log",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Logs of ranks on this machine, as RunLog(folder=DIR) writes them: of killed jobs, too.",
+)
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Passed to fsspec (repeatable).")
+@as_json_option
+def report_command(root: str, output: Path, folder: Path | None, options: tuple[str, ...], as_json: bool) -> None:
+    r"""Write one page about the run at ROOT that needs only a browser: times, ranks, metrics, sizes, failures.
+
+    Times of saves are those that RunLog has left in the run root.
+
+    \b
+    Examples:
+      dcpsvc report s3://bucket/runs/exp42 -o exp42.html
+      dcpsvc report ./runs/exp42 --log /var/log/exp42 && xdg-open report.html
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with aside.open("x", encoding="utf-8") as file:  # first: nothing is read for a page that cannot be written
+            file.write(reporting.report(open_store(root, options), folder=folder))
+        aside.replace(output)
+    except OSError as err:
+        raise click.UsageError(f"{output} cannot be written: {err.strerror or err}") from err
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    nbytes = output.stat().st_size
+    if as_json:
+        print_json({"output": str(output), "nbytes": nbytes})
+    else:
+        click.echo(f"{output}: {progress.size(nbytes)}")
