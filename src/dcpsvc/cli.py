@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from dcpsvc.commandline import checking, looking
+from dcpsvc.commandline import checking, looking, mending
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     EXIT_NOT_LIVE,
@@ -24,7 +24,7 @@ from dcpsvc.commandline.common import (
     print_json,
     store_options,
 )
-from dcpsvc.errors import DcpsvcError, RootError, StoreAccessError, StoreError
+from dcpsvc.errors import DcpsvcError, DestinationError, RootError, RunBusyError, StoreAccessError, StoreError
 from dcpsvc.tools import live, livetables
 
 _timeout = click.option(
@@ -57,6 +57,8 @@ for _command in (
     looking.fetch_command,
     looking.report_command,
     checking.doctor_command,
+    mending.edit_command,
+    mending.promote_command,
 ):
     cli.add_command(_command)
 
@@ -220,7 +222,9 @@ _EXITS: dict[type[Exception], int] = {
     StoreError: EXIT_UNUSABLE,
     live.NoLiveJobError: EXIT_NOT_LIVE,
 }
-_REMEDIES: dict[type[Exception], str] = {
+_REMEDIES: dict[type[Exception], str] = {  # the first that fits
+    RunBusyError: "One owner at a time: end the other job, or wait for it.",
+    DestinationError: "Give another place.",
     RootError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
     StoreAccessError: "Check permissions and credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=... -o secret=...).",
     live.NoLiveJobError: "Ask on a host of the job, as the job's user.",

@@ -312,7 +312,7 @@ def test_a_directory_of_another_run_is_refused_as_a_place_to_fetch_to(run, tmp_p
     before = contents(tmp_path / "other")
     done = shell("fetch", run.root, 10, tmp_path / "other")
     assert done.returncode == 3
-    assert "another directory" in done.stderr
+    assert "Give another place" in done.stderr
     assert contents(tmp_path / "other") == before
 
 

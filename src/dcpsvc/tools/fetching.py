@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import CorruptShardError, RootError, StoreNotFoundError
+from dcpsvc.errors import CorruptShardError, DestinationError, StoreNotFoundError
 from dcpsvc.format import digest, keys, run
 from dcpsvc.format.digest import BLOCK_NBYTES
 from dcpsvc.format.layout import MAX_NBYTES as MAX_LAYOUT_NBYTES
@@ -57,7 +57,7 @@ def fetch(
         at_once: Shards read side by side.
 
     Raises:
-        RootError: ``directory`` holds another run.
+        DestinationError: ``directory`` holds another run.
         CorruptShardError: The checkpoint is damaged; what was right stays for the next call.
         StoreError: The run root does not answer, or the directory cannot be written.
     """
@@ -88,7 +88,7 @@ def _take_identity(store: Store, target: PosixStore) -> None:
         target.create(keys.RUN, ours)
         return
     if found != wanted:
-        raise RootError(target.url, f"holds run {found}, not {wanted}: fetch into another directory")
+        raise DestinationError(target.url, f"holds run {found}, not {wanted}")
 
 
 def _fetch_shard(store: Store, record: ShardRecord, directory: Path, progress: Callable[[int], None]) -> int:

@@ -10,6 +10,7 @@ from dcpsvc.errors import FormatError
 from dcpsvc.format import keys
 from dcpsvc.stages import discover
 from dcpsvc.storage.posix import PosixStore
+from dcpsvc.tools.changes import component
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -96,8 +97,3 @@ def _components(store: Store, committed: Iterable[Attempt]) -> dict[str, int]:
             nbytes[component(name)] += tensor.nbytes
         return dict(nbytes.most_common())
     return {}
-
-
-def component(name: str) -> str:
-    """The component a tensor belongs to: ``optim`` of ``optim.state.0.bias.step``, ``rng`` of ``rng@3.torch``."""
-    return name.partition(".")[0].partition("@")[0]
