@@ -32,8 +32,8 @@ def store(kind: type[MemoryStore] = MemoryStore) -> MemoryStore:
 MOUNTS = """\
 22 1 259:1 / / rw,relatime shared:1 - overlay overlay rw,lowerdir=/x
 23 22 0:21 / /dev/shm rw shared:2 - tmpfs tmpfs rw
-24 22 0:50 / /net rw shared:3 - nfs4 server:/export rw
 25 24 259:3 / /net/nvme\\040one rw - xfs /dev/nvme1n1 rw
+24 22 0:50 / /net rw shared:3 - nfs4 server:/export rw
 26 22 0:51 / /bucket rw - fuse.s3fs s3fs rw
 """.splitlines()
 

@@ -117,6 +117,16 @@ def test_the_reasons_to_keep_a_checkpoint_stand_beside_it(run, capsys):
     assert "best loss" not in second
 
 
+def test_a_long_listing_tells_the_same_plainly(run, capsys):
+    rows = listing.rows(open_root(run.root), why=lambda _: ["latest 2"])
+    tables.print_listing(rows * 400)
+    header, first, second, *more = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["step", "attempt", "age", "size"]
+    assert first.endswith("remote  committed  latest 2, loss=2")
+    assert second.endswith("remote  committed  latest 2, loss=nan")
+    assert len(more) == 798
+
+
 def test_listing_with_threads_tells_the_same_as_without(run):
     store = open_root(run.root)
     assert repr(discover.listing(store, at_once=8)) == repr(discover.listing(store))
@@ -263,6 +273,7 @@ def test_du_counts_every_byte_once(copy):
     assert found["total"] == sum(len(data) for data in contents(copy.root).values())
     assert found["debris"] == [{"step": 30, "attempt": "1-0123abcd-0", "nbytes": 777}]
     assert [each["step"] for each in found["checkpoints"]] == [10, 20]
+    assert found["kinds"]["debris"] == 777
     assert found["components"] == {"model": 60}
     assert "777 B" in told("du", copy.root)
 

@@ -21,7 +21,7 @@ from dcpsvc import fence
 from dcpsvc.cli import cli
 from dcpsvc.errors import FencedError, StateError
 from dcpsvc.format.epochs import Claim
-from dcpsvc.format.keys import Epoch
+from dcpsvc.format.keys import EPOCHS, Epoch
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 from dcpsvc.storage.shards import VerifiedShard
@@ -108,6 +108,10 @@ def test_the_new_commit_stands_beside_the_old_and_says_where_it_comes_from(root)
     after = contents(root)
     assert {name: after[name] for name in before} == before
     run("verify", root)
+    store = open_root(root)
+    inheritance = fence.newest_inheritance(store, store.list(EPOCHS))
+    assert inheritance is not None
+    assert (inheritance.epoch.number, len(inheritance.attempts)) == (2, 2)  # an older job commits nothing any more
     listed = [each for each in run_json("ls", root) if each["step"] == 10]
     assert [each["state"] for each in listed] == ["committed", "committed"]
     assert listed[1]["metrics"] == {"loss": 2.0}

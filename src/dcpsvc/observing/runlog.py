@@ -18,7 +18,7 @@ from dcpsvc.errors import StoreError
 from dcpsvc.events import Event, Point
 from dcpsvc.format import keys
 from dcpsvc.observing.phases import SaveTimes, Tracker
-from dcpsvc.reading import AT_ONCE
+from dcpsvc.reading import at_once
 from dcpsvc.storage.open import open_store
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def read(store: Store) -> tuple[list[SaveTimes], list[dict[str, Any]]]:
     saves: list[SaveTimes] = []
     events: list[dict[str, Any]] = []
     wanted = [entry.key for entry in store.list(keys.EVENTS) if entry.nbytes <= MAX_NBYTES]
-    with ThreadPoolExecutor(AT_ONCE) as threads:
+    with ThreadPoolExecutor(at_once(store)) as threads:
         for data in threads.map(lambda key: store.get(key, max_nbytes=MAX_NBYTES), wanted):
             for said in _parse(data.splitlines()):
                 _sort_in(said, saves, events)

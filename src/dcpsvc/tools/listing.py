@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import FormatError, StoreError
 from dcpsvc.format import keys
-from dcpsvc.reading import AT_ONCE
+from dcpsvc.reading import at_once
 from dcpsvc.stages import discover
 from dcpsvc.stages.discover import Checkpoint
 from dcpsvc.storage.posix import PosixStore
@@ -56,7 +56,7 @@ def rows(store: Store, local_path: Path | None = None, why: Why | None = None) -
         local_path: This node's tier of that run; None to look at the run root only.
         why: Why a commit is kept.
     """
-    found = discover.listing(store, at_once=AT_ONCE)
+    found = discover.listing(store, at_once=at_once(store))
     here = _local_manifests(local_path)
     known = {checkpoint.key for checkpoint in found if checkpoint.state == "committed"}
     listed = [_row(one, here, why) for one in found if one.key in known or one.key not in here]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import FormatError, NoSuchStepError, StoreNotFoundError, StoreObjectError
 from dcpsvc.format import lineage
-from dcpsvc.reading import AT_ONCE
+from dcpsvc.reading import at_once
 from dcpsvc.stages import discover
 from dcpsvc.stages.discover import Checkpoint
 
@@ -95,7 +95,7 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
     if not wanted:
         reasons = [
             f"attempt {one.attempt}: {one.reason}"
-            for one in discover.listing(store, at_once=AT_ONCE)
+            for one in discover.listing(store, at_once=at_once(store))
             if one.step == step and attempt in {None, one.attempt}
         ]
     raise NoSuchStepError(store.url, step, tuple(sorted({one.step for one in everything})), "; ".join(reasons))

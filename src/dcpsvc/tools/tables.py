@@ -6,6 +6,7 @@ import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from dcpsvc.tools.verifying import Finding
 
 _LOG_COLUMNS = 200
+_MANY = 500
+_HEAD = ["step", "attempt", "age", "size", "ranks", "tier", "state", "metrics / reason"]
+_NUMBERS = frozenset({"step", "age", "size", "ranks"})
 _STYLES = {"committed": "green", "incomplete": "yellow"}
 
 
@@ -46,22 +50,42 @@ def age(created: datetime | None) -> str:
 def print_listing(rows: Sequence[Row]) -> None:
     """One line per checkpoint or attempt; a column in which nothing would stand is left out."""
     explained = any(row.reasons for row in rows)
+    if len(rows) > _MANY:
+        _print_plainly(rows)
+        return
     table = Table(box=None, pad_edge=False)
-    for column in ("step", "attempt", "age", "size", "ranks", "tier", "state"):
-        justify: Literal["left", "right"] = "right" if column in {"step", "age", "size", "ranks"} else "left"
+    for column in _HEAD[:-1]:
+        justify: Literal["left", "right"] = "right" if column in _NUMBERS else "left"
         table.add_column(column, justify=justify, no_wrap=True)
-    for column in ("kept because", "metrics / reason") if explained else ("metrics / reason",):
+    for column in ("kept because", _HEAD[-1]) if explained else (_HEAD[-1],):
         table.add_column(column, overflow="fold", min_width=16)
     for row in rows:
         table.add_row(*_cells(row), *([escape(", ".join(row.reasons))] if explained else ()), escape(_about(row)))
     console().print(table if rows else "no checkpoints")
 
 
+def _print_plainly(rows: Sequence[Row]) -> None:
+    """The same without colours and folding: a table of ten thousand lines takes seconds."""
+    lines = [_HEAD] + [[*_plain_cells(row), ", ".join([*row.reasons, _about(row)])] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
+            for cell, width, name in zip(line, widths, _HEAD, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
 def _cells(row: Row) -> list[str]:
+    *cells, state = _plain_cells(row)
+    return [*cells, f"[{_STYLES[state]}]{state}[/]"]
+
+
+def _plain_cells(row: Row) -> list[str]:
     found = row.checkpoint
     ranks = "-" if found.world_size is None else str(found.world_size)
-    state = f"[{_STYLES[found.state]}]{found.state}[/]"
-    return [str(found.step), found.attempt, age(found.created), size(found.nbytes), ranks, "+".join(row.tiers), state]
+    tiers = "+".join(row.tiers)
+    return [str(found.step), found.attempt, age(found.created), size(found.nbytes), ranks, tiers, found.state]
 
 
 def _about(row: Row) -> str:
