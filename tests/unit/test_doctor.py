@@ -254,6 +254,14 @@ def test_a_forecast_scales_with_the_bytes_of_a_rank():
     assert forecast(MEASURED, 40 << 30, 86400.0, ranks=40).stall_s == pytest.approx(0.1)
 
 
+def test_a_grace_that_is_too_short_for_the_model_is_told():
+    from dcpsvc.doctor.examination import preemption
+
+    expected = forecast(MEASURED, 40 << 30, 86400.0)  # on the local disks after 10 s
+    assert preemption(expected, 25.0).verdict == "ok"
+    assert preemption(expected, 15.0).verdict == "warn"
+
+
 def test_a_save_is_not_advised_before_the_one_before_it_is_committed():
     slow = dataclasses.replace(MEASURED, commit_s=5000.0)
     assert forecast(slow, 4 << 30, 86400.0).interval_s == 5000.0

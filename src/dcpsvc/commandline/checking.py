@@ -52,6 +52,9 @@ class _WithLauncher(click.Command):
 @click.option(
     "--mtbf", type=time_in_seconds, default="24h", show_default=True, metavar="TIME", help="Between two failures."
 )
+@click.option(
+    "--grace", type=time_in_seconds, default="25s", show_default=True, metavar="TIME", help="SIGTERM to SIGKILL."
+)
 @click.option("--timeout", "timeout_s", type=SECONDS, default=60.0, show_default=True, metavar="S", help="For a peer.")
 @click.option(
     "--as-rank", is_flag=True, hidden=True, help="Print the verdict for the doctor that started the launcher."
@@ -93,6 +96,7 @@ def _here(
     model: int | None,
     ranks: int | None,
     mtbf: float,
+    grace: float,
     timeout_s: float,
     options: tuple[str, ...],
 ) -> tuple[dict[str, Any], bool]:
@@ -100,7 +104,7 @@ def _here(
 
     plan = Plan(
         root=root, local=Options(local=local).local_dir, options=parse(options), nbytes=size, model_nbytes=model,
-        ranks=ranks, mtbf_s=mtbf, timeout_s=timeout_s,
+        ranks=ranks, mtbf_s=mtbf, grace_s=grace, timeout_s=timeout_s,
     )  # fmt: skip
     found, rank = examine(plan)
     return found.to_json(), rank == 0

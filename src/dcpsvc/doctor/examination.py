@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from dcpsvc import preflight
 from dcpsvc.doctor import machine, place, rehearsal
-from dcpsvc.doctor.findings import Finding, Verdict, broken, merged, worst
+from dcpsvc.doctor.findings import Finding, Verdict, broken, merged, ok, worst
 from dcpsvc.doctor.forecast import Forecast, Measured, forecast
 from dcpsvc.errors import DcpsvcError
 from dcpsvc.format.keys import PROBES
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import Meeting
 from dcpsvc.storage.open import open_store
+from dcpsvc.tools.progress import duration
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -42,6 +43,7 @@ class Plan:
         model_nbytes: Size of the checkpoints to come; None if nobody said.
         ranks: That will share it; None takes as many as examine.
         mtbf_s: Mean time between failures of the job to come.
+        grace_s: What the cluster leaves a job between SIGTERM and SIGKILL.
         timeout_s: Longest wait for a peer.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     model_nbytes: int | None = None
     ranks: int | None = None
     mtbf_s: float = 86400.0
+    grace_s: float = 25.0
     timeout_s: float = 60.0
 
 
@@ -192,6 +195,7 @@ def _sum_up(plan: Plan, said: list[dict[str, Any]]) -> dict[str, Any]:
     expected = None
     if measured is not None and plan.model_nbytes is not None:
         expected = forecast(measured, plan.model_nbytes, plan.mtbf_s, plan.ranks)
+        findings.append(preemption(expected, plan.grace_s))
     return Examination(
         root=plan.root or str(plan.local),
         ranks=len(said),
@@ -199,6 +203,16 @@ def _sum_up(plan: Plan, said: list[dict[str, Any]]) -> dict[str, Any]:
         measured=measured,
         forecast=expected,
     ).to_json()
+
+
+def preemption(expected: Forecast, grace_s: float) -> Finding:
+    """Whether a save fits between SIGTERM and SIGKILL, after one that is under way. Pure."""
+    need_s = 2 * expected.local_s
+    found = f"{duration(grace_s)} of grace; two local commits take {duration(need_s)}"
+    if need_s <= grace_s:
+        return ok("preemption", found)
+    remedy = "ask the cluster for a longer grace (terminationGracePeriodSeconds, --signal=TERM@120), or use more ranks"
+    return Finding(name="preemption", verdict=Verdict.WARN, found=found, remedy=remedy)
 
 
 def _slowest(measured: list[dict[str, Any] | None]) -> Measured | None:
