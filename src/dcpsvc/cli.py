@@ -131,7 +131,10 @@ def stop_command(
 
 @cli.group("drill")
 def drill_group() -> None:
-    """Rehearse what a cluster does to a job, with the job's own command."""
+    """Rehearse what a cluster does to a job, with the job's own command.
+
+    Example: dcpsvc drill sigterm -- torchrun --nproc-per-node 2 train.py
+    """
 
 
 @drill_group.command("sigterm", context_settings={"allow_interspersed_args": False})
@@ -180,7 +183,7 @@ def drill_sigterm_command(
 def demo_command(directory: str | None, tamper: bool, options: tuple[str, ...], **choices: Any) -> None:
     """Train a small GPT, SIGKILL a rank in the middle of a save, resume, and compare every loss bit by bit.
 
-    Exits with 1 if a single step differs from the run that was never interrupted.
+    Exits with 1 if a single step differs from the run that was never interrupted. Example: dcpsvc demo --ranks 4
     """
     from pathlib import Path
 

@@ -23,7 +23,7 @@ from dcpsvc.commandline.common import (
     store_options,
 )
 from dcpsvc.stages import discover
-from dcpsvc.tools import comparing, fetching, listing, progress, reporting, showing, tables, usage, verifying
+from dcpsvc.tools import listing, progress, showing, tables, verifying
 
 _jobs_option = click.option(
     "--jobs",
@@ -131,6 +131,8 @@ def diff_command(
       dcpsvc diff ./runs/exp42 400 500
       dcpsvc diff ./runs/exp42 500 500 --root-b s3://bucket/runs/exp42 --values
     """
+    from dcpsvc.tools import comparing
+
     store, other = open_store(root, options), open_store(root_b or root, options)
     mine, theirs = (
         comparing.Side(where, found, discover.read_layout(where, found))
@@ -162,6 +164,8 @@ def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: 
       dcpsvc du s3://bucket/runs/exp42
       dcpsvc du ./runs/exp42 --json | jq .kinds.debris
     """
+    from dcpsvc.tools import usage
+
     store = open_store(root, options)
     found = usage.measure(store, local_path(store, local))
     if as_json:
@@ -190,6 +194,8 @@ def fetch_command(
       dcpsvc fetch s3://bucket/runs/exp42 500 ./exp42
       python -c "import dcpsvc; dcpsvc.load('./exp42', {'model': model})"
     """
+    from dcpsvc.tools import fetching
+
     store = open_store(root, options)
     manifest = showing.find(store, step, attempt)
     with progress.shown("fetched", manifest.nbytes, quiet=as_json) as advance:
@@ -231,6 +237,8 @@ def report_command(root: str, output: Path, folder: Path | None, options: tuple[
       dcpsvc report s3://bucket/runs/exp42 -o exp42.html
       dcpsvc report ./runs/exp42 --log /var/log/exp42 && xdg-open report.html
     """
+    from dcpsvc.tools import reporting
+
     aside = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         with aside.open("x", encoding="utf-8") as file:  # first: nothing is read for a page that cannot be written

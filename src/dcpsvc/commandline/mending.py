@@ -8,7 +8,7 @@ import click
 
 from dcpsvc.commandline.common import as_json_option, open_store, parse, print_json, step_argument, store_options
 from dcpsvc.storage import open as stores
-from dcpsvc.tools import changes, progress, showing, surgery
+from dcpsvc.tools import changes, progress, showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +49,8 @@ def edit_command(root: str, step: int, attempt: str | None, options: tuple[str, 
       dcpsvc edit ./runs/exp42 500 --set optim.lr=1e-4 --dry-run
       dcpsvc edit s3://bucket/runs/exp42 500 --set 'sched.base_lrs=[1e-4]' --drop loader
     """
+    from dcpsvc.tools import surgery
+
     operation = _operation(root, step, attempt, options, choices)
     if not operation.settings and not operation.drop:
         raise click.UsageError("nothing to change: give --set or --drop")
@@ -76,6 +78,8 @@ def promote_command(
       dcpsvc promote ./runs/exp42 500 ./runs/exp43
       dcpsvc promote ./runs/exp42 500 ./runs/exp43 --set optim.lr=1e-4 --drop sched
     """
+    from dcpsvc.tools import surgery
+
     operation = _operation(root, step, attempt, options, choices)
     target = stores.open_store(new_root, parse(options))
     _run(
@@ -86,16 +90,20 @@ def promote_command(
 def _operation(
     root: str, step: int, attempt: str | None, options: tuple[str, ...], choices: dict[str, Any]
 ) -> Operation:
+    from dcpsvc.tools.surgery import Operation
+
     store = open_store(root, options)
     try:
         settings = tuple(changes.setting(text) for text in choices["settings"])
     except ValueError as err:
         raise click.BadParameter(str(err), param_hint="--set") from err
     manifest = showing.find(store, step, attempt)
-    return surgery.Operation(source=store, manifest=manifest, settings=settings, drop=choices["drop"])
+    return Operation(source=store, manifest=manifest, settings=settings, drop=choices["drop"])
 
 
 def _run(operation: Operation, choices: dict[str, Any], work: Callable[[Callable[[int], None]], Made]) -> None:
+    from dcpsvc.tools import surgery
+
     plan = operation.plan()
     if choices["dry_run"]:
         if choices["as_json"]:

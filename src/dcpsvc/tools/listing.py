@@ -59,8 +59,10 @@ def rows(store: Store, local_path: Path | None = None, why: Why | None = None) -
     found = discover.listing(store, at_once=at_once(store))
     here = _local_manifests(local_path)
     known = {checkpoint.key for checkpoint in found if checkpoint.state == "committed"}
-    listed = [_row(one, here, why) for one in found if one.key in known or one.key not in here]
-    listed += [Row(about, (LOCAL,)) for attempt, about in here.items() if attempt not in known and about is not None]
+    newest = max((attempt.step for attempt in known), default=-1)
+    listed = [_row(one, here, why) for one in found if one.key in known or one.key not in here or one.step <= newest]
+    waiting = [about for attempt, about in here.items() if about is not None and attempt.step > newest]
+    listed += [Row(about, (LOCAL,)) for about in waiting]
     return sorted(listed, key=lambda row: row.checkpoint.step)
 
 
