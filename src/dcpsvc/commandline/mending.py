@@ -102,7 +102,7 @@ def _operation(
 
 
 def _run(operation: Operation, choices: dict[str, Any], work: Callable[[Callable[[int], None]], Made]) -> None:
-    from dcpsvc.tools import surgery
+    from dcpsvc.tools import transplant
 
     plan = operation.plan()
     if choices["dry_run"]:
@@ -111,7 +111,7 @@ def _run(operation: Operation, choices: dict[str, Any], work: Callable[[Callable
         else:
             click.echo("\n".join(plan.lines) or "an unchanged copy")
         return
-    with progress.shown("copied", surgery.copied_nbytes(plan.layout), quiet=choices["as_json"]) as advance:
+    with progress.shown("copied", transplant.copied_nbytes(plan.layout), quiet=choices["as_json"]) as advance:
         made = work(advance)
     if choices["as_json"]:
         about = {"step": made.manifest.step, "attempt": made.manifest.attempt, "run_id": made.manifest.run_id}

@@ -9,37 +9,31 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import tempfile
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from dcpsvc import fence
 from dcpsvc.errors import DestinationError, FormatError, RunBusyError, StateError, StoreError, StoreNotFoundError
-from dcpsvc.format import digest, epochs, keys, run, shardfile
-from dcpsvc.format.digest import BLOCK_NBYTES
+from dcpsvc.format import epochs, keys, run
 from dcpsvc.format.epochs import Claim
 from dcpsvc.format.keys import Attempt, Epoch
-from dcpsvc.format.layout import ITEM_NBYTES, Chunk, Layout, Tensor
 from dcpsvc.format.lineage import Lineage
-from dcpsvc.format.manifest import Manifest, ShardRecord
 from dcpsvc.format.parse import compact
-from dcpsvc.format.shardfile import Piece
 from dcpsvc.stages import discover, upload
 from dcpsvc.storage.conflict import holds
-from dcpsvc.storage.posixfile import write_all
 from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tools import changes, live
+from dcpsvc.tools.transplant import without, write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
+    from dcpsvc.format.layout import Layout
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.changes import Setting
-
-_READ_NBYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +91,7 @@ class Operation:
         if both := {setting.component for setting in self.settings} & {*self.drop}:
             raise StateError(min(both), "is to be changed and to be dropped")
         lines += [f"without {name}" for name in self.drop]
-        return _Plan(shards, documents, _without(layout, self.drop), tuple(dict.fromkeys(lines)))
+        return _Plan(shards, documents, without(layout, self.drop), tuple(dict.fromkeys(lines)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +177,7 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
     epoch = _claim(target)
     attempt = epoch.attempt(source.step, 0)
     try:
-        records, layout = _write_shards(plan, target, attempt, progress)
+        records, layout = write_shards(plan.shards, plan.documents, plan.layout, target, attempt, progress=progress)
         manifest = replace(
             source,
             run_id=run_id,
@@ -237,104 +231,6 @@ def _discard(target: Store, attempt: Attempt) -> None:
         target.delete(attempt.lineage)
     except StoreError:  # it is invisible, and goes with a later commit
         return
-
-
-def _without(layout: Layout, drop: Sequence[str]) -> Layout:
-    kept = {name: tensor for name, tensor in layout.tensors.items() if changes.component(name) not in drop}
-    aliases = {name: of for name, of in layout.aliases.items() if changes.component(name) not in drop}
-    for name, of in aliases.items():
-        if of not in kept:
-            raise StateError(name, f"is stored as {of}, which is to be dropped")
-    return Layout(kept, aliases)
-
-
-def _write_shards(
-    plan: _Plan, target: Store, attempt: Attempt, progress: Callable[[int], None]
-) -> tuple[list[ShardRecord], Layout]:
-    """One after the other, each through a temporary file of its size."""
-    records: list[ShardRecord] = []
-    begins: dict[tuple[str, int, tuple[int, ...]], int] = {}
-    for rank, shard in enumerate(plan.shards):
-        chunks = {
-            (name, chunk.offsets): (tensor, chunk)
-            for name, tensor in plan.layout.tensors.items()
-            for chunk in tensor.chunks
-            if chunk.rank == rank
-        }
-        pieces = [
-            Piece(name, tensor.dtype, tensor.shape, c.offsets, c.sizes) for (name, _), (tensor, c) in chunks.items()
-        ]
-        placement = shardfile.place(pieces)
-        about = {"step": str(attempt.step), "attempt": attempt.attempt, "rank": str(rank)}
-        with tempfile.NamedTemporaryFile(prefix="dcpsvc-") as file:
-            out = _Body(file)
-            out.write(shardfile.header(placement, len(plan.documents[rank]), about))
-            for piece, begin in zip(placement.pieces, placement.begins, strict=True):
-                begins[piece.key, rank, piece.offsets] = begin
-                _copy(shard, chunks[piece.key, piece.offsets][1].begin, piece.nbytes, out, progress)
-            out.write(plan.documents[rank])
-            record = out.finish(rank, attempt.shard(rank))
-            upload.upload_shard(target, record, Path(file.name))
-        records.append(record)
-    return records, _moved(plan.layout, begins)
-
-
-def _copy(shard: VerifiedShard, begin: int, nbytes: int, out: _Body, progress: Callable[[int], None]) -> None:
-    for at in range(begin, begin + nbytes, _READ_NBYTES):
-        data = shard.read(at, min(at + _READ_NBYTES, begin + nbytes))
-        out.write(data)
-        progress(len(data))
-
-
-def _moved(layout: Layout, begins: dict[tuple[str, int, tuple[int, ...]], int]) -> Layout:
-    return Layout(
-        {
-            name: Tensor(
-                tensor.dtype,
-                tensor.shape,
-                tuple(Chunk(c.rank, c.offsets, c.sizes, begins[name, c.rank, c.offsets]) for c in tensor.chunks),
-            )
-            for name, tensor in layout.tensors.items()
-        },
-        layout.aliases,
-    )
-
-
-def copied_nbytes(layout: Layout) -> int:
-    """What writing the tensors of a layout will copy."""
-    return sum(chunk.numel * ITEM_NBYTES[tensor.dtype] for tensor in layout.tensors.values() for chunk in tensor.chunks)
-
-
-class _Body:
-    """A shard's body on its way to a file, with the table of its blocks."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._fd = file.fileno()
-        self._table = bytearray()
-        self._rest = bytearray()
-        self._nbytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        write_all(self._fd, data)
-        self._nbytes += len(data)
-        self._rest += data
-        whole = len(self._rest) // BLOCK_NBYTES * BLOCK_NBYTES
-        if whole:
-            self._table += digest.table(memoryview(bytes(self._rest[:whole])))
-            del self._rest[:whole]
-
-    def finish(self, rank: int, path: str) -> ShardRecord:
-        self._table += digest.table(memoryview(bytes(self._rest)))
-        table = bytes(self._table)
-        write_all(self._fd, table)
-        os.fsync(self._fd)
-        return ShardRecord(
-            rank=rank,
-            path=path,
-            nbytes=self._nbytes + len(table),
-            body_nbytes=self._nbytes,
-            digest=digest.digest(table),
-        )
 
 
 def _now() -> str:
