@@ -18,6 +18,7 @@ state/              modules, optimizers and values as named tensors and JSON, an
 ranks/              meetings on the c10d store, our own gloo group, agreed extra saves
 storage/            where bytes endure: posix, memory, any fsspec URL
 format/             the files of a run root: manifest, layout, shard
+observing/          observers: a log of the run, Prometheus, OpenTelemetry
 reading, loading    a run root from outside: list it, load from it, read it with DCP
 cli, tools/, demo/  the command ``dcpsvc``
 ==================  =====================================================================
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     from dcpsvc.events import Event, Point
     from dcpsvc.loading import load, storage_reader
     from dcpsvc.marking import pin, record_metrics, unpin
+    from dcpsvc.observing import Observers
+    from dcpsvc.observing.prometheus import PrometheusMetrics
+    from dcpsvc.observing.runlog import RunLog
+    from dcpsvc.observing.spans import Spans
     from dcpsvc.pending import PendingSave, Statistics, StepOutcome, Timings
     from dcpsvc.policies import Best, Every, EveryHours, EveryNSteps, Everything, Latest, Pinned
     from dcpsvc.reading import latest, list_checkpoints
@@ -64,6 +69,10 @@ _HOMES = {
         "RootError", "SaveError", "StateError", "StoreError",
     ),
     "events": ("Event", "Point"),
+    "observing": ("Observers",),
+    "observing.prometheus": ("PrometheusMetrics",),
+    "observing.runlog": ("RunLog",),
+    "observing.spans": ("Spans",),
     "pending": ("PendingSave", "Statistics", "StepOutcome", "Timings"),
     "divergence": ("Divergence",),
     "policies": ("Best", "Every", "EveryHours", "EveryNSteps", "Everything", "Latest", "Pinned"),
@@ -92,6 +101,7 @@ __all__ = [
     "Everything",
     "FormatError",
     "Latest",
+    "Observers",
     "OneRank",
     "Options",
     "Part",
@@ -100,11 +110,14 @@ __all__ = [
     "PerRank",
     "Pinned",
     "Point",
+    "PrometheusMetrics",
     "Replicated",
     "RestoreError",
     "Rng",
     "RootError",
+    "RunLog",
     "SaveError",
+    "Spans",
     "StateError",
     "Statistics",
     "StepOutcome",

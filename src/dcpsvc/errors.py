@@ -7,6 +7,7 @@
     |-- ClosedError                 the Checkpointer is closed, or not open yet
     |-- RootError                   the run root or the local tier cannot be used
     |   |-- UnsupportedFormatError  the root was written by another format version
+    |   |-- DestinationError        a copy cannot go there: another run, or a later checkpoint
     |   `-- RunBusyError            another live process on this host writes this run
     |-- StateError                  something in the state cannot be saved or loaded as declared
     |   |-- UnsupportedStateError   an object that is neither tensor nor JSON-like, named by key
@@ -99,6 +100,10 @@ class RootError(DcpsvcError):
 
 class UnsupportedFormatError(RootError):
     """The root was written by a format version this package does not read."""
+
+
+class DestinationError(RootError):
+    """A copy of a checkpoint cannot go there: the place holds another run, or a checkpoint of that step or later."""
 
 
 class RunBusyError(RootError):

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
 
 
+def at_once(store: Store) -> int:
+    """How many small files to read side by side: an object store takes milliseconds for each, a disk takes none."""
+    return 16 if "://" in store.url else 4
+
+
 def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
     """The store of an existing run.
 
@@ -44,7 +49,8 @@ def list_checkpoints(
         RootError: There is no run at that place.
         StoreError: The store could not be listed. That is never an empty list.
     """
-    return discover.listing(open_root(root, storage_options))
+    store = open_root(root, storage_options)
+    return discover.listing(store, at_once=at_once(store))
 
 
 def latest(root: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Checkpoint | None:

@@ -20,6 +20,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "WaitTimeoutError": (2.5, ("step 40", "step 50")),
     "RootError": ("s3://bucket/run", "no such bucket"),
     "UnsupportedFormatError": ("/runs/a", "written in format version 2"),
+    "DestinationError": ("/runs/exp43", "holds another run"),
     "RunBusyError": ("/nvme/a", "process 7 on this host is writing the same run"),
     "StateError": ("model.weight", "two tensors would have this name"),
     "UnsupportedStateError": ("loader.fn", "builtins.function is neither a tensor nor JSON-like"),

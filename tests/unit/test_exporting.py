@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcpsvc import Part
+from dcpsvc.commandline.exporting import export_command
 from dcpsvc.errors import CorruptShardError, ExportError, NoSuchStepError
-from dcpsvc.exporting_command import export_command
 from dcpsvc.reading import open_root
 from dcpsvc.tools import casting, exporting
 from dcpsvc.tools.exporting import Source
@@ -255,7 +255,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path) -> None:
 def test_a_folder_of_safetensors_is_made_without_torch(tmp_path: Path) -> None:
     saved(tmp_path)
     code = (
-        "import sys; from dcpsvc.exporting_command import export_command as c; "
+        "import sys; from dcpsvc.commandline.exporting import export_command as c; "
         f"c.main([{str(tmp_path / 'root')!r}, '7', {str(tmp_path / 'out')!r}, '--format', 'hf'], "
         "standalone_mode=False); "
         "print('torch' in sys.modules)"

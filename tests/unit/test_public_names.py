@@ -11,10 +11,11 @@ import dcpsvc
 
 PUBLIC = {
     "Best", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError",
-    "Divergence", "Event", "Every", "EveryHours", "EveryNSteps", "Everything", "FormatError", "Latest", "OneRank",
-    "Options", "Part", "PendingSave", "PerGroup", "PerRank", "Pinned", "Point", "Replicated", "RestoreError", "Rng",
-    "RootError", "SaveError", "StateError", "Statistics", "StepOutcome", "StoreError", "Timings", "latest",
-    "list_checkpoints", "load", "pin", "record_metrics", "storage_reader", "unpin",
+    "Divergence", "Event", "Every", "EveryHours", "EveryNSteps", "Everything", "FormatError", "Latest", "Observers",
+    "OneRank", "Options", "Part", "PendingSave", "PerGroup", "PerRank", "Pinned", "Point", "PrometheusMetrics",
+    "Replicated", "RestoreError", "Rng", "RootError", "RunLog", "SaveError", "Spans", "StateError", "Statistics",
+    "StepOutcome", "StoreError", "Timings", "latest", "list_checkpoints", "load", "pin", "record_metrics",
+    "storage_reader", "unpin",
 }  # fmt: skip
 
 LIGHT = [
@@ -30,6 +31,7 @@ LIGHT = [
     "dcpsvc.stages.discover",
     "dcpsvc.stages.retain",
     "dcpsvc.policies",
+    "dcpsvc.observing.runlog",
     "dcpsvc.format.layout",
     "dcpsvc.format.shardfile",
     "dcpsvc.errors",

@@ -14,6 +14,8 @@
     policies/00000007.<token>.json                    what that start of the job keeps
     tombstones/step-000000000500.<attempt>.json
     probes/<token>
+    lineage/step-000000000500.<attempt>.json          where a checkpoint comes from that no training step wrote
+    events/<start>-<token>.rank-00003.jsonl           what one rank of one start of a job has to tell
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ PINS = "pins/"
 POLICIES = "policies/"
 TOMBSTONES = "tombstones/"
 PROBES = "probes/"
+LINEAGE = "lineage/"
+EVENTS = "events/"
 
 MAX_STEP = 10**12 - 1
 MAX_EPOCH = 10**8 - 1
@@ -108,6 +112,11 @@ class Attempt(NamedTuple):
         return f"{TOMBSTONES}{self}.json"
 
     @property
+    def lineage(self) -> str:
+        """Key of the note where it comes from, if no training step wrote it."""
+        return f"{LINEAGE}{self}.json"
+
+    @property
     def data(self) -> str:
         """Prefix of every shard."""
         return f"{DATA}{self}/"
@@ -134,6 +143,11 @@ class Attempt(NamedTuple):
     def shard(self, rank: int) -> str:
         """Key of one rank's shard."""
         return f"{self.data}rank-{rank:05d}.safetensors"
+
+
+def events(started: str, token: str, rank: int) -> str:
+    """Key of what one rank of one start of a job has to tell."""
+    return f"{EVENTS}{started}-{token}.rank-{rank:05d}.jsonl"
 
 
 def layout(digest: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -136,6 +137,11 @@ def _created(store: Store, attempt: Attempt) -> str:
         return ""
 
 
+def created(found: Manifest) -> datetime:
+    """When the ranks agreed to save it, UTC."""
+    return datetime.fromisoformat(found.created).astimezone(UTC)
+
+
 def check_files(store: Store, found: Manifest) -> None:
     """Every file a manifest names is there and has its size: one LIST of the attempt. Content is proven on reading.
 
@@ -204,20 +210,22 @@ def choose(store: Store, step: int | None, tried: Collection[Attempt] = (), *, e
     return Choice(None, tuple(rejected), tuple(passed), steps)
 
 
-def listing(store: Store, notes: SideFiles | None = None) -> list[Checkpoint]:
+def listing(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS) -> list[Checkpoint]:
     """Everything of ours below a run root, ascending by step; files with other names are ignored.
 
     Args:
         store: The run root.
         notes: Metrics that came late; looked at anew. None: for this call only.
+        at_once: Manifests read side by side, on threads; 1 reads on the caller's.
     """
-    notes = notes or SideFiles(store, readers=READERS)
+    notes = notes or SideFiles(store, readers=at_once)
     notes.look()
     entries = store.list(keys.DATA)
     sizes = {entry.key: entry.nbytes for entry in entries}
     layouts = {entry.key: entry.nbytes for entry in store.list(keys.LAYOUTS)}
     manifests, fenced = _manifests(store)
-    found = sidefiles.each(lambda attempt: _describe(store, attempt, sizes, layouts), manifests, READERS)
+    describe = functools.partial(_describe, store, sizes=sizes, layouts=layouts)
+    found = sidefiles.each(describe, manifests, at_once)
     metrics = notes.metrics({checkpoint.key: checkpoint.metrics for checkpoint in found})
     found = [replace(checkpoint, metrics=_shown(metrics[checkpoint.key])) for checkpoint in found]
     found += [_incomplete(attempt, "a newer job had taken the run root over", sizes) for attempt in fenced]
@@ -257,7 +265,7 @@ def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: di
     return Checkpoint(
         step=found.step,
         attempt=found.attempt,
-        created=datetime.fromisoformat(found.created).astimezone(UTC),
+        created=created(found),
         nbytes=found.nbytes,
         world_size=found.world_size,
         metrics=found.metrics,

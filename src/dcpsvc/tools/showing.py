@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc.errors import NoSuchStepError
+from dcpsvc.errors import FormatError, NoSuchStepError, StoreNotFoundError, StoreObjectError
+from dcpsvc.format import lineage
+from dcpsvc.reading import at_once
 from dcpsvc.stages import discover
+from dcpsvc.stages.discover import Checkpoint
 
 if TYPE_CHECKING:
+    from dcpsvc.format.keys import Attempt
     from dcpsvc.format.layout import Layout
+    from dcpsvc.format.lineage import Lineage
     from dcpsvc.format.manifest import Manifest
-    from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.storage.base import Store
 
 
@@ -30,9 +34,10 @@ class Shown:
     checkpoint: Checkpoint
     manifest: Manifest
     layout: Layout
+    lineage: Lineage | None = None
 
-    def document(self) -> dict[str, Any]:
-        """Everything as JSON-like values."""
+    def document(self, pattern: str = "") -> dict[str, Any]:
+        """Everything as JSON-like values; only tensors whose name contains ``pattern``."""
         tensors = {
             key: {
                 "dtype": t.dtype,
@@ -41,6 +46,7 @@ class Shown:
                 "ranks": sorted({c.rank for c in t.chunks}),
             }
             for key, t in sorted(self.layout.tensors.items())
+            if pattern in key
         }
         return listed(self.checkpoint) | {
             "run_id": self.manifest.run_id,
@@ -49,6 +55,7 @@ class Shown:
             "shards": [shard.to_json() for shard in self.manifest.shards],
             "tensors": tensors,
             "aliases": self.layout.aliases,
+            "lineage": None if self.lineage is None else str(self.lineage),
         }
 
 
@@ -59,14 +66,47 @@ def show(store: Store, step: int, attempt: str | None = None) -> Shown:
         NoSuchStepError: There is no such commit, or it is damaged.
         LayoutError: Its layout does not validate.
     """
-    everything = discover.listing(store)
-    found = [c for c in everything if c.step == step and attempt in {None, c.attempt}]
-    whole = [c for c in found if c.state == "committed"]
-    if not whole:
-        reasons = "; ".join(f"attempt {c.attempt}: {c.reason}" for c in found)
-        raise NoSuchStepError(store.url, step, tuple(c.step for c in everything if c.state == "committed"), reasons)
-    manifest = discover.read_manifest(store, whole[-1].key)
-    return Shown(whole[-1], manifest, discover.read_layout(store, manifest))
+    manifest = find(store, step, attempt)
+    checkpoint = Checkpoint(
+        step=manifest.step,
+        attempt=manifest.attempt,
+        created=discover.created(manifest),
+        nbytes=manifest.nbytes,
+        world_size=manifest.world_size,
+        metrics=manifest.metrics,
+    )
+    return Shown(checkpoint, manifest, discover.read_layout(store, manifest), lineage_of(store, manifest.key))
+
+
+def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
+    """The newest whole commit of a step, or the one named; others are not even read.
+
+    Raises:
+        NoSuchStepError: There is no such commit, or it is damaged.
+    """
+    everything = discover.committed(store)
+    wanted = [one for one in everything if one.step == step and attempt in {None, one.attempt}]
+    reasons: list[str] = []
+    for one in discover.newest_first(store, wanted):
+        try:
+            return discover.valid(store, one)
+        except FormatError as err:
+            reasons.append(f"attempt {one.attempt}: {err}")
+    if not wanted:
+        reasons = [
+            f"attempt {one.attempt}: {one.reason}"
+            for one in discover.listing(store, at_once=at_once(store))
+            if one.step == step and attempt in {None, one.attempt}
+        ]
+    raise NoSuchStepError(store.url, step, tuple(sorted({one.step for one in everything})), "; ".join(reasons))
+
+
+def lineage_of(store: Store, attempt: Attempt) -> Lineage | None:
+    """Where a checkpoint comes from; None if training wrote it, or if the note is damaged: nothing depends on it."""
+    try:
+        return lineage.loads(attempt.lineage, store.get(attempt.lineage, max_nbytes=lineage.MAX_NBYTES))
+    except (FormatError, StoreNotFoundError, StoreObjectError):
+        return None
 
 
 def _number(value: float) -> float | str:

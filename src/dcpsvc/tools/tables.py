@@ -1,33 +1,39 @@
-"""How the command line shows things: rich tables and a progress bar. Imported by nothing but the CLI."""
+"""How the command line shows what lies in a run root: rich tables. Imported by nothing but the command line."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import json
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+from dcpsvc.tools.progress import size
 
-    from dcpsvc.stages.discover import Checkpoint
-    from dcpsvc.tools.judging import Course, Verdict
-    from dcpsvc.tools.live import LiveRank
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dcpsvc.tools.comparing import Difference
+    from dcpsvc.tools.listing import Row
+    from dcpsvc.tools.numbers import Gap
     from dcpsvc.tools.showing import Shown
+    from dcpsvc.tools.usage import Usage
     from dcpsvc.tools.verifying import Finding
 
+_LOG_COLUMNS = 200
+_MANY = 500
+_HEAD = ["step", "attempt", "age", "size", "ranks", "tier", "state", "metrics / reason"]
+_NUMBERS = frozenset({"step", "age", "size", "ranks"})
 _STYLES = {"committed": "green", "incomplete": "yellow"}
 
 
-def size(nbytes: int) -> str:
-    """Bytes in binary units: ``1.50 GiB``."""
-    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while value >= 1024 and len(units) > 1:  # noqa: PLR2004 - what a KiB is
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"
+def console() -> Console:
+    """Standard output; where it is no terminal, lines are long, for grep and for logs."""
+    out = Console()
+    return out if out.is_terminal else Console(width=max(out.width, _LOG_COLUMNS))
 
 
 def age(created: datetime | None) -> str:
@@ -41,37 +47,55 @@ def age(created: datetime | None) -> str:
     return f"{seconds} s"
 
 
-def print_listing(checkpoints: list[Checkpoint]) -> None:
-    """One line per checkpoint or attempt."""
+def print_listing(rows: Sequence[Row]) -> None:
+    """One line per checkpoint or attempt; a column in which nothing would stand is left out."""
+    explained = any(row.reasons for row in rows)
+    if len(rows) > _MANY:
+        _print_plainly(rows)
+        return
     table = Table(box=None, pad_edge=False)
-    for column, justify in (
-        ("step", "right"),
-        ("attempt", "left"),
-        ("age", "right"),
-        ("size", "right"),
-        ("ranks", "right"),
-    ):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("state", no_wrap=True)
-    table.add_column("metrics / reason", overflow="fold")
-    for found in checkpoints:
-        metrics = "  ".join(f"{name}={value:.6g}" for name, value in found.metrics.items())
-        about = found.reason or metrics
-        table.add_row(
-            str(found.step),
-            found.attempt,
-            age(found.created),
-            size(found.nbytes),
-            "-" if found.world_size is None else str(found.world_size),
-            f"[{_STYLES[found.state]}]{found.state}[/]",
-            escape(about),
-        )
-    Console().print(table if checkpoints else "no checkpoints")
+    for column in _HEAD[:-1]:
+        justify: Literal["left", "right"] = "right" if column in _NUMBERS else "left"
+        table.add_column(column, justify=justify, no_wrap=True)
+    for column in ("kept because", _HEAD[-1]) if explained else (_HEAD[-1],):
+        table.add_column(column, overflow="fold", min_width=16)
+    for row in rows:
+        table.add_row(*_cells(row), *([escape(", ".join(row.reasons))] if explained else ()), escape(_about(row)))
+    console().print(table if rows else "no checkpoints")
+
+
+def _print_plainly(rows: Sequence[Row]) -> None:
+    """The same without colours and folding: a table of ten thousand lines takes seconds."""
+    lines = [_HEAD] + [[*_plain_cells(row), ", ".join([*row.reasons, _about(row)])] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
+            for cell, width, name in zip(line, widths, _HEAD, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _cells(row: Row) -> list[str]:
+    *cells, state = _plain_cells(row)
+    return [*cells, f"[{_STYLES[state]}]{state}[/]"]
+
+
+def _plain_cells(row: Row) -> list[str]:
+    found = row.checkpoint
+    ranks = "-" if found.world_size is None else str(found.world_size)
+    tiers = "+".join(row.tiers)
+    return [str(found.step), found.attempt, age(found.created), size(found.nbytes), ranks, tiers, found.state]
+
+
+def _about(row: Row) -> str:
+    found = row.checkpoint
+    return found.reason or "  ".join(f"{name}={value:.6g}" for name, value in found.metrics.items())
 
 
 def print_checkpoint(shown: Shown, pattern: str) -> None:
     """Facts, shards, and the tensors whose name contains ``pattern``."""
-    console, manifest = Console(), shown.manifest
+    out, manifest = console(), shown.manifest
     facts = {
         "step": manifest.step,
         "attempt": manifest.attempt,
@@ -83,14 +107,16 @@ def print_checkpoint(shown: Shown, pattern: str) -> None:
         "versions": "  ".join(f"{name} {value}" for name, value in manifest.versions.items()),
         "layout": manifest.layout.path,
     }
+    if shown.lineage is not None:
+        facts["made"] = str(shown.lineage)
     for name, value in facts.items():
-        console.print(f"[bold]{name:>9}[/]  {escape(str(value))}", highlight=False)
+        out.print(f"[bold]{name:>9}[/]  {escape(str(value))}", highlight=False)
     shards = Table("rank", "size", "xxh3-128 of its blocks", "shard", box=None, pad_edge=False)
     for column in shards.columns:
         column.overflow = "fold"
     for shard in manifest.shards:
         shards.add_row(str(shard.rank), size(shard.nbytes), shard.digest, shard.path)
-    console.print(shards)
+    out.print(shards)
     tensors = Table("tensor", "dtype", "shape", "size", "ranks", box=None, pad_edge=False)
     for key, tensor in sorted(shown.layout.tensors.items()):
         if pattern in key:
@@ -101,105 +127,78 @@ def print_checkpoint(shown: Shown, pattern: str) -> None:
     for name, of in sorted(shown.layout.aliases.items()):
         if pattern in name:
             tensors.add_row(escape(name), "", f"= {escape(of)}", "", "")
-    console.print(tensors)
+    out.print(tensors)
 
 
 def print_findings(findings: list[Finding]) -> None:
     """A line per commit, and one per problem."""
-    console = Console()
+    out = console()
     for finding in findings:
         word = "[green]intact[/]" if finding.intact else "[red]damaged[/]"
-        console.print(
-            f"step {finding.step} (attempt {finding.attempt}): {word}, {size(finding.nbytes)} proven", highlight=False
+        out.print(
+            f"step {finding.step} (attempt {finding.attempt}): {word}, {size(finding.nbytes)} read", highlight=False
         )
         for problem in finding.problems:
-            console.print(f"  {escape(problem)}", highlight=False, soft_wrap=True)
+            out.print(f"  {escape(problem)}", highlight=False, soft_wrap=True)
     if not findings:
-        console.print("no checkpoints")
+        out.print("no checkpoints")
 
 
-def print_status(ranks: Sequence[LiveRank]) -> None:
-    """One line per rank of a live job."""
-    console, said = Console(), next((rank.status for rank in ranks if rank.status), {})
-    if said:
-        about = f"{said.get('root')}  world size {said.get('world_size')}  {said.get('next_save') or ''}"
-        console.print(escape(about.rstrip()), highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for column in ("rank", "pid", "step", "newest", "committed", "failed", "skipped", "blocked"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("in flight", min_width=9)
-    for rank in ranks:
-        table.add_row(_or_dash(rank.rank), str(rank.pid), *_status_cells(rank))
-    console.print(table)
+def print_difference(found: Difference, named: tuple[str, str], *, with_values: bool) -> None:
+    """What differs, by kind; the tensors that are furthest apart first."""
+    out = console()
+    if found.world_sizes[0] != found.world_sizes[1]:
+        out.print("written by {} and {} ranks".format(*found.world_sizes), highlight=False)
+    for title, names in ((f"only in {named[0]}", found.only_a), (f"only in {named[1]}", found.only_b)):
+        _print_table(title, [(name,) for name in names], ("tensor",))
+    _print_table("described otherwise", found.changed, ("tensor", "dtype, shape"))
+    plain = [(path, _short(mine), _short(theirs)) for path, mine, theirs in found.plain]
+    _print_table("other values", plain, ("value", *named))
+    _print_table("other numbers", [_gap(gap) for gap in sorted(found.values, key=_distance)], _GAP_COLUMNS)
+    if with_values:
+        out.print(f"{found.equal} tensors are the same, bit for bit", highlight=False)
+    elif found.same:
+        out.print("the same structure and values; --values compares the tensors' numbers", highlight=False)
+    if found.same and with_values:
+        out.print("[green]no difference[/]")
 
 
-def print_answer(answer: Mapping[str, Any], seconds: float) -> None:
-    """What a live job did."""
-    attempt = f" (attempt {answer['attempt']})" if answer.get("attempt") else ""
-    step = "the job" if answer.get("step") is None else f"step {answer['step']}{attempt}"
-    Console().print(f"{step}: {answer.get('state', 'done')}, {seconds:.1f} s", highlight=False, soft_wrap=True)
+_GAP_COLUMNS = ("tensor", "elements", "that differ", "largest", "relative")
 
 
-def print_verdict(verdict: Verdict) -> None:
-    """What a drill showed, and what to do about it."""
-    console, table = Console(), Table(box=None, pad_edge=False, show_header=False)
-    for name, value in _course(verdict.course).items():
-        table.add_row(name, escape(value))
-    console.print(table)
-    for problem, remedy in verdict.findings:
-        console.print(f"[red]{escape(problem)}[/]", highlight=False, soft_wrap=True)
-        console.print(f"  {escape(remedy)}", highlight=False, soft_wrap=True)
-    if verdict.note:
-        console.print(f"[yellow]{escape(verdict.note)}[/]", highlight=False, soft_wrap=True)
-    console.print("[green]passed[/]" if verdict.passed else "[red]failed[/]")
+def _gap(gap: Gap) -> tuple[str, ...]:
+    largest, relative = (("-" if value is None else f"{value:.3g}") for value in (gap.largest, gap.relative))
+    return gap.name, str(gap.elements), f"{gap.differing} ({gap.differing / gap.elements:.1%})", largest, relative
 
 
-@contextmanager
-def progress(total_nbytes: int, *, quiet: bool) -> Generator[Callable[[int], None]]:
-    """A bar with bytes, rate and time left on stderr; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda _: None
+def _distance(gap: Gap) -> float:
+    return -(gap.relative or 0.0)
+
+
+def print_usage(found: Usage) -> None:
+    """What takes how much."""
+    rows = [(f"step {step}", attempt, size(nbytes)) for step, attempt, nbytes in found.checkpoints]
+    _print_table("checkpoints", rows, ("", "attempt", "size"), right=1)
+    debris = [(f"step {step}", attempt, size(nbytes)) for step, attempt, nbytes in found.debris]
+    _print_table("under way, or debris", debris, ("", "attempt", "size"), right=1)
+    components = [(name, size(nbytes)) for name, nbytes in found.components.items()]
+    _print_table("tensors of the newest checkpoint", components, ("component", "size"), right=1)
+    kinds = [(name, size(nbytes)) for name, nbytes in found.kinds.items()]
+    _print_table("run root", [*kinds, ("total", size(found.total))], ("kind", "size"), right=1)
+    if found.local:
+        console().print(f"this node's disk: {size(found.local)}", highlight=False)
+
+
+def _print_table(title: str, rows: Sequence[Sequence[str]], columns: Sequence[str], right: int = 0) -> None:
+    if not rows:
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("verify", total=total_nbytes)
-        yield lambda nbytes: bar.advance(task, nbytes)
-
-
-def _status_cells(rank: LiveRank) -> list[str]:
-    said = rank.status
-    if not said:
-        return ["-"] * 6 + [escape(rank.problem)]
-    flight = ", ".join(f"step {save.get('step')}: {save.get('phase')}" for save in (said.get("in_flight") or ())) or "-"
-    blocked = "-" if said.get("blocked_s") is None else f"{said['blocked_s']:.2f} s"
-    counts = [_or_dash(said.get(name)) for name in ("step", "newest", "committed", "failed", "skipped")]
-    return [*counts, blocked, escape(flight)]
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number >= len(columns) - right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console().print(table)
 
 
-def _course(seen: Course) -> dict[str, str]:
-    """The rows of a drill's table; seconds count from the signal."""
-    rows = {"run root": seen.root or seen.asked_root or "-", "exit code": _or_dash(seen.exit_code)}
-    if seen.target:
-        killed = f"killed after {seen.grace_s:.1f} s"
-        rows = {
-            "run root": seen.root,
-            "signal": f"{seen.signal} to {seen.target} after step {seen.step_at_signal}",
-            "agreed to stop": f"{_seconds(seen.agreed_s)}  after step {_or_dash(seen.stop_step)}",
-            "save begun": _seconds(seen.staged_s),
-            "on the local disks": f"{_seconds(seen.local_s)}  newest there: step {_or_dash(seen.newest_local)}",
-            "committed": f"{_seconds(seen.committed_s)}  newest commit: step {_or_dash(seen.newest)}",
-            "all processes ended": killed if seen.ended_s is None else _seconds(seen.ended_s),
-            "exit code": _or_dash(seen.exit_code),
-        }
-    return rows
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f} s"
-
-
-def _or_dash(value: object) -> str:
-    return "-" if value is None else str(value)
+def _short(value: Any) -> str:
+    return "-" if value is None else json.dumps(value)[:80]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,14 @@ from dcpsvc.stages import discover
 from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dcpsvc.format.keys import Attempt
     from dcpsvc.storage.base import Store
+
+
+AT_ONCE = 4
+"""Shards that are read side by side: enough to keep a network busy, few enough to leave memory alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +28,7 @@ class Finding:
     Attributes:
         step: Training step.
         attempt: Which try.
-        nbytes: Bytes that were proven.
+        nbytes: Bytes that were read; none if it cannot even be told what belongs to it.
         problems: What is wrong, a sentence each, naming the file; empty if nothing is.
     """
 
@@ -62,34 +67,54 @@ def planned_nbytes(store: Store, attempts: list[Attempt]) -> int:
     return total
 
 
-def verify(store: Store, attempt: Attempt, progress: Callable[[int], None] | None = None) -> Finding:
-    """Read a whole checkpoint once and compare every block. Goes on after damage, to name all of it.
+def verify(
+    store: Store,
+    attempts: Sequence[Attempt],
+    progress: Callable[[int], None] | None = None,
+    *,
+    at_once: int = AT_ONCE,
+) -> list[Finding]:
+    """Read whole checkpoints once and compare every block. Goes on after damage, to name all of it.
 
     Args:
         store: The run root.
-        attempt: Which commit.
-        progress: Called with the number of bytes just proven.
+        attempts: Which commits.
+        progress: Called with the number of bytes just proven, from any thread.
+        at_once: Shards read side by side.
 
     Raises:
         StoreError: The store did not answer; that says nothing about the checkpoint.
     """
-    problems: list[str] = []
-    proven = 0
+    with ThreadPoolExecutor(at_once) as threads:
+        try:
+            begun = [_begin(store, attempt, threads, progress) for attempt in attempts]
+            return [_end(*each) for each in begun]
+        except BaseException:  # a store that is gone, or Ctrl-C: nothing more is begun
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
-    def count(nbytes: int) -> None:
-        nonlocal proven
-        proven += nbytes
-        if progress:
-            progress(nbytes)
 
+def _begin(
+    store: Store, attempt: Attempt, threads: ThreadPoolExecutor, progress: Callable[[int], None] | None
+) -> tuple[Attempt, list[Future[str]], int, str]:
     try:
         manifest = discover.read_manifest(store, attempt)
         discover.read_layout(store, manifest)
     except FormatError as err:
-        return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=0, problems=(str(err),))
-    for record in manifest.shards:
-        try:
-            VerifiedShard([store], record).verify(count)
-        except FormatError as err:
-            problems.append(str(err))
-    return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=proven, problems=tuple(problems))
+        return attempt, [], 0, str(err)
+    shards = [VerifiedShard([store], record) for record in manifest.shards]
+    return attempt, [threads.submit(_prove, shard, progress) for shard in shards], manifest.nbytes, ""
+
+
+def _prove(shard: VerifiedShard, progress: Callable[[int], None] | None) -> str:
+    """What is wrong with one shard; empty if nothing is."""
+    try:
+        shard.verify(progress)
+    except FormatError as err:
+        return str(err)
+    return ""
+
+
+def _end(attempt: Attempt, shards: list[Future[str]], nbytes: int, problem: str) -> Finding:
+    problems = tuple(found for found in (problem, *(shard.result() for shard in shards)) if found)
+    return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=0 if problem else nbytes, problems=problems)

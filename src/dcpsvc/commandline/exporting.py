@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from dcpsvc.commandline.common import open_store, store_options
 from dcpsvc.errors import NoSuchStepError
-from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
-from dcpsvc.tools import exporting, tables
-from dcpsvc.tools.casting import FLOATS
+from dcpsvc.tools import progress
 
 if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
 
 _MIB = 1 << 20
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @click.command("export")
@@ -27,11 +26,11 @@ _MIB = 1 << 20
 @click.option(
     "--component", default="model", show_default=True, help="The module, or a dotted beginning below it (not for dcp)."
 )
-@click.option("--dtype", type=click.Choice(FLOATS), help="Cast floating-point tensors (not for dcp).")
+@click.option("--dtype", type=click.Choice(_FLOATS), help="Cast floating-point tensors (not for dcp).")
 @click.option(
     "--max-shard-mib", type=click.IntRange(min=1), default=5120, show_default=True, help="Largest file of hf, in MiB."
 )
-@click.option("-o", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Passed to fsspec (repeatable).")
+@store_options
 def export_command(
     root: str,
     step: str,
@@ -49,16 +48,18 @@ def export_command(
 
     Example: dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
     """
-    store = open_root(root, _parsed(options))
+    from dcpsvc.tools import exporting  # takes NumPy, which the other commands do without
+
+    store = open_store(root, options)
     number = _step(store, step)
     if kind == "dcp":
         from dcpsvc import conversion
 
-        with tables.progress(0, quiet=True) as advance:
+        with progress.shown("exported", 0, quiet=True) as advance:
             conversion.export_dcp(store, number, directory, progress=advance)
         return
     source = exporting.Source(store, number, component)
-    with tables.progress(exporting.planned_nbytes(source), quiet=False) as advance:
+    with progress.shown("exported", exporting.planned_nbytes(source)) as advance:
         if kind == "hf":
             exporting.export_hf(source, directory, dtype=dtype, max_shard_nbytes=max_shard_mib * _MIB, progress=advance)
         elif kind == "peft":
@@ -78,16 +79,3 @@ def _step(store: Store, text: str) -> int:
             raise NoSuchStepError(store.url, 0, (), "nothing is committed")
         raise click.BadParameter(f"{text!r} is neither a number nor 'latest'", param_hint="STEP")
     return int(text)
-
-
-def _parsed(options: tuple[str, ...]) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-o")
-        try:
-            parsed[key] = json.loads(value)
-        except ValueError:
-            parsed[key] = value
-    return parsed

@@ -1,0 +1,1 @@
+"""The commands of ``dcpsvc``, by what they are for: thin over :mod:`dcpsvc.tools`."""

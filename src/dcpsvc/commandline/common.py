@@ -1,0 +1,117 @@
+"""What the commands share: options, opening a run root, JSON, and which steps there are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dcpsvc.config import Options
+from dcpsvc.errors import DcpsvcError
+from dcpsvc.format import keys, run
+from dcpsvc.reading import open_root
+from dcpsvc.stages import discover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from dcpsvc.storage.base import Store
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_NOT_LIVE = 1, 3, 4
+
+SECONDS = click.FloatRange(min=0, min_open=True)
+
+
+def size_in_bytes(text: str) -> int:
+    """``105GB``, ``1.5TiB``, ``4096`` in bytes."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size: write 105GB, 1.5TiB or a number of bytes")
+    base, power = 1024 if match["binary"] else 1000, " KMGTP".index(match["prefix"].upper() or " ")
+    return round(float(match["number"]) * float(base**power))
+
+
+def time_in_seconds(text: str) -> float:
+    """``24h``, ``90min``, ``30s``, ``7d`` in seconds."""
+    match = _DURATION.fullmatch(text)
+    if match is None or not float(match["number"]):
+        raise click.BadParameter(f"{text!r} is no time: write 24h, 90min, 30s or 7d")
+    return float(match["number"]) * {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}[match["unit"]]
+
+
+_SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<prefix>[kKMGTP]?)(?P<binary>i?)B?")
+_DURATION = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<unit>s|min|h|d|)")
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+store_options = click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Passed to fsspec, e.g. -o endpoint_url=http://127.0.0.1:9000 (repeatable).",
+)
+local_option = click.option(
+    "--local",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="This node's tier, as given to the Checkpointer. Default: $DCPSVC_LOCAL, else where jobs keep it.",
+)
+
+
+def complete_step(context: click.Context, _: click.Parameter, typed: str) -> list[str]:
+    """Steps of ROOT that begin with what was typed; none if it cannot be asked."""
+    with contextlib.suppress(DcpsvcError, click.ClickException):
+        store = open_store(str(context.params.get("root")), tuple(context.params.get("options") or ()))
+        steps = dict.fromkeys(str(attempt.step) for attempt in reversed(discover.committed(store)))
+        return [step for step in steps if step.startswith(typed)]
+    return []
+
+
+def step_argument(*, required: bool = True, name: str = "step") -> Callable[[F], F]:
+    """A step of ROOT; the shell completes it."""
+    return click.argument(name, type=click.IntRange(min=0), required=required, shell_complete=complete_step)
+
+
+def open_store(root: str, options: tuple[str, ...]) -> Store:
+    """The run root, which must exist."""
+    return open_root(root, parse(options))
+
+
+def local_path(store: Store, local: str | None) -> Path:
+    """Where this node keeps its part of that run, whether or not it does."""
+    found = run.loads(store.url, store.get(keys.RUN, max_nbytes=run.MAX_NBYTES))
+    return Options(local=local).local_dir / found.run_id
+
+
+def parse(options: tuple[str, ...]) -> dict[str, Any]:
+    """``KEY=VALUE``, values in JSON where they are JSON: true, 3, {"a": 1}."""
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-o")
+        try:
+            parsed[key] = json.loads(value)
+        except ValueError:
+            parsed[key] = value
+    return parsed
+
+
+def print_json(document: Any) -> None:
+    """One document on standard output; NaN and infinities as strings, which is all that JSON allows."""
+    click.echo(json.dumps(_finite(document), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else str(value)
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,256 @@
+"""Commands that look at a run root and change nothing: ls, show, verify, diff, du, fetch, report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dcpsvc.commandline.common import (
+    EXIT_DAMAGED,
+    as_json_option,
+    complete_step,
+    local_option,
+    local_path,
+    open_store,
+    print_json,
+    step_argument,
+    store_options,
+)
+from dcpsvc.stages import discover
+from dcpsvc.tools import listing, progress, showing, tables, verifying
+
+_jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=verifying.AT_ONCE,
+    show_default=True,
+    metavar="N",
+    help="Shards read side by side.",
+)
+_attempt_option = click.option("--attempt", help="Which attempt, where a step has several commits.")
+
+
+@click.command("ls")
+@click.argument("root")
+@click.option("--committed", is_flag=True, help="Leave out attempts that are no checkpoint.")
+@local_option
+@store_options
+@as_json_option
+def ls_command(root: str, committed: bool, local: str | None, options: tuple[str, ...], as_json: bool) -> None:
+    r"""List the checkpoints of the run at ROOT, a directory or URL.
+
+    \b
+    Examples:
+      dcpsvc ls s3://bucket/runs/exp42
+      dcpsvc ls ./runs/exp42 --json | jq '.[] | select(.metrics.loss < 2).step'
+    """
+    store = open_store(root, options)
+    rows = listing.rows(store, local_path(store, local))
+    if committed:
+        rows = [row for row in rows if row.checkpoint.state == "committed"]
+    if as_json:
+        print_json([row.document() for row in rows])
+    else:
+        tables.print_listing(rows)
+
+
+@click.command("show")
+@click.argument("root")
+@step_argument()
+@_attempt_option
+@click.option("--filter", "pattern", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
+@store_options
+@as_json_option
+def show_command(
+    root: str, step: int, attempt: str | None, pattern: str, options: tuple[str, ...], as_json: bool
+) -> None:
+    r"""Show the shards and tensors of the checkpoint of STEP, and where it comes from.
+
+    \b
+    Examples:
+      dcpsvc show ./runs/exp42 500
+      dcpsvc show ./runs/exp42 500 --filter attn --json
+    """
+    shown = showing.show(open_store(root, options), step, attempt)
+    if as_json:
+        print_json(shown.document(pattern))
+    else:
+        tables.print_checkpoint(shown, pattern)
+
+
+@click.command("verify")
+@click.argument("root")
+@step_argument(required=False)
+@_jobs_option
+@store_options
+@as_json_option
+def verify_command(root: str, step: int | None, jobs: int, options: tuple[str, ...], as_json: bool) -> None:
+    r"""Read every byte of the checkpoint of STEP, or of all, and compare it with the manifest.
+
+    Exits with 1 if anything is damaged.
+
+    \b
+    Examples:
+      dcpsvc verify s3://bucket/runs/exp42
+      dcpsvc verify ./runs/exp42 500 --jobs 16 && echo whole
+    """
+    store = open_store(root, options)
+    attempts = verifying.commits(store, step)
+    with progress.shown("verified", verifying.planned_nbytes(store, attempts), quiet=as_json) as advance:
+        findings = verifying.verify(store, attempts, advance, at_once=jobs)
+    if as_json:
+        print_json([asdict(finding) | {"intact": finding.intact} for finding in findings])
+    else:
+        tables.print_findings(findings)
+    sys.exit(0 if all(finding.intact for finding in findings) else EXIT_DAMAGED)
+
+
+@click.command("diff")
+@click.argument("root")
+@step_argument(name="a")
+@click.argument("b", type=click.IntRange(min=0), shell_complete=complete_step)
+@click.option("--root-b", metavar="ROOT", help="The run of B, if it is another one.")
+@click.option("--values", is_flag=True, help="Read the tensors too, and say which differ and by how much.")
+@store_options
+@as_json_option
+def diff_command(
+    root: str, a: int, b: int, root_b: str | None, values: bool, options: tuple[str, ...], as_json: bool
+) -> None:
+    r"""Tell what differs between the checkpoints of steps A and B: tensors, dtypes, shapes, plain values.
+
+    However many ranks wrote them. Exits with 1 if anything differs.
+
+    \b
+    Examples:
+      dcpsvc diff ./runs/exp42 400 500
+      dcpsvc diff ./runs/exp42 500 500 --root-b s3://bucket/runs/exp42 --values
+    """
+    from dcpsvc.tools import comparing
+
+    store, other = open_store(root, options), open_store(root_b or root, options)
+    mine, theirs = (
+        comparing.Side(where, found, discover.read_layout(where, found))
+        for where, found in ((store, showing.find(store, a)), (other, showing.find(other, b)))
+    )
+    if values:
+        with progress.shown("compared", comparing.compared_nbytes(mine, theirs), quiet=as_json) as advance:
+            found = comparing.compare(mine, theirs, advance)
+    else:
+        found = comparing.compare(mine, theirs)
+    if as_json:
+        print_json(found.document())
+    else:
+        named = (f"step {a}", f"step {b}" if root_b is None else f"step {b} of {root_b}")
+        tables.print_difference(found, named, with_values=values)
+    sys.exit(0 if found.same else EXIT_DAMAGED)
+
+
+@click.command("du")
+@click.argument("root")
+@local_option
+@store_options
+@as_json_option
+def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: bool) -> None:
+    r"""Tell what takes how much room: checkpoints, components, and what is not a checkpoint.
+
+    \b
+    Examples:
+      dcpsvc du s3://bucket/runs/exp42
+      dcpsvc du ./runs/exp42 --json | jq .kinds.debris
+    """
+    from dcpsvc.tools import usage
+
+    store = open_store(root, options)
+    found = usage.measure(store, local_path(store, local))
+    if as_json:
+        print_json(found.document())
+    else:
+        tables.print_usage(found)
+
+
+@click.command("fetch")
+@click.argument("root")
+@step_argument()
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@_attempt_option
+@_jobs_option
+@store_options
+@as_json_option
+def fetch_command(
+    root: str, step: int, directory: Path, attempt: str | None, options: tuple[str, ...], as_json: bool, **choices: Any
+) -> None:
+    r"""Copy the checkpoint of STEP into DIRECTORY, every byte proven; DIRECTORY is a run root then.
+
+    Begun again, it goes on where it broke off.
+
+    \b
+    Examples:
+      dcpsvc fetch s3://bucket/runs/exp42 500 ./exp42
+      python -c "import dcpsvc; dcpsvc.load('./exp42', {'model': model})"
+    """
+    from dcpsvc.tools import fetching
+
+    store = open_store(root, options)
+    manifest = showing.find(store, step, attempt)
+    with progress.shown("fetched", manifest.nbytes, quiet=as_json) as advance:
+        found = fetching.fetch(store, manifest, directory, advance, at_once=choices["jobs"])
+    if as_json:
+        print_json(asdict(found) | {"step": step, "attempt": manifest.attempt, "directory": str(directory)})
+    else:
+        there = f", of which {progress.size(found.found_nbytes)} lay there" if found.found_nbytes else ""
+        click.echo(f"step {step}: {progress.size(found.nbytes)} in {directory}{there}")
+
+
+@click.command("report")
+@click.argument("root")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    metavar="FILE",
+    help="The page.",
+)
+@click.option(
+    "--log",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Logs of ranks on this machine, as RunLog(folder=DIR) writes them: of killed jobs, too.",
+)
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Passed to fsspec (repeatable).")
+@as_json_option
+def report_command(root: str, output: Path, folder: Path | None, options: tuple[str, ...], as_json: bool) -> None:
+    r"""Write one page about the run at ROOT that needs only a browser: times, ranks, metrics, sizes, failures.
+
+    Times of saves are those that RunLog has left in the run root.
+
+    \b
+    Examples:
+      dcpsvc report s3://bucket/runs/exp42 -o exp42.html
+      dcpsvc report ./runs/exp42 --log /var/log/exp42 && xdg-open report.html
+    """
+    from dcpsvc.tools import reporting
+
+    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with aside.open("x", encoding="utf-8") as file:  # first: nothing is read for a page that cannot be written
+            file.write(reporting.report(open_store(root, options), folder=folder))
+        aside.replace(output)
+    except OSError as err:
+        raise click.UsageError(f"{output} cannot be written: {err.strerror or err}") from err
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    nbytes = output.stat().st_size
+    if as_json:
+        print_json({"output": str(output), "nbytes": nbytes})
+    else:
+        click.echo(f"{output}: {progress.size(nbytes)}")

@@ -1,0 +1,242 @@
+"""The whole examination, on every rank together: machine, run root, a rehearsal, and what follows from it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from dcpsvc import preflight
+from dcpsvc.doctor import machine, place, rehearsal
+from dcpsvc.doctor.findings import Finding, Verdict, broken, merged, ok, worst
+from dcpsvc.doctor.forecast import Forecast, Measured, forecast
+from dcpsvc.errors import DcpsvcError
+from dcpsvc.format.keys import PROBES
+from dcpsvc.ranks.job import Job
+from dcpsvc.ranks.rendezvous import Meeting
+from dcpsvc.storage.open import open_store
+from dcpsvc.tools.progress import duration
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from dcpsvc.storage.base import Store
+
+_SHARED = "shared"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to examine.
+
+    Attributes:
+        root: The run root; None examines this machine, with a run root on the local tier.
+        local: The local tier.
+        options: For fsspec.
+        nbytes: What each rank saves in the rehearsal.
+        model_nbytes: Size of the checkpoints to come; None if nobody said.
+        ranks: That will share it; None takes as many as examine.
+        mtbf_s: Mean time between failures of the job to come.
+        grace_s: What the cluster leaves a job between SIGTERM and SIGKILL.
+        timeout_s: Longest wait for a peer.
+    """
+
+    root: str | None
+    local: Path
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    nbytes: int = 64 << 20
+    model_nbytes: int | None = None
+    ranks: int | None = None
+    mtbf_s: float = 86400.0
+    grace_s: float = 25.0
+    timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examination:
+    """What came out; the same on every rank.
+
+    Attributes:
+        root: What was examined.
+        ranks: How many looked.
+        findings: One for each thing.
+        measured: The rehearsal, as the slowest rank saw it; None if it failed.
+        forecast: None without a rehearsal or the size of a model.
+    """
+
+    root: str
+    ranks: int
+    findings: tuple[Finding, ...]
+    measured: Measured | None
+    forecast: Forecast | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether jobs work here."""
+        return worst(self.findings) is not Verdict.FAIL
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON-like values."""
+        return asdict(self) | {"passed": self.passed}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Examination:
+        """What :meth:`to_json` gave."""
+        return cls(
+            root=said["root"],
+            ranks=said["ranks"],
+            findings=tuple(Finding.from_json(finding) for finding in said["findings"]),
+            measured=said["measured"] and Measured(**said["measured"]),
+            forecast=said["forecast"] and Forecast(**said["forecast"]),
+        )
+
+
+def examine(plan: Plan) -> tuple[Examination, int]:
+    """Examine, and say as which rank. Collective over the ranks of a launcher, if one has set its variables.
+
+    Everything it writes lies below ``<root>/probes/doctor-<token>`` and ``<local>/doctor-<token>``, and is removed.
+
+    Raises:
+        DisagreementError: A rank does not come.
+        RuntimeError: The ranks cannot reach each other.
+    """
+    with _ranks(plan.timeout_s):
+        job = Job.join(plan.timeout_s)
+        try:
+            said = _examine(job, plan)
+            with suppress(RuntimeError):
+                job.linger("doctor", plan.timeout_s)
+        finally:
+            job.leave()
+        return Examination.from_json(said), job.rank
+
+
+@contextmanager
+def _ranks(timeout_s: float) -> Generator[None]:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    from datetime import timedelta
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _examine(job: Job, plan: Plan) -> Any:
+    meeting = Meeting(max(plan.timeout_s, 600.0), silence_s=plan.timeout_s)
+    token = job.meet("doctor/begin", None, lambda _: secrets.token_hex(4), meeting)
+    began = time.monotonic()
+    times: list[float] = job.meet("doctor/clock", time.time(), lambda said: said, meeting)
+    findings = [place.clocks(times, time.monotonic() - began)] if job.world_size > 1 else []
+    findings += machine.examine(_machine(job, plan))
+    root, local = _places(plan, token)
+    was_there = _folders(root)
+    measured: Measured | None = None
+    try:
+        store = open_store(root, plan.options)
+    except DcpsvcError as err:
+        findings.append(broken("run root", err, "check the path or URL, and -o KEY=VALUE"))
+        store = None
+    findings += _look_at(job, store, token, meeting)
+    if store is not None:
+        more, measured = rehearsal.rehearse(
+            f"{root}/run", local, job.rank, nbytes=plan.nbytes, options=plan.options, timeout_s=plan.timeout_s
+        )
+        findings += more
+    job.meet("doctor/tidy", None, lambda _: None, meeting)
+    if job.coordinates and store is not None:
+        findings.append(rehearsal.remove(store))
+        _prune(root, was_there)
+    mine = {"findings": [one.to_json() for one in findings], "measured": measured and measured.to_json()}
+    return job.meet("doctor/end", mine, lambda all_: _sum_up(plan, all_), meeting)
+
+
+def _machine(job: Job, plan: Plan) -> machine.Machine:
+    shard_nbytes = None if plan.model_nbytes is None else plan.model_nbytes // (plan.ranks or job.world_size)
+    return machine.Machine(local=plan.local, shard_nbytes=shard_nbytes, ranks=preflight.ranks_here(os.environ))
+
+
+def _places(plan: Plan, token: str) -> tuple[str, Path]:
+    base = str(plan.local / "root") if plan.root is None else plan.root.rstrip("/")
+    return f"{base}/{PROBES}doctor-{token}", plan.local / f"doctor-{token}"
+
+
+def _look_at(job: Job, store: Store | None, token: str, meeting: Meeting) -> list[Finding]:
+    """The run root as this rank sees it; the meeting is held whatever happens."""
+    findings: list[Finding] = []
+    expected = f"doctor {token}\n".encode()
+    if store is not None:
+        findings.append(place.permissions(store, f"rank-{job.rank}"))
+        if findings[0].verdict is not Verdict.FAIL:  # else the others would only say the same
+            findings.append(place.listings(store, f"listed-{job.rank}"))
+            if job.coordinates:
+                findings.append(place.conditional_create(store, "race"))
+        if job.coordinates:
+            with suppress(DcpsvcError):  # then the others say so
+                store.put(_SHARED, expected)
+    job.meet("doctor/shared", None, lambda _: None, meeting)
+    if store is not None and job.world_size > 1:
+        findings.append(place.shared(store, _SHARED, expected))
+    return findings
+
+
+def _sum_up(plan: Plan, said: list[dict[str, Any]]) -> dict[str, Any]:
+    findings = merged([[Finding.from_json(one) for one in each["findings"]] for each in said])
+    measured = _slowest([each["measured"] for each in said])
+    expected = None
+    if measured is not None and plan.model_nbytes is not None:
+        expected = forecast(measured, plan.model_nbytes, plan.mtbf_s, plan.ranks)
+        findings.append(preemption(expected, plan.grace_s))
+    return Examination(
+        root=plan.root or str(plan.local),
+        ranks=len(said),
+        findings=tuple(findings),
+        measured=measured,
+        forecast=expected,
+    ).to_json()
+
+
+def preemption(expected: Forecast, grace_s: float) -> Finding:
+    """Whether a save fits between SIGTERM and SIGKILL, after one that is under way. Pure."""
+    need_s = 2 * expected.local_s
+    found = f"{duration(grace_s)} of grace; two local commits take {duration(need_s)}"
+    if need_s <= grace_s:
+        return ok("preemption", found)
+    remedy = "ask the cluster for a longer grace (terminationGracePeriodSeconds, --signal=TERM@120), or use more ranks"
+    return Finding(name="preemption", verdict=Verdict.WARN, found=found, remedy=remedy)
+
+
+def _slowest(measured: list[dict[str, Any] | None]) -> Measured | None:
+    whole = [one for one in measured if one is not None]
+    if not whole or len(whole) < len(measured):
+        return None
+    return Measured(**{name: max(one[name] for one in whole) for name in whole[0]} | {"ranks": len(whole)})
+
+
+def _folders(root: str) -> set[Path]:
+    """Those above ``root`` that are there already; a URL has none."""
+    return set() if "://" in root else {folder for folder in Path(root).absolute().parents if folder.exists()}
+
+
+def _prune(root: str, was_there: set[Path]) -> None:
+    """Remove the empty folders that were made; on a URL there are none."""
+    if "://" in root:
+        return
+    path = Path(root).absolute()
+    for folder in sorted(path.rglob("*"), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
+    for folder in (path, *path.parents):
+        if folder in was_there:
+            return
+        with suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,127 @@
+"""What the run root does for the ranks: permissions, listings, conditional create, whether it is shared. No torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
+from dcpsvc.errors import StoreAccessError, StoreError
+
+if TYPE_CHECKING:
+    from dcpsvc.storage.base import Store
+
+_RACES, _RACERS = 5, 8
+_LISTING_S, _LOOK_S = 5.0, 0.1
+_MAX_SKEW_S = 1.0
+
+_ACCESS = "give this user read, write, list and delete on the run root (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=...)"
+_REACH = "check the path or URL, the network, and -o endpoint_url=..."
+
+
+def permissions(store: Store, mine: str) -> Finding:
+    """Write, list, read and delete a small object, as every rank of a job does."""
+    step = "write"
+    try:
+        store.put(mine, b"doctor\n")
+        step = "read"
+        if store.get(mine, max_nbytes=64) != b"doctor\n":
+            return _wrong("permissions", "what was written reads back as something else")
+        step = "list"
+        store.list("")
+        step = "delete"
+        store.delete(mine)
+    except StoreAccessError as err:
+        return Finding(name="permissions", verdict=Verdict.FAIL, found=f"cannot {step}: {err}", remedy=_ACCESS)
+    except StoreError as err:
+        return Finding(name="permissions", verdict=Verdict.FAIL, found=f"cannot {step}: {err}", remedy=_REACH)
+    return ok("permissions", "write, read, list and delete")
+
+
+def listings(store: Store, mine: str) -> Finding:
+    """Whether a listing shows at once what was written, and no more what was deleted."""
+    try:
+        store.put(mine, b"x")
+        appeared_s = _until(store, mine, there=True)
+        store.delete(mine)
+        vanished_s = _until(store, mine, there=False)
+    except StoreError as err:
+        return broken("listings", err, _REACH)
+    late_s = max(appeared_s, vanished_s)
+    if not late_s:
+        return ok("listings", "show at once what was written and deleted")
+    found = f"lag behind writes by {'more than 5' if late_s == math.inf else f'{late_s:.1f}'} s"
+    remedy = "a commit of the last moments before a kill may have to be finished again from the local tier"
+    return Finding(name="listings", verdict=Verdict.WARN, found=found, remedy=remedy)
+
+
+def _until(store: Store, key: str, *, there: bool) -> float:
+    """Seconds until a listing tells the truth; 0.0 if the first one did, infinity if none did in time."""
+    began = time.monotonic()
+    waited_s = 0.0
+    while any(entry.key == key for entry in store.list("")) is not there:
+        time.sleep(_LOOK_S)
+        waited_s = time.monotonic() - began
+        if waited_s > _LISTING_S:
+            return math.inf
+    return waited_s
+
+
+def conditional_create(store: Store, prefix: str) -> Finding:
+    """Whether exactly one of several racing writers wins. Not needed for safety; good to have as a second fence."""
+    try:
+        winners = [_race(store, f"{prefix}-{number}") for number in range(_RACES)]
+    except StoreError as err:
+        return broken("conditional create", err, _REACH)
+    found = f"{_RACERS} writers raced {_RACES} times; winners: {', '.join(map(str, winners))}"
+    if winners == [1] * _RACES:
+        return ok("conditional create", found)
+    if 0 in winners:
+        return Finding(name="conditional create", verdict=Verdict.FAIL, found=found, remedy=_REACH)
+    note = f"{found}; commits are safe without it, by epochs and claims"
+    return Finding(name="conditional create", verdict=Verdict.NOTE, found=note)
+
+
+def _race(store: Store, key: str) -> int:
+    with ThreadPoolExecutor(_RACERS) as threads:
+        told = list(threads.map(lambda number: store.create(key, f"racer {number}\n".encode()), range(_RACERS)))
+    store.delete(key)
+    return sum(told)
+
+
+def shared(store: Store, theirs: str, expected: bytes) -> Finding:
+    """Whether this rank sees, at the run root, what the first rank has just written there."""
+    try:
+        listed = any(entry.key == theirs for entry in store.list(""))
+        same = store.get(theirs, max_nbytes=256) == expected
+    except StoreError as err:
+        found = f"what rank 0 wrote cannot be read here: {err}"
+        remedy = "the run root must be one place for all ranks: a shared file system or an object store"
+        return Finding(name="shared root", verdict=Verdict.FAIL, found=found, remedy=remedy)
+    if listed and same:
+        return ok("shared root", "every rank sees what rank 0 wrote")
+    return _wrong("shared root", "this rank sees another object than rank 0 wrote" if listed else "not in the listing")
+
+
+def clocks(times: list[float], within_s: float) -> Finding:
+    """How far apart the ranks' clocks are; what they said was asked for at about one moment.
+
+    Args:
+        times: Each rank's wall clock.
+        within_s: How long it took to ask them all: skew below it cannot be told.
+    """
+    skew = max(times) - min(times)
+    found = f"{len(times)} ranks, at most {skew:.2f} s apart (asked within {within_s:.2f} s)"
+    if skew <= _MAX_SKEW_S + within_s:
+        return ok("clocks", found)
+    first, last = times.index(min(times)), times.index(max(times))
+    remedy = (
+        f"start chrony or ntpd on the hosts of ranks {first} and {last}; nothing is decided by time, but ages mislead"
+    )
+    return Finding(name="clocks", verdict=Verdict.WARN, found=found, remedy=remedy)
+
+
+def _wrong(name: str, found: str) -> Finding:
+    return Finding(name=name, verdict=Verdict.FAIL, found=found, remedy="use another store: this one cannot hold a run")

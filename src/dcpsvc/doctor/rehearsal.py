@@ -1,0 +1,117 @@
+"""A real small checkpoint at the real destination: saved, committed, verified, loaded, compared and deleted."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dcpsvc.checkpointer import Checkpointer
+from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
+from dcpsvc.doctor.forecast import Measured
+from dcpsvc.errors import DcpsvcError, StoreError
+from dcpsvc.loading import load
+from dcpsvc.reading import open_root
+from dcpsvc.state.sharing import PerRank
+from dcpsvc.tools import verifying
+from dcpsvc.tools.progress import duration, size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from dcpsvc.storage.base import Store
+
+_REMEDY = "the lines above say what this needs; nothing of it stays behind"
+_FIRST, _SECOND = 1, 2
+
+
+def rehearse(
+    root: str, local: Path, rank: int, *, nbytes: int, options: Mapping[str, Any], timeout_s: float
+) -> tuple[list[Finding], Measured | None]:
+    """Do it. Collective; every rank gets its own findings. The root and ``local`` must be new.
+
+    Args:
+        root: Where, below the real run root.
+        local: Where, below the real local tier.
+        rank: This one.
+        nbytes: What each rank saves.
+        options: For fsspec.
+        timeout_s: Longest wait for a peer.
+    """
+    payload = torch.arange(nbytes // 8, dtype=torch.int64) * (rank + 1)
+    try:
+        measured = _save(root, local, payload, options, timeout_s)
+        found = [ok("save and commit", _told(measured))]
+        found.append(_verified(root, options) if rank == 0 else ok("verify", "every byte as it was written"))
+        began = time.perf_counter()
+        found.append(_loaded(root, payload, options, timeout_s))
+        measured["load_s"] = time.perf_counter() - began
+    except (DcpsvcError, OSError, RuntimeError) as err:
+        return [broken("save and commit", err, _REMEDY)], None
+    finally:
+        shutil.rmtree(local, ignore_errors=True)
+    return found, Measured(ranks=1, **measured)
+
+
+def _save(
+    root: str, local: Path, payload: torch.Tensor, options: Mapping[str, Any], timeout_s: float
+) -> dict[str, Any]:
+    """Two saves: the first one pays for what is made once."""
+    state = {"doctor": PerRank(payload)}
+    with Checkpointer(
+        root, state, local=local, storage_options=options, sync_timeout_s=timeout_s, save_last=False, stop_signals=()
+    ) as ckpt:
+        ckpt.save(_FIRST).wait()
+        pending = ckpt.save(_SECOND)
+        pending.wait()
+        times = pending.timings
+        return {
+            "shard_nbytes": times.shard_nbytes,
+            "blocked_s": times.blocked_s,
+            "local_s": times.local_s,
+            "commit_s": times.commit_lag_s,
+        }
+
+
+def _told(measured: Mapping[str, Any]) -> str:
+    blocked, local, commit = (duration(measured[name]) for name in ("blocked_s", "local_s", "commit_s"))
+    wrote = f"{size(measured['shard_nbytes'])} a rank: training waited {blocked}"
+    return f"{wrote}, on the local disks after {local}, committed after {commit}"
+
+
+def _verified(root: str, options: Mapping[str, Any]) -> Finding:
+    store = open_root(root, options)
+    findings = verifying.verify(store, verifying.commits(store, None))
+    problems = [problem for finding in findings for problem in finding.problems]
+    if problems:
+        remedy = "use another store: this one loses or changes bytes"
+        return Finding(name="verify", verdict=Verdict.FAIL, found="; ".join(problems), remedy=remedy)
+    return ok("verify", "every byte as it was written")
+
+
+def _loaded(root: str, payload: torch.Tensor, options: Mapping[str, Any], timeout_s: float) -> Finding:
+    state: dict[str, Any] = {"doctor": PerRank(torch.zeros_like(payload))}
+    load(root, state, _SECOND, storage_options=options, sync_timeout_s=timeout_s)
+    if torch.equal(state["doctor"].value, payload):
+        return ok("load", "every rank got its own back")
+    remedy = "please report this: the bytes were proven and are not what was saved"
+    return Finding(
+        name="load", verdict=Verdict.FAIL, found="what was loaded differs from what was saved", remedy=remedy
+    )
+
+
+def remove(store: Store) -> Finding:
+    """Delete all of it, and see that nothing is left. One rank, after all have done."""
+    try:
+        for entry in store.list(""):
+            store.delete(entry.key)
+        left = store.list("")
+    except StoreError as err:
+        return broken("delete", err, f"remove {store.url} by hand, and let this user delete below the run root")
+    if left:
+        remedy = f"remove {store.url} by hand"
+        return Finding(name="delete", verdict=Verdict.WARN, found=f"{len(left)} objects stay", remedy=remedy)
+    return ok("delete", "nothing is left")

@@ -1,0 +1,197 @@
+"""How long each phase of each save took on each rank, from the events; and which rank the others waited for."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Self
+
+from dcpsvc.events import Point
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from dcpsvc.events import Event
+
+PHASES = {
+    Point.STAGED: "stage",
+    Point.PLAN_AGREED: "plan",
+    Point.SHARD_WRITTEN: "write",
+    Point.ACKED_LOCAL: "ack-local",
+    Point.UPLOADED: "upload",
+    Point.ACKED_REMOTE: "ack-remote",
+    Point.COMMITTED: "commit",
+}
+"""The point that ends each phase; it began where the one before ended."""
+
+OWN = ("stage", "write", "upload")
+"""What a rank does by itself; the other phases are mostly waiting for others."""
+
+_ENDS = {Point.COMMITTED: "committed", Point.SAVE_FAILED: "failed", Point.SAVE_SKIPPED: "skipped"}
+_SLOWER, _BY_S = 1.5, 0.1
+"""A rank is a straggler if it took so many times the median, and so much longer."""
+_MAX_OPEN = 64
+"""Saves that are followed at once; one whose end is never told is forgotten in the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveTimes:
+    """One save on one rank.
+
+    Attributes:
+        step: Training step.
+        attempt: Which try.
+        rank: Global rank.
+        began: When it was accepted, seconds since 1970.
+        seconds: By phase; a phase that was not reached is absent.
+        nbytes: Of this rank's shard; None if it was not written.
+        outcome: ``committed``, ``failed`` or ``skipped``.
+        detail: Why, if it was not committed.
+    """
+
+    step: int
+    attempt: str
+    rank: int
+    began: float
+    seconds: dict[str, float]
+    nbytes: int | None = None
+    outcome: str = "committed"
+    detail: str = ""
+
+    @property
+    def total_s(self) -> float:
+        """From the call to the end."""
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of a log."""
+        return asdict(self) | {"seconds": {name: round(value, 6) for name, value in self.seconds.items()}}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Self:
+        """What :meth:`to_json` gave; raises TypeError, ValueError or KeyError for anything else."""
+        return cls(
+            step=int(said["step"]),
+            attempt=str(said["attempt"]),
+            rank=int(said["rank"]),
+            began=float(said["began"]),
+            seconds={str(name): float(value) for name, value in dict(said["seconds"]).items()},
+            nbytes=None if said["nbytes"] is None else int(said["nbytes"]),
+            outcome=str(said["outcome"]),
+            detail=str(said["detail"]),
+        )
+
+
+@dataclass(slots=True)
+class _Open:
+    began: float
+    points: list[tuple[Point, float]] = field(default_factory=list[tuple[Point, float]])
+    nbytes: int | None = None
+
+
+class Tracker:
+    """Follows the saves of one rank from event to event. The caller locks."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[int, str], _Open] = {}
+
+    def take(self, event: Event, at: float, now: float) -> SaveTimes | None:
+        """Take an event in; gives the save that it ends.
+
+        Args:
+            event: Of this rank.
+            at: When, seconds since 1970.
+            now: The same on a clock that never jumps.
+        """
+        if event.step is None or not event.attempt:
+            return None
+        key = (event.step, event.attempt)
+        if event.name is Point.SAVE_ACCEPTED:
+            self._open[key] = _Open(at, [(event.name, now)])
+            if len(self._open) > _MAX_OPEN:
+                del self._open[next(iter(self._open))]
+            return None
+        save = self._open.get(key)
+        if save is None:
+            return None
+        if event.name in PHASES:
+            save.points.append((event.name, now))
+        if event.name is Point.SHARD_WRITTEN:
+            save.nbytes = event.nbytes
+        if event.name not in _ENDS:
+            return None
+        del self._open[key]
+        return SaveTimes(
+            step=event.step,
+            attempt=event.attempt,
+            rank=event.rank,
+            began=save.began,
+            seconds=_seconds(save.points),
+            nbytes=save.nbytes,
+            outcome=_ENDS[event.name],
+            detail="" if event.name is Point.COMMITTED else event.detail,
+        )
+
+    def open_attempts(self) -> int:
+        """How many saves are under way."""
+        return len(self._open)
+
+
+def _seconds(points: list[tuple[Point, float]]) -> dict[str, float]:
+    return {PHASES[point]: max(0.0, now - before) for (_, before), (point, now) in pairwise(points)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Straggler:
+    """The rank that the others waited for at one save.
+
+    Attributes:
+        step: Training step.
+        attempt: Which try.
+        rank: Which.
+        phase: Where it lost most, against the median of all.
+        seconds: What it took there.
+        median_s: What the ranks took there.
+    """
+
+    step: int
+    attempt: str
+    rank: int
+    phase: str
+    seconds: float
+    median_s: float
+
+    def __str__(self) -> str:
+        took = f"rank {self.rank} took {self.seconds:.2f} s to {self.phase}"
+        return f"step {self.step}: {took}, the median {self.median_s:.2f} s"
+
+
+def stragglers(saves: Iterable[SaveTimes]) -> list[Straggler]:
+    """The rank that each save waited for, where one stands out; ascending by step. Pure."""
+    by_attempt: defaultdict[tuple[int, str], list[SaveTimes]] = defaultdict(list)
+    for save in saves:
+        by_attempt[save.step, save.attempt].append(save)
+    found = (_straggler(ranks) for _, ranks in sorted(by_attempt.items()))
+    return [straggler for straggler in found if straggler is not None]
+
+
+def _straggler(ranks: list[SaveTimes]) -> Straggler | None:
+    if len(ranks) < 2:  # noqa: PLR2004 - one rank waits for nobody
+        return None
+    worst: Straggler | None = None
+    for phase in OWN:
+        timed = [save for save in ranks if phase in save.seconds]
+        if not timed:
+            continue
+        median_s = statistics.median_low(save.seconds[phase] for save in timed)
+        last = max(timed, key=lambda save: save.seconds[phase])
+        late_s = last.seconds[phase] - median_s
+        stands_out = last.seconds[phase] > _SLOWER * median_s and late_s > _BY_S
+        if stands_out and (worst is None or late_s > worst.seconds - worst.median_s):
+            worst = Straggler(
+                step=last.step, attempt=last.attempt, rank=last.rank, phase=phase,
+                seconds=last.seconds[phase], median_s=median_s,
+            )  # fmt: skip
+    return worst
