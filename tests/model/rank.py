@@ -17,6 +17,7 @@ from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, Rendezvous
 from dcpsvc.saving import Saver
 from dcpsvc.settling import OpenRun, settle
+from dcpsvc.state.drift import Terms
 from dcpsvc.storage.retry import RetryingStore
 from dcpsvc.tiers import Tiers
 from tests.model import shard
@@ -143,7 +144,7 @@ class SimRank:
     def _resume(self, job: Job, run: OpenRun, catalog: Catalog, newest_before: int) -> int:
         resuming = SimResuming(job, "resume-1", run.remote, [run.local], None, SYNC_S, UPLOAD_S)  # type: ignore[arg-type]
         earlier = [attempt.step for attempt in run.settled.committed][:-1] if self.plan.steps_back else []
-        found = resuming.run(earlier[-1] if earlier else None, ())
+        found = resuming.run(earlier[-1] if earlier else None, Terms())
         if not earlier:
             self.ledger.chose(self.host, found and found.attempt, newest_before)
         if found is None:

@@ -13,11 +13,12 @@ from dcpsvc.storage.shards import VerifiedShard
 from tests.model.limits import SLACK_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.rendezvous import Meeting
+    from dcpsvc.state.drift import Terms
     from tests.model.host import Host
     from tests.model.wires import KeyValueServer
 
@@ -79,14 +80,14 @@ class SimCatalog(Catalog):
 class SimResuming(Resuming):
     """Resume without a model: every rank proves its share of the shards."""
 
-    def _load(self, attempt: Attempt, skip: Collection[str]) -> str:
+    def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
         message = None
         try:
             self._within(lambda: self._prove(attempt))
         except Exception as err:  # noqa: BLE001 - as Resuming._load does
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
         self._meet(f"load-{attempt}/read", message, lambda _: None)
-        return "loaded"
+        return "loaded", {}
 
     def _prove(self, attempt: Attempt) -> None:
         found = discover.read_manifest(self.remote, attempt)

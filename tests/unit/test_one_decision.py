@@ -12,6 +12,7 @@ from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import Rendezvous
 from dcpsvc.resuming import Resuming
 from dcpsvc.state.app import AppState
+from dcpsvc.state.drift import Terms
 from dcpsvc.storage.posix import PosixStore
 
 WORLD = 512
@@ -54,7 +55,7 @@ def resume_on_all(world, store):
         job = Job(rank, world, "run", rendezvous, group, None, None)
         state = {"n": []}
         try:
-            found = Resuming(job, "resume", store, (), AppState(state), 50, 50).run(None, ())
+            found = Resuming(job, "resume", store, (), AppState(state), 50, 50).run(None, Terms())
             results[rank] = (found.attempt.step, state["n"])
         except RestoreFailedError as err:
             results[rank] = str(err)
