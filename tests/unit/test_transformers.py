@@ -51,7 +51,7 @@ def trainer(folder: Path, *, root: Path | None = None, until: int | None = None,
     transformers.set_seed(0)
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
     given = transformers.TrainingArguments(
-        output_dir=str(folder / "out"), max_steps=20, per_device_train_batch_size=4, save_steps=5, logging_steps=5,
+        output_dir=str(folder / "out"), max_steps=20, per_device_train_batch_size=4, save_steps=4, logging_steps=4,
         report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2, **arguments,
     )  # fmt: skip
     made = Ours(model=transformers.GPT2LMHeadModel(config), args=given, train_dataset=Samples())
@@ -70,10 +70,10 @@ def test_a_trainer_killed_between_two_saves_goes_on_bit_for_bit_inside_the_epoch
     first = trainer(tmp_path, until=13)
     with pytest.raises(Interrupted):
         first.train(resume_from_checkpoint=True)  # nothing to resume from: fresh
-    assert [found.step for found in dcpsvc.list_checkpoints(tmp_path / "root")] == [5, 10]
+    assert [found.step for found in dcpsvc.list_checkpoints(tmp_path / "root")] == [4, 8, 12]
     second = trainer(tmp_path)
     second.train(resume_from_checkpoint=True)
-    assert second.seen == straight.seen[10:]
+    assert second.seen == straight.seen[12:]
     assert outcome(second) == outcome(straight)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
@@ -81,7 +81,7 @@ def test_a_trainer_killed_between_two_saves_goes_on_bit_for_bit_inside_the_epoch
 def test_the_limit_of_the_trainer_is_kept_and_metrics_are_recorded(tmp_path: Path) -> None:
     trainer(tmp_path, save_total_limit=2).train()
     found = dcpsvc.list_checkpoints(tmp_path / "root")
-    assert [checkpoint.step for checkpoint in found] == [15, 20]
+    assert [checkpoint.step for checkpoint in found] == [16, 20]
     assert found[-1].metrics["loss"] > 0
 
 
