@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from dcpsvc.reading import latest, list_checkpoints
     from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.state.rng import Rng
-    from dcpsvc.state.sharing import OneRank, Part, PerGroup, PerRank, Replicated
+    from dcpsvc.state.sharing import Cast, OneRank, Part, PerGroup, PerRank, Replicated
 
 _HOMES = {
     "checkpointer": ("Checkpointer",),
@@ -81,12 +81,13 @@ _HOMES = {
     "reading": ("latest", "list_checkpoints"),
     "stages.discover": ("Checkpoint",),
     "state.rng": ("Rng",),
-    "state.sharing": ("OneRank", "Part", "PerGroup", "PerRank", "Replicated"),
+    "state.sharing": ("Cast", "OneRank", "Part", "PerGroup", "PerRank", "Replicated"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Best",
+    "Cast",
     "Checkpoint",
     "CheckpointGoneError",
     "Checkpointer",

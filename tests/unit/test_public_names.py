@@ -10,7 +10,7 @@ import pytest
 import dcpsvc
 
 PUBLIC = {
-    "Best", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError",
+    "Best", "Cast", "Checkpoint", "CheckpointGoneError", "Checkpointer", "ClosedError", "ConfigError", "DcpsvcError",
     "Divergence", "Event", "Every", "EveryHours", "EveryNSteps", "Everything", "FormatError", "Latest", "Observers",
     "OneRank", "Options", "Part", "PendingSave", "PerGroup", "PerRank", "Pinned", "Point", "PrometheusMetrics",
     "Replicated", "RestoreError", "Rng", "RootError", "RunLog", "SaveError", "Spans", "StateError", "Statistics",

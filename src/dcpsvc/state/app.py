@@ -13,7 +13,7 @@ from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
 from dcpsvc.state.module import ModuleComponent, fqn, unwrap
 from dcpsvc.state.optimizer import OptimizerComponent
-from dcpsvc.state.sharing import Part, Replicated, bare
+from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.values import ValueComponent, is_stateful
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def apply(components: Mapping[str, Component], saved: Saved, loaded: Sequence[Wa
 
 def _is_module(value: Any) -> bool:
     """Whether a value is saved by its parameters and buffers, not by what its ``state_dict()`` copies."""
-    if not isinstance(value, nn.Module | Replicated | Part):
+    if not isinstance(value, nn.Module | Replicated | Part | Cast):
         return False
     module = bare(value)
     return isinstance(module, nn.Module) and not (is_stateful(module) and has_metrics(module))

@@ -41,7 +41,7 @@ class Item:
 
     Attributes:
         tensor: The local part, not a copy.
-        dtype: Safetensors name.
+        dtype: Safetensors name of what is stored; the tensor's own may be another.
         shape: Of the whole tensor.
         offsets: Where the local part begins in it.
         sharing: Who holds it.
@@ -88,14 +88,32 @@ class Collected:
     owners: dict[int, int] = field(default_factory=dict[int, int])
 
     def add(
-        self, key: str, tensor: torch.Tensor, sharing: Sharing, *, owner: int | None = None, validate: bool = True
+        self,
+        key: str,
+        tensor: torch.Tensor,
+        sharing: Sharing,
+        *,
+        owner: int | None = None,
+        validate: bool = True,
+        stored: torch.dtype | None = None,
     ) -> None:
-        """Take a tensor in; a DTensor is sharded whatever ``sharing`` says."""
+        """Take a tensor in; a DTensor is sharded whatever ``sharing`` says.
+
+        Args:
+            key: Its name.
+            tensor: By reference.
+            sharing: Who holds it.
+            owner: ``id`` of the optimizer that alone changes it.
+            validate: Whether replicas are compared.
+            stored: The dtype in the file, where it is another one.
+        """
         if isinstance(tensor, DTensor):
             if sharing is Sharing.PER_RANK:
                 raise UnsupportedStateError(key, "a DTensor is shared by ranks and cannot be the value of one")
             sharing = Sharing.SHARDED
         self._put(key, tensor, sharing, writes=True, owner=owner, validate=validate)
+        if stored is not None:
+            self.items[key] = replace(self.items[key], dtype=name_of(stored, key))
 
     def add_part(self, key: str, tensor: torch.Tensor, holder: int, *, owner: int | None = None) -> None:
         """Take a tensor in that only some ranks know of: those that hold a part of it, or all of it.

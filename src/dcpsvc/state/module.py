@@ -14,7 +14,7 @@ from dcpsvc.errors import StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents, origin
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.saved import Saved, Want, copy_into, own_name
-from dcpsvc.state.sharing import Part, Replicated, bare
+from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,6 +63,7 @@ class ModuleComponent:
         module: Without what wraps it.
         part: The declaration that this is only a part of the model; None if it is all of it.
         validate: Whether replicas are compared.
+        dtype: In which floating-point tensors are stored; None: their own.
         only: ``trainable`` leaves out parameters that need no gradient; buffers and all others are saved.
     """
 
@@ -72,6 +73,7 @@ class ModuleComponent:
         self._trained: set[str] = set()
         self._base: tuple[list[str], dict[str, str]] | None = None
         self.part = given if isinstance(given, Part) else None
+        self.dtype = given.dtype if isinstance(given, Cast) else None
         self.validate = not (isinstance(given, Replicated) and given.validate == "off")
         for path, child in self.module.named_modules():
             if isinstance(child, FullyShardedDataParallel):
@@ -178,7 +180,12 @@ class ModuleComponent:
                 saved.drift.add(key, "base", *texts)
 
     def _wanted(self, saved: Saved, key: str, value: torch.Tensor) -> list[Want]:
-        return saved.want_like(key, value) if key.endswith(_EXTRA) else saved.want_in_place(key, value)
+        if key.endswith(_EXTRA):
+            return saved.want_like(key, value)
+        return saved.want_in_place(key, value, cast=self._stored(value) is not None)
+
+    def _stored(self, value: torch.Tensor) -> torch.dtype | None:
+        return self.dtype if value.is_floating_point() else None
 
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
         owner = into.owners.get(id(value))
@@ -186,7 +193,7 @@ class ModuleComponent:
             into.add_part(key, value, self.part.holder, owner=owner)
         else:
             shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
-            into.add(key, value, shared, owner=owner, validate=self.validate)
+            into.add(key, value, shared, owner=owner, validate=self.validate, stored=self._stored(value))
 
     def _collect_value(self, into: Collected, key: str, value: Any) -> None:
         if self.part is not None:

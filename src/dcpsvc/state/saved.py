@@ -95,13 +95,14 @@ class Saved:
             return self.documents.get(own_name(name, rank))
         return self.documents_of(rank).get(own_name(name, rank))
 
-    def want_like(self, key: str, template: torch.Tensor, *, saved_key: str = "") -> list[Want]:
+    def want_like(self, key: str, template: torch.Tensor, *, saved_key: str = "", cast: bool = False) -> list[Want]:
         """Ask for what this rank holds of ``template``; where it differs in shape or dtype that is noted instead.
 
         Args:
             key: Of the state.
             template: As the state has it.
             saved_key: Its name in the checkpoint, where that is not what ``rename`` makes of the key.
+            cast: Any floating-point dtype will do.
         """
         theirs = saved_key or self.saved_name(key)
         saved = self.layout.find(theirs)
@@ -111,7 +112,7 @@ class Saved:
             self.drift.add(key, "missing", "-", described(template))
         elif tuple(template.shape) != saved.shape:
             self.drift.add(key, "shape", self.described(theirs), described(template))
-        elif template.dtype != dtype_of(saved.dtype):
+        elif template.dtype != dtype_of(saved.dtype) and not (cast and dtype_of(saved.dtype).is_floating_point):
             self.drift.add(key, "dtype", self.described(theirs), described(template))
         else:
             return [self.want_box(theirs, *local_chunk(template))]
@@ -122,15 +123,15 @@ class Saved:
         found = self.tensor(saved_key)
         return f"{str(dtype_of(found.dtype)).removeprefix('torch.')}{list(found.shape)}"
 
-    def want_in_place(self, key: str, template: torch.Tensor) -> list[Want]:
+    def want_in_place(self, key: str, template: torch.Tensor, *, cast: bool = False) -> list[Want]:
         """Likewise, into the memory of ``template`` where that can be written to as it is."""
         if template.device.type == "meta":
             raise StateMismatchError(key, "it is on the meta device; call to_empty(device=...) on its module before")
-        wants = self.want_like(key, template)
+        wants = self.want_like(key, template, cast=cast)
         local = (template.to_local() if isinstance(template, DTensor) else template).detach()
         if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
             return wants
-        return [replace(want, out=local, live=True) if local.shape == want.out.shape else want for want in wants]
+        return [replace(want, out=local, live=True) if _fits(local, want.out) else want for want in wants]
 
     def want_whole(self, key: str) -> Want:
         """Ask for a whole tensor, by its name in the checkpoint."""
@@ -160,6 +161,10 @@ class Component(Protocol):
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over what was read; ``tensors`` are those asked for, verified."""
         ...
+
+
+def _fits(here: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return here.shape == wanted.shape and here.dtype == wanted.dtype
 
 
 def own_name(component: str, rank: int) -> str:

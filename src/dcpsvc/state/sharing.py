@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -61,6 +62,29 @@ class Replicated(Declared):
             raise SharingError("Replicated", f"validate={validate!r} must be 'hash' or 'off'")
         super().__init__(value)
         self.validate: Validate = validate
+
+
+class Cast(Declared):
+    """Declares that a module is stored in another floating-point dtype: for checkpoints of the model alone, to look at.
+
+    Cast while it is copied, so memory and files are as large as what is stored. Loading casts back; bits that the
+    narrower dtype has not are lost. Integers, booleans and complex numbers stay as they are.
+
+    Args:
+        value: A module.
+        dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32`` or ``torch.float64``.
+    """
+
+    def __init__(self, value: Any, dtype: torch.dtype) -> None:
+        if not isinstance(value, nn.Module):
+            raise UnsupportedStateError("Cast", f"cannot wrap a {type(value).__name__}; give it a module")
+        if dtype not in _FLOATS:
+            raise SharingError("Cast", f"dtype={dtype!r} must be one of {', '.join(map(str, _FLOATS))}")
+        super().__init__(value)
+        self.dtype = dtype
+
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class PerGroup(Declared):
