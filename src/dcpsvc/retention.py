@@ -133,7 +133,14 @@ class Retention:
             self._catalog.leftovers |= set(self._within(look))
             self._within(functools.partial(keeping.record_policy, self._run.remote, settled.epoch, self._options.keep))
             self._has_looked = True
+        if self._job.coordinates and self._catalog.manifests is None:
+            self._catalog.leftovers |= self._within(self._cut_short)
         return sorted(attempt for attempt in self._catalog.leftovers if attempt.step <= step)
+
+    def _cut_short(self) -> set[Attempt]:
+        """Deletions that broke off when the manifest was gone."""
+        marked, committed = retain.condemned(self._run.remote), discover.committed(self._run.remote)
+        return {one for one in marked if one.epoch <= self._run.settled.epoch}.difference(committed)
 
     def _apply_policy(self, save: Save) -> None:
         try:
@@ -194,12 +201,9 @@ class Retention:
                 logger.warning("%s", text)
 
     def _valid_commits(self) -> list[Manifest]:
-        """Read anew; what of earlier deletions was cut short goes with the next commit."""
-        marked, committed = retain.condemned(self._run.remote), discover.committed(self._run.remote)
-        cut_short = {one for one in marked if one.epoch <= self._run.settled.epoch}.difference(committed)
-        self._catalog.leftovers |= cut_short
+        """Read anew."""
         found: list[Manifest] = []
-        for attempt in committed:
+        for attempt in discover.committed(self._run.remote):
             with contextlib.suppress(FormatError, StoreError):  # a damaged commit is for `verify`, not for retention
                 if attempt not in self._catalog.aside:
                     found.append(discover.valid(self._run.remote, attempt))

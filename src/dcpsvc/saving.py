@@ -160,7 +160,7 @@ class Saver:
     def close(self) -> None:
         """No save is going to be staged any more."""
         self._holdback.close()
-        self._copier.shutdown(wait=False)
+        self._copier.shutdown(wait=self._copying is None or self._copying.ended)  # never for memory that is not given
         self._arenas.close()
 
     def _make_ready(self, collected: Collected) -> None:
