@@ -280,6 +280,7 @@ def _be_rank(  # noqa: PLR0917 - as a process takes them
     _redirect(output)
     with Path(stacks).open("w") as file:
         faulthandler.register(_DUMP, file=file, all_threads=True)
+        faulthandler.enable()  # a rank that crashes says where, in its log
         _end_with_parent()
         torch.set_num_threads(1)
         try:
