@@ -111,7 +111,7 @@ class Annotator:
         except (DcpsvcError, TimeoutError) as err:
             logger.warning("step %s: %s", step, err)
             _break(promise, err)
-        except Exception as err:
+        except Exception as err:  # whatever it is, the thread goes on with the next
             logger.exception("step %s: nothing is noted beside it", step)
             _break(promise, err)
         else:

@@ -12,6 +12,7 @@ from dcpsvc.format import shardfile
 from dcpsvc.outline import Large
 from dcpsvc.stages import ack
 from dcpsvc.state import division
+from dcpsvc.state.claims import LARGE_NBYTES
 from dcpsvc.state.division import Structure
 from dcpsvc.state.saveplan import ShardPlan
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from dcpsvc.state.collected import Collected
-
-LARGE_NBYTES = 64 << 10
-"""From here on copying a tensor takes longer than saying so."""
 
 
 class Blueprint:

@@ -58,6 +58,10 @@ if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
 
 
+_GOODBYE_S = 1.0
+"""At least so long the peers are waited for at the end, however long notes beside checkpoints took."""
+
+
 class Checkpointer:
     """Saves and restores one training run, beside the training.
 
@@ -251,8 +255,10 @@ class Checkpointer:
     def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> PendingSave:
         """Snapshot the state as of now and let it become a checkpoint in the background. Every rank.
 
-        The state may be changed as soon as this returns. Waits for the copy, and, if the save before is still
-        under way, for that one first.
+        When this returns, buffers, plain values and small tensors are copied, and optimizers may step: each waits for
+        what is left of its own. Whoever changes large parameters or moments in another way waits for ``pending.staged``
+        first, or this save fails; with ``staging="block"`` everything is copied. Where ``max_inflight`` saves are under
+        way it waits for one of them first, as ``backpressure`` says.
 
         Args:
             step: Training step; a committed step is never saved again.
@@ -394,7 +400,9 @@ class Checkpointer:
         self._life.abandoned.set()  # what is still under way, on every rank
         left_s = self._steering.left_s()
         patience_s = self._options.sync_timeout_s if left_s is None else min(self._options.sync_timeout_s, left_s + 2.0)
+        ends = time.monotonic() + patience_s
         self._annotator.close(patience_s)
+        patience_s = max(_GOODBYE_S, ends - time.monotonic())
         with contextlib.suppress(DisagreementError, RuntimeError):  # a peer that is gone cannot be waited for
             self._job.meet("close", None, lambda _: None, Meeting(patience_s, patience_s))
             self._job.linger("close", patience_s)

@@ -179,6 +179,13 @@ class Copying:
                 if time.monotonic() > ends:
                     self._fail(TimeoutError(f"the state was not copied within {PATIENCE_S} s"))
 
+    def release_all(self) -> None:
+        """As :meth:`release`, for all owners."""
+        with self._changed:
+            owners = {task.owner for task in self._undone}
+        for owner in owners:
+            self.release(owner)
+
     def wait_below(self, end: int) -> None:
         """Until all bytes of the file before ``end`` that are copied here are there. Any thread.
 
@@ -240,7 +247,7 @@ class Copying:
             work()
         except Exception as err:  # noqa: BLE001 - the save reports it; training goes on
             self._fail(err)
-        except BaseException as err:
+        except BaseException as err:  # a Ctrl-C while an optimizer helps
             self._fail(err)
             raise
 

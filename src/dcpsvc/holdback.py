@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +28,24 @@ class Holdback:
         self._optimizers: Sequence[Optimizer] = ()
         self._hooks: list[RemovableHandle] = []
         self._copyings: list[tuple[Copying, Callable[[float], None]]] = []
+        self._pid = os.getpid()
         self.waited_s = 0.0
 
     def watch(self, optimizers: Sequence[Optimizer], copying: Copying, waited: Callable[[float], None]) -> None:
         """From now on no step before ``copying`` has let it; ``waited`` hears how many seconds each step lost."""
         self._copyings = [(each, tell) for each, tell in self._copyings if not each.ended]
-        self._copyings.append((copying, waited))
         if [id(each) for each in optimizers] != [id(each) for each in self._optimizers]:
+            self.wait()  # nobody watches the old ones from here on
             self._unhook()
             self._optimizers = optimizers
             on_step: Any = torch.compiler.disable(self._on_step)  # a step that is compiled waits like any other
             self._hooks = [each.register_step_pre_hook(on_step) for each in optimizers]
+        self._copyings.append((copying, waited))
 
     def wait(self) -> None:
         """Until everything is copied: the state is about to be changed."""
-        for optimizer in self._optimizers:
-            self._on_step(optimizer)
+        for copying, _ in self._copyings:
+            copying.release_all()
 
     def close(self) -> None:
         """Leave the optimizers alone; what is being copied is copied first."""
@@ -51,6 +54,8 @@ class Holdback:
         self._optimizers = ()
 
     def _on_step(self, optimizer: Optimizer, *_: object) -> None:
+        if os.getpid() != self._pid:
+            return  # in a forked child nobody copies, and its state is its own
         for copying, waited in self._copyings:
             began = time.perf_counter()
             copying.release(id(optimizer))

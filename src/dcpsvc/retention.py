@@ -128,7 +128,7 @@ class Retention:
         """Of this job, and, looked for once, of earlier ones, from whatever disk."""
         settled = self._run.settled
         if self._job.coordinates and not self._has_looked:
-            self._within(functools.partial(self._run.remote.remove_unfinished, settled.epoch.claim))
+            self._remove_unfinished()
             look = functools.partial(retain.debris, self._run.remote, settled.epoch, settled.committed)
             self._catalog.leftovers |= set(self._within(look))
             self._within(functools.partial(keeping.record_policy, self._run.remote, settled.epoch, self._options.keep))
@@ -136,6 +136,13 @@ class Retention:
         if self._job.coordinates and self._catalog.manifests is None:
             self._catalog.leftovers |= self._within(self._cut_short)
         return sorted(attempt for attempt in self._catalog.leftovers if attempt.step <= step)
+
+    def _remove_unfinished(self) -> None:
+        """What dead writers left half sent. To see it takes a right of its own on S3, which nothing else depends on."""
+        try:
+            self._within(functools.partial(self._run.remote.remove_unfinished, self._run.settled.epoch.claim))
+        except (StoreError, TimeoutError) as err:
+            logger.warning("uploads that dead jobs left unfinished stay at the run root: %s", err)
 
     def _cut_short(self) -> set[Attempt]:
         """Deletions that broke off when the manifest was gone."""

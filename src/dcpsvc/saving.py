@@ -106,9 +106,9 @@ class Saver:
         return self._run.settled.epoch.attempt(step, number)
 
     def stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
-        """Copy this rank's share, or leave it where it is; DCP's thread then waits at the gate.
+        """Copy this rank's share, or begin to, or leave it where it is; DCP's thread then waits at the gate.
 
-        A failure becomes the save's own. The state may be changed when :meth:`settle` returns.
+        A failure becomes the save's own. The optimizers may step when :meth:`settle` returns.
 
         Args:
             save: As :meth:`accept` made it.
@@ -221,7 +221,7 @@ class Saver:
             disk=self._disk_need(),
         )
         if save.copying is not None:
-            self._holdback.watch(self._state.optimizers(), save.copying, functools.partial(_hold, save.pending))
+            self._holdback.watch(self._state.optimizers(), save.copying, functools.partial(_has_held, save.pending))
         self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=outline.nbytes)
 
     def _outline(self, save: Save, collected: Collected, blueprint: Blueprint) -> Outline:
@@ -259,7 +259,7 @@ class Saver:
         """Hand over to DCP."""
         began = time.perf_counter()
         key, plan = save.key.shard(self._job.rank), blueprint.plan
-        staged = self._hold(save, outline, collected)
+        staged = self._staged(save, outline, collected)
         try:
             begun = save.shard = shard.begin(
                 staged,
@@ -277,7 +277,7 @@ class Saver:
         else:
             save.pending.timings.stage_s = time.perf_counter() - began
 
-    def _hold(self, save: Save, outline: Outline, collected: Collected) -> Snapshot | Stream:
+    def _staged(self, save: Save, outline: Outline, collected: Collected) -> Snapshot | Stream:
         """Where there is memory for a copy, one is made; else the state itself has to hold still."""
         arena = self._arenas.take(outline.nbytes)
         if self._job.world_size > 1:
@@ -307,7 +307,8 @@ def _has_copied(pending: PendingSave, began: float) -> None:
     pending.resolve(pending.staged)
 
 
-def _hold(pending: PendingSave, seconds: float) -> None:
+def _has_held(pending: PendingSave, seconds: float) -> None:
+    """An optimizer waited for the copy."""
     pending.timings.held_s += seconds
 
 

@@ -118,7 +118,7 @@ class Uploader:
         """Whatever comes out of it, the next save has an uploader."""
         try:
             self._life.live(save)
-        except BaseException as err:
+        except BaseException as err:  # a defect of ours: nobody must wait for this save for ever
             logging.getLogger("dcpsvc").exception("step %s: the uploader goes on", save.key.step)
             failure = RankFailure(-1, "uploader", type(err).__name__, str(err))
             error = SaveFailedError(*save.key, self._life.catalog.newest, (failure,))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import select
+import signal
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -345,3 +348,51 @@ def test_nothing_of_the_state_is_held_once_it_is_written_and_closing_leaves_the_
 def test_another_way_of_staging_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="staging='later' must be 'overlap' or 'block'"):
         checkpointer(tmp_path, state_of(1), staging="later")
+
+
+def test_a_forked_child_that_steps_an_optimizer_waits_for_nobody(tmp_path: Path, held: threading.Event) -> None:
+    state = state_of(1)
+    train(state)
+    with checkpointer(tmp_path, state) as ckpt:
+        pending = ckpt.save(1)
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # the others did not come along
+            state["optim"].step()
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(ended_within(child, SECONDS)) == 7
+        held.set()
+        pending.wait(SECONDS)
+
+
+def ended_within(child: int, seconds: float) -> int:
+    """Its status; it is killed if it does not end."""
+    descriptor = os.pidfd_open(child)
+    try:
+        if not select.select([descriptor], [], [], seconds)[0]:
+            os.kill(child, signal.SIGKILL)
+        return os.waitpid(child, 0)[1]
+    finally:
+        os.close(descriptor)
+
+
+def test_an_optimizer_that_is_replaced_while_its_state_is_copied_leaves_a_whole_checkpoint(
+    tmp_path: Path, held: threading.Event
+) -> None:
+    state = state_of(1)
+    train(state)
+    with checkpointer(tmp_path, state, max_inflight=2) as ckpt:
+        before = contents(state)
+        first = ckpt.save(1)
+        threading.Timer(0.1, held.set).start()
+        old, state["optim"] = state["optim"], adam(state["model"])
+        second = ckpt.save(2)
+        assert first.staged.done()
+        state["model"](torch.randn(8, WIDTH)).square().mean().backward()
+        old.step()  # nobody watches it any more
+        first.wait(SECONDS)
+        second.committed.exception(SECONDS)
+        ckpt._uploader.last_error = None
+    other = state_of(2)
+    assert resume(tmp_path, other, step=1) == 1
+    assert contents(other) == before

@@ -28,7 +28,8 @@ Claims = dict[str, dict[str, str]]
 
 _MAX_TEXT = 64
 _COPIED_NBYTES = 16 << 20
-_LARGE_NBYTES = 64 << 10
+LARGE_NBYTES = 64 << 10
+"""From here on reading a tensor takes longer than saying so."""
 
 
 def claims(collected: Collected) -> Claims:
@@ -63,7 +64,7 @@ class Replicas:
         items = collected.items.items()
         replicated = {k: item for k, item in items if item.sharing is Sharing.REPLICATED and item.validate}
         on_host = {k: item for k, item in replicated.items() if item.tensor.device.type == "cpu"}
-        large = {k: item for k, item in on_host.items() if later and item.tensor.nbytes >= _LARGE_NBYTES}
+        large = {k: item for k, item in on_host.items() if later and item.tensor.nbytes >= LARGE_NBYTES}
         self.tasks = [Hashing(k, item, item.owner if guarded else None) for k, item in large.items()]
         self._hashes = {k: _hash_host(item.tensor) for k, item in on_host.items() if k not in large}
         elsewhere = {k: i.tensor for k, i in replicated.items() if k not in on_host and i.tensor.numel()}
