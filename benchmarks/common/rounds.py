@@ -47,7 +47,7 @@ def measure(options, setting, exercises, *, fresh=False, after=None):
         setting: One of ``options.settings``.
         exercises: Names to further arguments.
         fresh: New processes for each round; then there is no first round.
-        after: Called with a crew when its rounds are over; what it returns joins the row.
+        after: Called with a new crew when the rounds are over; what it returns joins the row.
 
     Returns:
         Rows, one a system: ``rounds`` as measured and their medians, those of the first round as ``first_*``, ``torn``,
@@ -84,7 +84,7 @@ class _Batch:
                 for number in range(self._options.rounds + (not fresh)):
                     self._limits.append(limits.measure())
                     self._round(crews, number, exercises, directory if fresh else None)
-                self._finish(crews, after)
+                self._finish(crews, after, directory)
             except (KeyboardInterrupt, SystemExit):
                 self.stopped = True
             finally:
@@ -123,9 +123,13 @@ class _Batch:
         self._rows[name]["rounds"].append(found)
         self._rows[name]["nbytes"] = crew.nbytes
 
-    def _finish(self, crews, after):
+    def _finish(self, crews, after, directory):
+        """In new processes: what the rounds before have left behind, reading everything back, is no cost of a save."""
         for name in [*crews] if after else []:
-            self._guarded(crews, name, lambda crew, name=name: self._rows[name].update(after(crew)))
+            crews.pop(name).end()
+            self._start(crews, [name], directory)
+            if name in crews:
+                self._guarded(crews, name, lambda crew, name=name: self._rows[name].update(after(crew)))
 
     def _try(self, crews, name, make):
         try:

@@ -36,8 +36,7 @@ class Adapter(System):
             HeldRoot(self._root, self._gate), state, local=self.directory / "local",
             keep=dcpsvc.Latest(1), keep_local=1, save_last=False, stop_signals=(),
         )  # fmt: skip
-        if prepare := getattr(self._checkpointer, "prepare", None):
-            prepare()
+        self._checkpointer.resume()  # as every job begins; nothing is there
 
     def save(self, step):
         if self._until_commit:
