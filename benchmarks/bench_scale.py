@@ -22,9 +22,6 @@ def _draw(console, rows):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     for row in rows:
         head = [f"{row['ranks']:,}", f"{row['tensors']:,}", row["phase"]]
-        if "skipped" in row:
-            table.add_row(*head, "skipped", row["skipped"])
-            continue
         received = f"{row['received_nbytes']:,}" if "received_nbytes" in row else ""
         table.add_row(*head, f"{row['s']:.3f}", f"{row['nbytes']:,}", f"{row['peak_mib']:.1f}", received)
     console.print(table)
@@ -34,13 +31,12 @@ def main():
     made = plain_parser(__doc__)
     made.add_argument("--ranks", default="8,512,4096,16384")
     made.add_argument("--tensors", default="1000,5000,100000")
-    made.add_argument("--max-pieces", type=int, default=600_000, help="largest layout that is put together")
     options = made.parse_args()
     rows = []
     for ranks in map(int, options.ranks.split(",")):
         for tensors in map(int, options.tensors.split(",")):
             say(f"{ranks} ranks x {tensors} tensors")
-            rows += Simulation(ranks, tensors, options.max_pieces).run()
+            rows += Simulation(ranks, tensors).run()
     write(options, {"facts": facts("/", {}), "rows": rows}, lambda console: _draw(console, rows))
 
 

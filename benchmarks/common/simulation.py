@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dcpsvc.blueprint import Blueprint, Blueprints
+from dcpsvc.format import layout, parts
 from dcpsvc.format.digest import digest, table_nbytes
 from dcpsvc.format.epochs import Claim
 from dcpsvc.format.keys import Epoch
@@ -69,8 +71,8 @@ class Records:
 class Simulation:
     """A job of ``ranks`` that saves a model of ``tensors`` sharded tensors."""
 
-    def __init__(self, ranks, tensors, max_pieces):
-        self.ranks, self.tensors, self.max_pieces = ranks, tensors, max_pieces
+    def __init__(self, ranks, tensors):
+        self.ranks, self.tensors = ranks, tensors
         self.wire, self.phases = Wire(), {}
         self.key = EPOCH.attempt(500, 0)
         self.store = MemoryStore(f"scale-{ranks}-{tensors}")
@@ -81,15 +83,15 @@ class Simulation:
     def run(self):
         blueprints = Blueprints(0, self.ranks)
         first, later = self._collected(0), self._collected(0)
-        part = self._timed("plan", lambda: blueprints.of(first).part, nbytes=len)
+        part = self._timed("plan", lambda: blueprints.of(first).part, nbytes=lambda part: len(part.common + part.own))
         said = self._timed(
             "plan again",
             lambda: (_said(later), blueprints.of(later).part)[0],
             nbytes=lambda _: 0,
         )
-        layout = self._layout(part)
-        manifest = self._agree(said, part, layout)
-        self._commit(manifest, layout)
+        made = self._layout(part)
+        manifest = self._agree(said, part, made)
+        self._commit(manifest, made)
         self._steady()
         return [{"ranks": self.ranks, "tensors": self.tensors, "phase": name, **p} for name, p in self.phases.items()]
 
@@ -104,23 +106,33 @@ class Simulation:
         return collected
 
     def _layout(self, part):
-        """The parts of all ranks, put together; only when the structure changed."""
-        if self.ranks * self.tensors > self.max_pieces:
-            self.phases["layout"] = {"skipped": f"more than {self.max_pieces:,} pieces: --max-pieces"}
-            return part
-        others = range(1, self.ranks)
-        parts = [part, *(Blueprint(self._collected(rank), rank, self.ranks).part for rank in others)]
-        return self._timed("layout", lambda: ack.merge(parts).dumps(), nbytes=len)
+        """The parts of all ranks, put together; only when the structure changed.
 
-    def _agree(self, said, part, layout):
+        The last rank's is made by production code; those between are like it.
+        """
+        last = Blueprint(self._collected(self.ranks - 1), self.ranks - 1, self.ranks).part
+        if last.common != part.common:
+            raise ValueError("the ranks of an even mesh have all in common")
+        said = json.loads(last.own)
+        owns = [part.own, *(compact(said | {"rank": n, "position": [n]}) for n in range(1, self.ranks - 1)), last.own]
+        data = self._timed("layout", lambda: self._merged(owns, part.common), nbytes=len)
+        self.phases["layout"]["received_nbytes"] = sum(map(len, owns)) + len(part.common)
+        self._timed("read layout", lambda: layout.loads("layout", data, digest(data)), nbytes=lambda _: len(data))
+        return data
+
+    def _merged(self, owns, common):
+        (speaker,) = parts.speakers(owns)
+        return parts.merge(owns, {speaker: common}).dumps()
+
+    def _agree(self, said, part, made):
         """First meeting, then the acknowledgements, then the manifest every rank makes of them."""
-        proposal = ack.Proposal(step=500, said=said, part=part, known_layout=digest(layout), stamp=STAMP)
+        proposal = ack.Proposal(step=500, said=said, part=part, known_layout=digest(made), stamp=STAMP)
         self._meeting("agree", lambda job: ack.agree(job, "save", proposal, MEETING, lambda: None))
         for tier in TIERS:
             records = self._meeting(
                 f"ack {tier}", lambda job, t=tier: ack.acknowledge(job, "save", t, self.records[job.rank], MEETING)
             )
-        reference = LayoutRef(digest=digest(layout), nbytes=len(layout))
+        reference = LayoutRef(digest=digest(made), nbytes=len(made))
         manifest = Manifest(
             run_id="scale", step=500, attempt=self.key.attempt, created=STAMP["created"], shards=tuple(records),
             layout=reference, metrics=STAMP["metrics"], versions=STAMP["versions"],
@@ -128,11 +140,11 @@ class Simulation:
         self._timed("manifest", lambda: (manifest.dumps(), digest(manifest.dumps()))[0], nbytes=len)
         return manifest
 
-    def _commit(self, manifest, layout):
+    def _commit(self, manifest, made):
         """The one write that counts; and how a restarted job finds it again."""
         for record in self.records:
             self.store.put(record.path, b"-" * record.nbytes)
-        self.store.put(manifest.layout.path, layout)
+        self.store.put(manifest.layout.path, made)
         within = {"within": lambda work: work(), "created": int}
         self._meeting(
             "commit", lambda job: commit.publish(job, "save", manifest, self.store, meeting=MEETING, **within)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcpsvc.format import shardfile
+from dcpsvc.format import parts, shardfile
 from dcpsvc.outline import Large
-from dcpsvc.stages import ack
 from dcpsvc.state import division
 from dcpsvc.state.claims import LARGE_NBYTES
 from dcpsvc.state.division import Structure
@@ -36,7 +35,7 @@ class Blueprint:
         shares = division.shares(collected, rank, world_size)
         self.placement = shardfile.place(share.piece for share in shares)
         self.plan = ShardPlan(self.placement)
-        self.part = ack.part(self.placement, rank, collected.aliases)
+        self.part = parts.part(self.placement, rank, collected.aliases)
         by_name = {share.piece.name: share for share in shares}
         self._shares = [by_name[name] for name in self.placement.names]
         self._large = [n for n, share in enumerate(self._shares) if share.piece.nbytes >= LARGE_NBYTES]

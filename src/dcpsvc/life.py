@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dcpsvc.catalog import Catalog
     from dcpsvc.config import Options
     from dcpsvc.events import Events
+    from dcpsvc.format.parts import Part
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
     from dcpsvc.settling import OpenRun
@@ -62,9 +63,9 @@ class Life:
         self._sync = Meeting(options.sync_timeout_s)
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
 
-    def known_layout(self, part: bytes) -> str:
+    def known_layout(self, part: Part) -> str:
         """Digest of the layout that the ranks made when this rank brought this very part; empty if never."""
-        known = self._layouts.get(digest(part))
+        known = self._layouts.get(part.digest)
         return digest(known) if known else ""
 
     def live(self, save: Save) -> SaveError | None:
@@ -194,10 +195,10 @@ class Life:
         assert shard is not None  # noqa: S101
         self._job.group.renew(agreement.generation)
         if agreement.gather:
-            self._layouts = {digest(proposal.part): ack.gather_layout(self._job, proposal.part).dumps()}
+            self._layouts = {proposal.part.digest: ack.gather_layout(self._job, proposal.part).dumps()}
         self._emit(Point.PLAN_AGREED, save)
         shard.open()
-        return self._layouts[digest(proposal.part)]
+        return self._layouts[proposal.part.digest]
 
     def _write(self, save: Save) -> ShardRecord:
         shard = save.shard

@@ -7,13 +7,14 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from dcpsvc.format import digest, shardfile
+from dcpsvc.format import digest, parts, shardfile
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.stages import ack
 
 if TYPE_CHECKING:
     from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.parts import Part
     from tests.model.host import Host
     from tests.model.kernel import Task
     from tests.model.stores import Space
@@ -117,7 +118,7 @@ def proposal(rank: int, world_size: int, step: int, structure: str, known_layout
 
 
 @functools.cache
-def layout_part(rank: int, world_size: int, structure: str) -> bytes:
+def layout_part(rank: int, world_size: int, structure: str) -> Part:
     """This rank's part of the layout."""
     piece = shardfile.Piece(f"model.{structure}", "F32", (4 * world_size,), (4 * rank,), (4,))
-    return ack.part(shardfile.place([piece]), rank, {})
+    return parts.part(shardfile.place([piece]), rank, {})

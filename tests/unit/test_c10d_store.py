@@ -377,8 +377,8 @@ def test_a_store_in_memory_keeps_its_own_timeout():
 # --- the gloo group -------------------------------------------------------------------------------
 
 
-def group(rank):
-    return Group(rank=rank, world_size=2, namespace="run", timeout_s=PATIENCE_S)
+def group(rank, world_size=2):
+    return Group(rank=rank, world_size=world_size, namespace="run", timeout_s=PATIENCE_S)
 
 
 def test_a_group_is_not_waited_for_longer_than_its_timeout_and_the_next_generation_stands(network):
@@ -399,5 +399,21 @@ def test_a_group_is_not_waited_for_longer_than_its_timeout_and_the_next_generati
         assert not first.poisoned
         first.close()
         second.close()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("longest", [{}, {0: 70_000}, {31: 70_000}, {3: 9, 20: 1 << 20}, {1: 5, 2: 6, 3: 7, 4: 1000}])
+def test_all_hear_what_each_has_to_say_however_much_more_some_have_than_the_rest(network, longest):
+    dist.init_process_group("gloo", store=network.client(), rank=0, world_size=1)
+    said = [bytes([rank]) * longest.get(rank, rank % 3) for rank in range(32)]
+    try:
+        groups = [group(rank, len(said)) for rank in range(len(said))]
+        with ThreadPoolExecutor(len(said)) as pool:
+            list(pool.map(lambda one: one.renew(0), groups))
+            for heard in pool.map(lambda one, data: one.all_gather(data), groups, said):
+                assert heard == said
+        for one in groups:
+            one.close()
     finally:
         dist.destroy_process_group()

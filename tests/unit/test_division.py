@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpsvc.format import shardfile
+from dcpsvc.format import parts, shardfile
+from dcpsvc.format.digest import digest
 from dcpsvc.format.layout import ITEM_NBYTES
-from dcpsvc.stages import ack
 from dcpsvc.state import division
 from dcpsvc.state.collected import Collected, Item, Sharing
 from dcpsvc.state.division import MIN_SPLIT_NBYTES, Share
@@ -49,7 +49,8 @@ def divided(found: Collected, world_size: int) -> list[list[Share]]:
 def merged(shares: list[list[Share]]) -> Layout:
     """The layout of all parts; it refuses what does not cover every tensor."""
     placements = [shardfile.place(share.piece for share in mine) for mine in shares]
-    return ack.merge([ack.part(placement, rank, {}) for rank, placement in enumerate(placements)])
+    said = [parts.part(placement, rank, {}) for rank, placement in enumerate(placements)]
+    return parts.merge([part.own for part in said], {digest(part.common): part.common for part in said})
 
 
 def nbytes(shares: list[Share]) -> int:

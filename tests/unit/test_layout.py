@@ -24,7 +24,7 @@ json_values = st.recursive(
 
 
 def tensor(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
-    return Tensor("F32", shape, tuple(Chunk(rank, *box, 4096) for rank, box in enumerate(boxes)))
+    return Tensor.of("F32", shape, (Chunk(rank, *box, 4096) for rank, box in enumerate(boxes)))
 
 
 @st.composite
@@ -32,8 +32,8 @@ def tensors(draw: st.DrawFn) -> Tensor:
     """A tensor cut into slabs along one dimension, in any order."""
     shape = draw(st.lists(st.integers(0, 6), max_size=3).map(tuple))
     if not shape:
-        return Tensor(
-            draw(st.sampled_from(sorted(ITEM_NBYTES))), (), (Chunk(0, (), (), draw(st.integers(0, 1 << 40))),)
+        return Tensor.of(
+            draw(st.sampled_from(sorted(ITEM_NBYTES))), (), [Chunk(0, (), (), draw(st.integers(0, 1 << 40)))]
         )
     dim = draw(st.integers(0, len(shape) - 1))
     cuts = sorted(
@@ -52,7 +52,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
         )
         for low, high in zip([0, *cuts], [*cuts, shape[dim]], strict=True)
     ]
-    return Tensor(draw(st.sampled_from(sorted(ITEM_NBYTES))), shape, tuple(draw(st.permutations(chunks))))
+    return Tensor.of(draw(st.sampled_from(sorted(ITEM_NBYTES))), shape, draw(st.permutations(chunks)))
 
 
 @st.composite

@@ -252,8 +252,8 @@ def test_tensors_cut_in_other_ways_are_compared_box_by_box():
             return memoryview(self.data)[begin:end]
 
     whole = torch.arange(24, dtype=torch.float32).reshape(4, 6).numpy()
-    by_rows = Tensor("F32", (4, 6), (Chunk(0, (0, 0), (3, 6), 0), Chunk(1, (3, 0), (1, 6), 0)))
-    by_columns = Tensor("F32", (4, 6), (Chunk(0, (0, 0), (4, 2), 0), Chunk(1, (0, 2), (4, 4), 0)))
+    by_rows = Tensor.of("F32", (4, 6), (Chunk(0, (0, 0), (3, 6), 0), Chunk(1, (3, 0), (1, 6), 0)))
+    by_columns = Tensor.of("F32", (4, 6), (Chunk(0, (0, 0), (4, 2), 0), Chunk(1, (0, 2), (4, 4), 0)))
     rows = [Bytes(whole[:3]), Bytes(whole[3:])]
     columns = [Bytes(whole[:, :2].copy()), Bytes(whole[:, 2:].copy())]
     done: list[int] = []

@@ -62,7 +62,7 @@ def heaps(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
 
 
 def described(shape: tuple[int, ...], boxes: list[Box]) -> Tensor:
-    return Tensor("F32", shape, tuple(Chunk(rank, *box, 4096) for rank, box in enumerate(boxes)))
+    return Tensor.of("F32", shape, (Chunk(rank, *box, 4096) for rank, box in enumerate(boxes)))
 
 
 def loads(shape: tuple[int, ...], boxes: list[Box]) -> layout.Layout:

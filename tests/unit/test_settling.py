@@ -15,7 +15,7 @@ from dcpsvc.catalog import Catalog
 from dcpsvc.config import Options
 from dcpsvc.errors import FencedError, RunBusyError, StoreFullError
 from dcpsvc.events import Events
-from dcpsvc.format import keys, shardfile
+from dcpsvc.format import keys, parts, shardfile
 from dcpsvc.format.keys import Attempt, Epoch
 from dcpsvc.life import Life
 from dcpsvc.pending import PendingSave
@@ -301,7 +301,7 @@ def test_a_commit_that_a_listing_does_not_show_yet_is_found_again_by_a_restart_o
 
 # --- whole lives ------------------------------------------------------------------------------------
 
-PART = ack.part(shardfile.place([shardfile.Piece("w", "U8", (4,), (0,), (4,))]), 0, {})
+PART = parts.part(shardfile.place([shardfile.Piece("w", "U8", (4,), (0,), (4,))]), 0, {})
 STAMP = {"created": "2026-01-31T23:59:59Z", "metrics": {}, "versions": {}}
 
 

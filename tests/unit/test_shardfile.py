@@ -15,7 +15,7 @@ from safetensors import safe_open
 from dcpsvc.errors import CorruptShardError
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.layout import ITEM_NBYTES
-from dcpsvc.format.shardfile import BLOCKS, FOREIGN, OBJECTS, PAGE_NBYTES, Piece, Placement
+from dcpsvc.format.shardfile import BLOCKS, FOREIGN, OBJECTS, PADDING, PAGE_NBYTES, Piece, Placement
 from dcpsvc.state.dtypes import dtype_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def check_opens(path: Path, placement: Placement) -> None:
     content = filled(placement)
     path.write_bytes(content)
     with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {piece.name for piece in placement.pieces} | {OBJECTS, BLOCKS}
+        ours = {OBJECTS, BLOCKS, PADDING} if placement.padding[1] else {OBJECTS, BLOCKS}
+        assert set(file.keys()) == {piece.name for piece in placement.pieces} | ours
         assert file.metadata() == {"format": "pt", "dcpsvc": "1", **METADATA}
         for piece, begin in zip(placement.pieces, placement.begins, strict=True):
             tensor = file.get_tensor(piece.name)
@@ -106,8 +107,13 @@ def test_a_part_of_a_tensor_carries_its_box_in_its_name() -> None:
 def test_pieces_are_aligned_and_leave_no_gap(found: list[Piece]) -> None:
     placement = shardfile.place(found)
     assert placement.data_begin % PAGE_NBYTES == 0
-    ends = [begin + piece.nbytes for piece, begin in zip(placement.pieces, placement.begins, strict=True)]
-    assert [*placement.begins, placement.tensors_end] == [placement.data_begin, *ends]
+    spans = [(begin, begin + piece.nbytes) for piece, begin in zip(placement.pieces, placement.begins, strict=True)]
+    at, zeros = placement.padding
+    if zeros:
+        spans.insert(sum(piece.position is not None for piece in placement.pieces), (at, at + len(zeros)))
+        assert not any(zeros)
+    begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+    assert [*begins, placement.tensors_end] == [placement.data_begin, *ends]
     for piece, begin in zip(placement.pieces, placement.begins, strict=True):
         assert begin % ITEM_NBYTES[piece.dtype] == 0
         assert piece.nbytes == math.prod(piece.sizes) * ITEM_NBYTES[piece.dtype]

@@ -4,12 +4,14 @@
 
     8 bytes   length of the header, little endian
     header    JSON, padded with spaces so that the data begins on a page
-    tensors   in the order of their element size, so each is aligned
+    tensors   parts of evenly cut ones, then the others, both in the order of their element size, so each is aligned;
+              between the two up to 15 zeros, as the U8 tensor ``__dcpsvc__.padding``
     objects   JSON documents, as the U8 tensor ``__dcpsvc__.objects``
     blocks    16 bytes per MiB of all the above, as the U8 tensor ``__dcpsvc__.blocks``
 
 Offsets in a layout count from the beginning of the file. They depend only on names, dtypes and sizes,
-never on a value, so a host buffer can be the image of the file.
+never on a value, so a host buffer can be the image of the file. Of evenly cut tensors they are the same on all ranks
+that have as large a part of each, so that a layout says them once.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.parse import Fields, compact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from dcpsvc.format.layout import Shape
 
 OBJECTS = "__dcpsvc__.objects"
 BLOCKS = "__dcpsvc__.blocks"
+PADDING = "__dcpsvc__.padding"
 PAGE_NBYTES = 4096
 MAX_HEADER_NBYTES = 100_000_000
 """What every safetensors reader accepts."""
@@ -44,8 +47,12 @@ FOREIGN = {
 """What not every safetensors reader knows, and as what the header gives it: real and imaginary part, or bytes."""
 
 _PREFIX_NBYTES = 8
-_SLACK_NBYTES = 512
+_ALIGNED_NBYTES = 16
+_SLACK_NBYTES = 640
 """Room in the header for what changes between steps: step, attempt, and the sizes of objects and blocks."""
+
+_ROUNDED_BITS = 5
+"""A header of many pages is rounded up to a sixteenth of its length, or less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,19 @@ class Piece:
         return f"{self.key}[{box}]"
 
     @property
+    def longest_name(self) -> str:
+        """No other part of the tensor has a longer one."""
+        return self.key if self.sizes == self.shape else f"{self.key}[{','.join(f'{e}:{e}' for e in self.shape)}]"
+
+    @property
+    def position(self) -> tuple[int, ...] | None:
+        """Of a part of an evenly cut tensor: the how manieth it is, along each dimension; None of any other."""
+        if self.sizes == self.shape or 0 in self.sizes:
+            return None
+        found = [divmod(offset, size) for offset, size in zip(self.offsets, self.sizes, strict=True)]
+        return None if any(rest for _, rest in found) else tuple(number for number, _ in found)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the chunk."""
         count = ITEM_NBYTES[self.dtype]
@@ -93,6 +113,7 @@ class Placement:
         begins: First byte of each piece, from the beginning of the file.
         data_begin: Where the header ends.
         tensors_end: Where the tensors end and the objects begin.
+        padding: Zeros between tensors: where they begin, and they.
         described: What the header says about the pieces, as JSON: all that does not change between steps.
     """
 
@@ -101,27 +122,49 @@ class Placement:
     begins: tuple[int, ...]
     data_begin: int
     tensors_end: int
+    padding: tuple[int, bytes]
     described: bytes
 
 
 def place(pieces: Iterable[Piece]) -> Placement:
-    """Decide where each piece goes: widest elements first, then by name, without gaps."""
-    named = sorted(((-ITEM_NBYTES[piece.dtype], piece.name, piece) for piece in pieces), key=lambda each: each[:2])
-    names, ordered = tuple(name for _, name, _ in named), tuple(piece for _, _, piece in named)
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise StateError(twice[0], "two pieces of the shard would have this name")
+    """Decide where each piece goes: parts of evenly cut tensors first, widest elements first, then by name."""
+    ordered, names = _ordered(pieces)
+    evenly = sum(piece.position is not None for piece in ordered)
     sizes = [piece.nbytes for piece in ordered]
-    longest = len(_describe(names, ordered, [MAX_HEADER_NBYTES * 10**6] * len(sizes), sizes)) + 8 + _SLACK_NBYTES
-    data_begin = -(-longest // PAGE_NBYTES) * PAGE_NBYTES
-    ends = list(itertools.accumulate(sizes, initial=0))
+    padding_nbytes = -sum(sizes[:evenly]) % _ALIGNED_NBYTES if 0 < evenly < len(sizes) else 0
+    room = _header_nbytes(ordered, sizes)
+    begins = list(itertools.accumulate(sizes[:evenly], initial=room))
+    padding_begin = begins.pop()
+    begins += itertools.accumulate(sizes[evenly:], initial=padding_begin + padding_nbytes)
+    tensors_end = begins.pop()
+    described = _describe(names, ordered, (begin - room for begin in begins), sizes)
     return Placement(
         pieces=ordered,
         names=names,
-        begins=tuple(data_begin + end for end in ends[:-1]),
-        data_begin=data_begin,
-        tensors_end=data_begin + ends[-1],
-        described=_describe(names, ordered, ends[:-1], sizes),
+        begins=tuple(begins),
+        data_begin=room,
+        tensors_end=tensors_end,
+        padding=(padding_begin, bytes(padding_nbytes)),
+        described=described,
     )
+
+
+def _ordered(pieces: Iterable[Piece]) -> tuple[tuple[Piece, ...], tuple[str, ...]]:
+    named = [((piece.position is None, -ITEM_NBYTES[piece.dtype], piece.name), piece) for piece in pieces]
+    named.sort(key=lambda each: each[0])
+    names = tuple(name for (_, _, name), _ in named)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise StateError(twice[0], "two pieces of the shard would have this name")
+    return tuple(piece for _, piece in named), names
+
+
+def _header_nbytes(pieces: Sequence[Piece], sizes: Sequence[int]) -> int:
+    """Room for the header: the same for ranks whose parts differ in where they begin, and mostly if in little more."""
+    names = (piece.longest_name for piece in pieces)
+    far = itertools.repeat(MAX_HEADER_NBYTES * 10**6, len(sizes))
+    longest = len(_describe(names, pieces, far, sizes)) + 8 + _SLACK_NBYTES
+    unit = PAGE_NBYTES << max(0, (longest // PAGE_NBYTES).bit_length() - _ROUNDED_BITS)
+    return -(-longest // unit) * unit
 
 
 def header(placement: Placement, objects_nbytes: int, metadata: Mapping[str, str]) -> bytes:
@@ -135,6 +178,9 @@ def header(placement: Placement, objects_nbytes: int, metadata: Mapping[str, str
         BLOCKS: _entry("U8", (blocks_end - blocks_begin,), blocks_begin, blocks_end),
         "__metadata__": {"format": "pt", "dcpsvc": "1", **metadata},
     }
+    begin, zeros = placement.padding
+    if zeros:
+        ours[PADDING] = _entry("U8", (len(zeros),), begin - origin, begin - origin + len(zeros))
     comma = b"," if placement.pieces else b""
     text = b"".join((placement.described[:-1], comma, compact(ours)[1:]))
     if len(text) + 8 > origin:

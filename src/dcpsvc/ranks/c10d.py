@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_FEW = 16
+"""One rank in that many may have so much more to say than the rest that it is told by itself."""
+
 
 class C10dStore:
     """A c10d store as :class:`~dcpsvc.ranks.rendezvous.KeyValue`, in which no call hangs: see :class:`Exchange`.
@@ -173,16 +176,24 @@ class Group:
                 raise LostPeerError("the group is closed")
             return [data]
         try:
-            sizes = self._gather(self._group, torch.tensor([len(data)], dtype=torch.int64))
-            longest = max(int(size) for size in sizes)
-            padded = torch.zeros(max(longest, 1), dtype=torch.uint8)
-            if data:
-                padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            parts = self._gather(self._group, padded)
+            return self._all_gather(self._group, data)
         except RuntimeError as err:
             self.poisoned = True
             raise LostPeerError(str(err)) from None
-        return [bytes(part[: int(size)].numpy()) for part, size in zip(parts, sizes, strict=True)]
+
+    def _all_gather(self, group: dist.ProcessGroup, data: bytes) -> list[bytes]:
+        """All at once, padded to one length; then, one after the other, the few that have more to say than the rest."""
+        sizes = [int(size) for size in self._gather(group, torch.tensor([len(data)], dtype=torch.int64))]
+        usual = sorted(sizes)[-1 - len(sizes) // _FEW]
+        said = [
+            _bytes(part)[:size] for part, size in zip(self._gather(group, _tensor(data, usual)), sizes, strict=True)
+        ]
+        for rank, size in enumerate(sizes):
+            if size > usual:
+                rest = _tensor(data[usual:], size - usual)
+                group.broadcast(rest, rank).wait()
+                said[rank] += _bytes(rest)
+        return said
 
     def _gather(self, group: dist.ProcessGroup, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         outputs = [torch.empty_like(tensor) for _ in range(self._world_size)]
@@ -192,6 +203,15 @@ class Group:
     def close(self) -> None:
         """Leave; peers are not waited for."""
         self._group = None
+
+
+def _tensor(data: bytes, length: int) -> torch.Tensor:
+    """The first bytes, or as many with zeros behind them."""
+    return torch.frombuffer(bytearray(data[:length].ljust(max(length, 1), b"\0")), dtype=torch.uint8)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.numpy())
 
 
 def _in_time(connect: Callable[[], T], timeout_s: float) -> T:

@@ -5,18 +5,14 @@ Every message is a value. A rank that failed says so and why; it never leaves th
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc import preflight
 from dcpsvc.errors import LayoutError, RankFailure, StoreFullError
-from dcpsvc.format import layout
-from dcpsvc.format.layout import Chunk, Layout, Tensor
+from dcpsvc.format import parts
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.format.parse import Fields, compact
-from dcpsvc.garbage import uncollected
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import Meeting, RefusalError
 from dcpsvc.state import claims
@@ -24,7 +20,8 @@ from dcpsvc.state import claims
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dcpsvc.format.shardfile import Placement
+    from dcpsvc.format.layout import Layout
+    from dcpsvc.format.parts import Part
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.claims import Claims
 
@@ -38,7 +35,7 @@ class Proposal:
     Attributes:
         step: Training step.
         said: What it would save, for comparison.
-        part: Its part of the layout, as bytes; see :func:`part`.
+        part: Its part of the layout.
         known_layout: Digest of the layout it used last with this very part; empty if none.
         stamp: What the coordinator gives to the manifest: time, metrics, versions.
         disk: Room it needs on its local tier; None: it has not looked.
@@ -46,7 +43,7 @@ class Proposal:
 
     step: int
     said: Claims
-    part: bytes
+    part: Part
     known_layout: str
     stamp: Mapping[str, Any]
     disk: DiskNeed | None = None
@@ -99,43 +96,17 @@ def agree_on_room(
         job.meet(f"{place}/room", make_room(), _refuse_short, meeting)
 
 
-def part(placement: Placement, rank: int, aliases: Mapping[str, str]) -> bytes:
-    """One rank's part of the layout; equal structure gives equal bytes."""
-    pieces = [
-        [piece.key, piece.dtype, piece.shape, piece.offsets, piece.sizes, begin]
-        for piece, begin in zip(placement.pieces, placement.begins, strict=True)
-    ]
-    return compact({"rank": rank, "pieces": pieces, "aliases": dict(aliases)})
-
-
-def gather_layout(job: Job, mine: bytes) -> Layout:
-    """Exchange the parts. Collective on our group; uploader thread.
+def gather_layout(job: Job, mine: Part) -> Layout:
+    """Exchange the parts: of what several ranks have in common, one says it. Collective on our group; uploader thread.
 
     Raises:
         LayoutError: Together they do not cover every tensor exactly.
         LostPeerError: A peer died inside the collective.
     """
-    return merge(job.group.all_gather(mine))
-
-
-def merge(parts: list[bytes]) -> Layout:
-    """The layout that all parts make together."""
-    described: dict[str, tuple[str, tuple[int, ...]]] = {}
-    chunks: dict[str, list[Chunk]] = defaultdict(list)
-    aliases: dict[str, str] = {}
-    with uncollected():
-        for data in parts:
-            content = json.loads(data)
-            rank = content["rank"]
-            aliases |= content["aliases"]
-            for key, dtype, shape, offsets, sizes, begin in content["pieces"]:
-                described.setdefault(key, (dtype, tuple(shape)))
-                chunks[key].append(Chunk(rank, tuple(offsets), tuple(sizes), begin))
-        tensors = {key: Tensor(*described[key], tuple(chunks[key])) for key in described}
-    for key, tensor in tensors.items():
-        if reason := layout.uncovered(tensor):
-            raise LayoutError(key, reason)
-    return Layout(tensors, aliases)
+    owns = job.group.all_gather(mine.own)
+    speakers = parts.speakers(owns)
+    common = job.group.all_gather(mine.common if job.rank in speakers.values() else b"")
+    return parts.merge(owns, {name: common[rank] for name, rank in speakers.items()})
 
 
 def acknowledge(

@@ -29,7 +29,6 @@ from torch.futures import Future
 
 from dcpsvc import preflight
 from dcpsvc.errors import LayoutError, StateMismatchError
-from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.state import boxes, dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
 from dcpsvc.state.saved import Saved, Want, own_name
@@ -39,7 +38,7 @@ from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from dcpsvc.format.layout import Chunk, Layout
     from dcpsvc.format.layout import Tensor as Described
@@ -68,7 +67,7 @@ class CheckpointReader(StorageReader):
         self._shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
-        self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
+        self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = defaultdict(dict)
         self._direct = self._proving = False
         self._check_places()
 
@@ -121,7 +120,7 @@ class CheckpointReader(StorageReader):
         for name in self.layout.names():
             tensor = self.layout.find(name)
             if tensor is not None:
-                found[name] = tensor_metadata(tensor)
+                found[name] = tensor_metadata(tensor, tensor.chunks)
         for name, document in self._all_documents().items():
             found |= {path: BytesStorageMetadata() for path in documents.leaves(document, name) if path not in found}
         return Metadata(state_dict_metadata=found)
@@ -189,23 +188,30 @@ class CheckpointReader(StorageReader):
     def _check_places(self) -> None:
         """Every chunk lies inside the body of a shard that the manifest names."""
         bodies = {record.rank: record.body_nbytes for record in self.manifest.shards}
-        for key, tensor in self.layout.tensors.items():
-            for chunk in tensor.chunks:
-                if chunk.begin + chunk.numel * ITEM_NBYTES[tensor.dtype] > bodies.get(chunk.rank, -1):
-                    path = self.manifest.layout.path
-                    raise LayoutError(path, f"{key}: a chunk lies outside the shard of rank {chunk.rank}")
+        for rank, (end, key) in self.layout.ends().items():
+            if end > bodies.get(rank, -1):
+                raise LayoutError(self.manifest.layout.path, f"{key}: a chunk lies outside the shard of rank {rank}")
 
-    def _chunk(self, key: str, tensor: Described, offsets: Sequence[int]) -> Chunk:
-        if key not in self._chunks:
+    def described(self, want: Want) -> TensorStorageMetadata | None:
+        """In DCP's terms a tensor, with the chunks that hold some of what is wanted: of thousands, a few."""
+        tensor = self.layout.find(want.key)
+        if tensor is None:
+            return None
+        chunks = list(tensor.overlapping(want.offsets, want.out.shape))
+        self._chunks[want.key] |= {chunk.offsets: chunk for chunk in chunks}
+        return tensor_metadata(tensor, chunks)
+
+    def _chunk(self, key: str, tensor: Described, offsets: tuple[int, ...]) -> Chunk:
+        if offsets not in self._chunks[key]:
             self._chunks[key] = {chunk.offsets: chunk for chunk in tensor.chunks if chunk.numel}
-        return self._chunks[key][tuple(offsets)]
+        return self._chunks[key][offsets]
 
     def _place(self, item: ReadItem) -> boxes.Place:
         tensor = self.layout.find(item.storage_index.fqn)
         offsets = item.storage_index.offset
         if tensor is None or offsets is None:
             raise StateMismatchError(item.storage_index.fqn, "the checkpoint holds no such tensor")
-        chunk = self._chunk(item.storage_index.fqn, tensor, offsets)
+        chunk = self._chunk(item.storage_index.fqn, tensor, tuple(offsets))
         return boxes.Place(chunk.rank, chunk.begin, chunk.sizes, tensor.dtype)
 
     def _read_rows(self, item: ReadItem, target: torch.Tensor, place: boxes.Place) -> None:
@@ -278,11 +284,11 @@ class _WantPlanner(LoadPlanner):
         """Nothing to do."""
 
     def _items(self, want: Want) -> list[ReadItem]:
-        described = self._reader.layout.find(want.key)
-        if described is None or want.out.numel() == 0:
+        described = self._reader.described(want) if want.out.numel() else None
+        if described is None:
             return []
         box = ChunkStorageMetadata(torch.Size(want.offsets), want.out.shape)
-        return create_read_items_for_chunk_list(want.key, tensor_metadata(described), [box])
+        return create_read_items_for_chunk_list(want.key, described, [box])
 
 
 def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
@@ -338,10 +344,10 @@ def _load(wants: Sequence[Want], how: CheckpointReader, reader: CheckpointReader
         raise cause from None
 
 
-def tensor_metadata(tensor: Described) -> TensorStorageMetadata:
+def tensor_metadata(tensor: Described, chunks: Iterable[Chunk]) -> TensorStorageMetadata:
     """A tensor of a layout in DCP's terms; empty chunks left out."""
-    chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks if c.numel]
-    return TensorStorageMetadata(TensorProperties(dtype=dtype_of(tensor.dtype)), torch.Size(tensor.shape), chunks)
+    found = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in chunks if c.numel]
+    return TensorStorageMetadata(TensorProperties(dtype=dtype_of(tensor.dtype)), torch.Size(tensor.shape), found)
 
 
 def summary(saved: Saved, loaded: Sequence[str], skipped: Sequence[str], world_size: int) -> str:

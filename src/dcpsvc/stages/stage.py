@@ -130,6 +130,7 @@ class Snapshot:
                 _copy(self._views[batch], outline.sources[batch])
         outline.forget()
         self._fill(0, outline.header)
+        self._fill(*outline.placement.padding)
         self._fill(outline.placement.tensors_end, outline.objects)
         self.copying.start(self._threads)
 

@@ -73,7 +73,8 @@ class Stream:
     def _fill(self, part: torch.Tensor, begin: int, resolve: Callable[[str], torch.Tensor]) -> None:
         """Bytes ``[begin, begin + len(part))`` of the file."""
         outline, end = self._outline, begin + part.numel()
-        for at, data in ((0, outline.header), (outline.placement.tensors_end, outline.objects)):
+        placement = outline.placement
+        for at, data in ((0, outline.header), placement.padding, (placement.tensors_end, outline.objects)):
             low, high = max(at, begin), min(at + len(data), end)
             if low < high:
                 part.numpy()[low - begin : high - begin].data[:] = data[low - at : high - at]

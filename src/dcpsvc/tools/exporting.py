@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dcpsvc.format.layout import Tensor
+    from dcpsvc.format.layout import Chunk, Tensor
     from dcpsvc.storage.base import Store
 
 MAX_SHARD_NBYTES = 5 << 30
@@ -97,20 +97,20 @@ class Source:
     def read(self, entry: Entry) -> NDArray[np.uint8]:
         """The bytes of a tensor, verified, put together, and cast; row major."""
         tensor, item = entry.tensor, ITEM_NBYTES[entry.tensor.dtype]
-        if len(tensor.chunks) == 1:
-            return cast(self._chunk(tensor, 0).reshape(-1), tensor.dtype, entry.dtype)
+        chunks = tensor.chunks
+        if len(chunks) == 1:
+            return cast(self._chunk(tensor, chunks[0]).reshape(-1), tensor.dtype, entry.dtype)
         whole = np.empty((*tensor.shape, item), dtype=np.uint8)
-        for number, chunk in enumerate(tensor.chunks):
+        for chunk in chunks:
             box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[box] = self._chunk(tensor, number).reshape(*chunk.sizes, item)
+            whole[box] = self._chunk(tensor, chunk).reshape(*chunk.sizes, item)
         return cast(whole.reshape(-1), tensor.dtype, entry.dtype)
 
     def identity(self) -> dict[str, Any]:
         """Which checkpoint this is."""
         return {"run_id": self.manifest.run_id, "step": self.manifest.step, "attempt": self.manifest.attempt}
 
-    def _chunk(self, tensor: Tensor, number: int) -> NDArray[np.uint8]:
-        chunk = tensor.chunks[number]
+    def _chunk(self, tensor: Tensor, chunk: Chunk) -> NDArray[np.uint8]:
         nbytes = chunk.numel * ITEM_NBYTES[tensor.dtype]
         return np.frombuffer(self._shards[chunk.rank].read(chunk.begin, chunk.begin + nbytes), dtype=np.uint8)
 

@@ -110,13 +110,12 @@ def _read_box(box: Chunk, tensor: Tensor, shards: Sequence[VerifiedShard]) -> An
     import numpy as np
 
     found = np.zeros(box.sizes, dtype=f"<u{ITEM_NBYTES[tensor.dtype]}")
-    for chunk in tensor.chunks:
+    for chunk in tensor.overlapping(box.offsets, box.sizes):
         low = [max(x, y) for x, y in zip(box.offsets, chunk.offsets, strict=True)]
         high = [
             min(x + m, y + n) for x, m, y, n in zip(box.offsets, box.sizes, chunk.offsets, chunk.sizes, strict=True)
         ]
-        if all(begin < end for begin, end in zip(low, high, strict=True)):
-            found[_within(box, low, high)] = _read(tensor.dtype, chunk, shards)[_within(chunk, low, high)]
+        found[_within(box, low, high)] = _read(tensor.dtype, chunk, shards)[_within(chunk, low, high)]
     return found
 
 

@@ -88,6 +88,8 @@ def write_shards(
             out.write(shardfile.header(placement, len(documents[rank]), about))
             for piece, begin in zip(placement.pieces, placement.begins, strict=True):
                 begins[piece.key, rank, piece.offsets] = begin
+                if out.nbytes < begin:
+                    out.write(placement.padding[1])
                 _copy(shard, chunks[piece.key, piece.offsets][1].begin, piece.nbytes, out, progress)
             out.write(documents[rank])
             record = out.finish(rank, attempt.shard(rank))
@@ -106,10 +108,10 @@ def _copy(shard: VerifiedShard, begin: int, nbytes: int, out: _Body, progress: C
 def _moved(layout: Layout, begins: dict[tuple[str, int, tuple[int, ...]], int]) -> Layout:
     return Layout(
         {
-            name: Tensor(
+            name: Tensor.of(
                 tensor.dtype,
                 tensor.shape,
-                tuple(Chunk(c.rank, c.offsets, c.sizes, begins[name, c.rank, c.offsets]) for c in tensor.chunks),
+                (Chunk(c.rank, c.offsets, c.sizes, begins[name, c.rank, c.offsets]) for c in tensor.chunks),
             )
             for name, tensor in layout.tensors.items()
         },
@@ -119,7 +121,7 @@ def _moved(layout: Layout, begins: dict[tuple[str, int, tuple[int, ...]], int]) 
 
 def copied_nbytes(layout: Layout) -> int:
     """What writing the tensors of a layout will copy."""
-    return sum(chunk.numel * ITEM_NBYTES[tensor.dtype] for tensor in layout.tensors.values() for chunk in tensor.chunks)
+    return sum(run.numel * ITEM_NBYTES[tensor.dtype] for tensor in layout.tensors.values() for run in tensor.runs)
 
 
 class _Body:
@@ -129,11 +131,11 @@ class _Body:
         self._fd = file.fileno()
         self._table = bytearray()
         self._rest = bytearray()
-        self._nbytes = 0
+        self.nbytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
         write_all(self._fd, data)
-        self._nbytes += len(data)
+        self.nbytes += len(data)
         self._rest += data
         whole = len(self._rest) // BLOCK_NBYTES * BLOCK_NBYTES
         if whole:
@@ -148,7 +150,7 @@ class _Body:
         return ShardRecord(
             rank=rank,
             path=path,
-            nbytes=self._nbytes + len(table),
-            body_nbytes=self._nbytes,
+            nbytes=self.nbytes + len(table),
+            body_nbytes=self.nbytes,
             digest=digest.digest(table),
         )
