@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import signal
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -178,10 +179,12 @@ class Options:
         Raises:
             ConfigError: There is no such option, or it makes no sense.
         """
-        try:
-            return cls(**given)
-        except TypeError as err:
-            raise ConfigError(f"Checkpointer: {err}") from err
+        known = [option.name for option in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise ConfigError(f"Checkpointer has no option {unknown[0]!r}: {hint}")
+        return cls(**given)
 
     @property
     def local_dir(self) -> Path:

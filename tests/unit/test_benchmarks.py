@@ -135,3 +135,10 @@ def crew_does(entry, directory):
         return crew.do("at_once")
     finally:
         crew.end()
+
+
+def test_the_writers_benchmark_measures_thread_and_process_and_leaves_nothing(tmp_path):
+    result = run("bench_writer", "--mib", "40", "--rounds", "1", "--dir", str(tmp_path))
+    assert [row["who"] for row in result["rows"]] == ["thread", "process"]
+    assert all(row["write_s"] > 0 for row in result["rows"])
+    assert list(tmp_path.iterdir()) == []

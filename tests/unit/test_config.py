@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import FrozenInstanceError
 from typing import TYPE_CHECKING, Any
 
@@ -133,3 +134,11 @@ def test_the_ranks_of_a_node_share_what_it_may_transfer(monkeypatch: pytest.Monk
 def test_a_limit_on_transfers_that_allows_none_is_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(options))}=0"):
         Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("keep_locals", "did you mean keep_local?"), ("zzz", "there are local, every, keep, ")]
+)
+def test_an_option_that_does_not_exist_is_named_with_what_was_meant(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"Checkpointer has no option '{name}': {hint}")):
+        Options.of({name: 1})
