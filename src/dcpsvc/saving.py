@@ -10,24 +10,19 @@ from concurrent.futures import wait
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc import copying, preflight
-from dcpsvc.arena import Arena
-from dcpsvc.arenas import Arenas
+from dcpsvc import preflight
 from dcpsvc.blueprint import Blueprints
-from dcpsvc.copying import Watch
-from dcpsvc.errors import RankFailure, StateError, TornSnapshotError
+from dcpsvc.errors import RankFailure, StateError
 from dcpsvc.events import Point
 from dcpsvc.garbage import uncollected
-from dcpsvc.holdback import Holdback
 from dcpsvc.outline import Outline
 from dcpsvc.pending import PendingSave
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.save import Save, meeting_place
 from dcpsvc.stages import ack, shard
-from dcpsvc.stages.stage import Gate, Snapshot
-from dcpsvc.stages.stream import Stream
+from dcpsvc.stages.stage import Gate
+from dcpsvc.staging import Staging
 from dcpsvc.state import claims, division
-from dcpsvc.state.claims import Replicas
 from dcpsvc.state.collected import Collected
 
 if TYPE_CHECKING:
@@ -35,7 +30,6 @@ if TYPE_CHECKING:
 
     from dcpsvc.blueprint import Blueprint
     from dcpsvc.config import Options
-    from dcpsvc.copying import Copying
     from dcpsvc.events import Events
     from dcpsvc.format.keys import Attempt
     from dcpsvc.life import Life
@@ -51,7 +45,7 @@ _LOOK_S = 0.2
 
 
 class Saver:
-    """Makes snapshots; owns the arenas.
+    """Begins saves.
 
     Args:
         job: The ranks.
@@ -75,17 +69,13 @@ class Saver:
         versions: Mapping[str, str],
     ) -> None:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
-        spare = 1  # for a save after one that the disk has not taken in time
-        self._arenas = Arenas(options.staging_nbytes, options.max_inflight + spare, preflight.memory_share_nbytes)
+        self._staging = Staging(job, options)
         self._blueprints = Blueprints(job.rank, job.world_size)
         self._tries: dict[int, int] = {}
         self._unwritten: list[tuple[DcpShard, int]] = []
-        self._versions, self._overlap, self._holdback = versions, options.staging == "overlap", Holdback()
-        self._watch = Watch.EVERY_BYTE if options.verify_staging else Watch.CLOSELY
-        self._copying: Copying | None = None
-        self._copier = copying.thread()
+        self._versions = versions
         self._staged_with = 0
-        self._has_warned = self._has_said_replanned = self._is_prepared = False
+        self._has_said_replanned = self._is_prepared = False
 
     def accept(self, step: int, began: float) -> Save:
         """A new attempt at a step, named alike by all ranks that come to it.
@@ -141,7 +131,7 @@ class Saver:
             logger.debug("nothing is prepared for the first save: %s", err)
             return
         self._is_prepared = True
-        self._arenas.prepare(functools.partial(self._make_ready, collected))
+        self._staging.arenas.prepare(functools.partial(self._make_ready, collected))
 
     def prepare_once(self, values: Collected | None = None) -> None:
         """As :meth:`prepare`, unless it was done or a save was staged, or an optimizer has no state yet."""
@@ -151,24 +141,22 @@ class Saver:
     @property
     def held_s(self) -> float:
         """What optimizers waited for copies, all saves together."""
-        return self._holdback.waited_s
+        return self._staging.held_s
 
     def wait_copied(self) -> None:
         """Until nothing of the state is being read: it is about to be changed. Training thread."""
-        self._holdback.wait()
+        self._staging.wait_copied()
 
     def close(self) -> None:
         """No save is going to be staged any more."""
-        self._holdback.close()
-        self._copier.shutdown(wait=self._copying is None or self._copying.ended)  # never for memory that is not given
-        self._arenas.close()
+        self._staging.close()
 
     def _make_ready(self, collected: Collected) -> None:
         try:
             blueprint = self._blueprints.of(collected)
             blueprint.plan.prepare()
             pinned = any(item.tensor.is_cuda for item in collected.items.values())
-            self._arenas.make_ready(blueprint.placement, pinned=pinned)
+            self._staging.arenas.make_ready(blueprint.placement, pinned=pinned)
         except Exception as err:  # noqa: BLE001 - a save will say what is wrong
             logger.debug("nothing is prepared for the first save: %s", err)
 
@@ -206,7 +194,7 @@ class Saver:
 
     def _stage(self, save: Save, metrics: Mapping[str, float], values: Collected | None) -> None:
         self._is_prepared = True
-        self._look_back()
+        self._staging.look_back()
         collected = self._state.collect(self._job.rank, values=values)
         said = claims.claims(collected)
         blueprint = self._blueprint(collected)
@@ -220,28 +208,16 @@ class Saver:
             stamp=_stamp(metrics) | {"versions": dict(self._versions)},
             disk=self._disk_need(),
         )
-        if save.copying is not None:
-            self._holdback.watch(self._state.optimizers(), save.copying, functools.partial(_has_held, save.pending))
         self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=outline.nbytes)
 
     def _outline(self, save: Save, collected: Collected, blueprint: Blueprint) -> Outline:
         documents = (collected.documents if self._job.coordinates else {}) | collected.own_documents
         about = {"step": str(save.key.step), "attempt": save.key.attempt, "rank": str(self._job.rank)}
-        large = blueprint.large(collected, guarded=self._overlap)
+        large = blueprint.large(collected, guarded=self._staging.overlaps)
         return Outline(blueprint.placement, blueprint.sources(collected), documents, about, large)
 
-    def _look_back(self) -> None:
-        """Whoever changes tensors behind their optimizer's back does so again: better wait for the copy from now on."""
-        if self._copying is not None and isinstance(self._copying.error, TornSnapshotError) and self._overlap:
-            self._overlap = False
-            logger.warning(
-                'rank %s: as with staging="block", save() returns when all is copied, from now on: %s',
-                self._job.rank,
-                self._copying.error,
-            )
-
     def _blueprint(self, collected: Collected) -> Blueprint:
-        self._arenas.settle()  # it may be in the making, too
+        self._staging.arenas.settle()  # it may be in the making, too
         blueprint = self._blueprints.of(collected)
         if self._staged_with not in {0, self._blueprints.made} and not self._has_said_replanned:
             self._has_said_replanned = True
@@ -259,7 +235,7 @@ class Saver:
         """Hand over to DCP."""
         began = time.perf_counter()
         key, plan = save.key.shard(self._job.rank), blueprint.plan
-        staged = self._staged(save, outline, collected)
+        staged = self._staging.staged(save, outline, collected)
         try:
             begun = save.shard = shard.begin(
                 staged,
@@ -272,44 +248,9 @@ class Saver:
             staged.forget()
             raise
         self._unwritten.append((begun, preflight.file_nbytes(outline.nbytes)))
-        if isinstance(staged, Snapshot):
-            staged.reader, save.copying, self._copying = begun, staged.copying, staged.copying
-        else:
+        self._staging.begun(save, staged, begun, self._state.optimizers())
+        if save.copying is None:
             save.pending.timings.stage_s = time.perf_counter() - began
-
-    def _staged(self, save: Save, outline: Outline, collected: Collected) -> Snapshot | Stream:
-        """Where there is memory for a copy, one is made; else the state itself has to hold still."""
-        arena = self._arenas.take(outline.nbytes)
-        if self._job.world_size > 1:
-            save.replicas = Replicas(collected, later=isinstance(arena, Arena), guarded=self._overlap)
-        if isinstance(arena, Arena):
-            beside = save.replicas.tasks if save.replicas else []
-            on_copied = functools.partial(_has_copied, save.pending, time.perf_counter())
-            staged = arena.reader = Snapshot(
-                outline, arena, self._copier, beside=beside, on_copied=on_copied, watch=self._watch
-            )
-            return staged
-        window_nbytes = preflight.window_nbytes(arena.spare_nbytes)
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "rank %s: its shard of %s does not fit into the %s of memory there is for staging, so a save writes it "
-                "through a window of %s while training waits; give the machine more memory, or raise staging_nbytes=",
-                self._job.rank,
-                *map(preflight.mebibytes, (outline.nbytes, arena.spare_nbytes, window_nbytes)),
-            )
-        return Stream(outline, window_nbytes)
-
-
-def _has_copied(pending: PendingSave, began: float) -> None:
-    """Any thread."""
-    pending.timings.stage_s = time.perf_counter() - began
-    pending.resolve(pending.staged)
-
-
-def _has_held(pending: PendingSave, seconds: float) -> None:
-    """An optimizer waited for the copy."""
-    pending.timings.held_s += seconds
 
 
 def _stamp(metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def save_in_a_row(rank, world, root, steps, options):
         dist.barrier()
         root.with_name("open").touch()
         ckpt.wait(BOUND_S)
-        arenas = len(ckpt._saves._saver._arenas._arenas)
+        arenas = len(ckpt._saves._saver._staging.arenas._arenas)
     return {
         "states": [each.state for each in pending],
         "skipped": ckpt.statistics().skipped,

@@ -59,7 +59,7 @@ def change_behind_the_optimizer(rank, world, root, kind):
     with checkpointer(root, training.state, save_last=False) as ckpt:
         pause = threading.Event()
         if rank == 1:
-            ckpt._saver._copier.submit(pause.wait, 60)
+            ckpt._saver._staging._copier.submit(pause.wait, 60)
         pending = ckpt.save(1)
         if rank == 1:
             with torch.no_grad():

@@ -48,18 +48,18 @@ def checkpointer(folder: Path, state: dict[str, Any], **options: Any) -> Checkpo
 
 
 def prepared_nbytes(ckpt: Checkpointer) -> int:
-    ckpt._saver._arenas.settle()
-    return ckpt._saver._arenas.nbytes
+    ckpt._saver._staging.arenas.settle()
+    return ckpt._saver._staging.arenas.nbytes
 
 
 def assert_the_first_save_finds_it(ckpt: Checkpointer, step: int) -> None:
     """It takes the arena that is there, as it is, and the plan."""
     saver = ckpt._saver
-    (arena,), made = list(saver._arenas._arenas), saver._blueprints.made
+    (arena,), made = list(saver._staging.arenas._arenas), saver._blueprints.made
     begins = arena.reserve(1).data_ptr()
     pending = ckpt.save(step)
     pending.wait(SECONDS)
-    assert saver._arenas._arenas == [arena]
+    assert saver._staging.arenas._arenas == [arena]
     assert arena.reserve(1).data_ptr() == begins
     assert pending.timings.shard_nbytes - MIB < arena.nbytes < pending.timings.shard_nbytes + MIB
     assert saver._blueprints.made == made
@@ -86,9 +86,9 @@ def test_a_resumed_run_is_ready_after_resume_but_for_its_values(tmp_path: Path) 
     with checkpointer(tmp_path, other) as ckpt:
         assert ckpt.resume() == 1
         assert prepared_nbytes(ckpt) > 3 * sum(p.nbytes for p in other["model"].parameters())
-        before = list(ckpt._saver._arenas._arenas)
+        before = list(ckpt._saver._staging.arenas._arenas)
         ckpt.save(2).wait(SECONDS)
-        assert ckpt._saver._arenas._arenas == before
+        assert ckpt._saver._staging.arenas._arenas == before
 
 
 def test_a_model_alone_is_ready_after_resume(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_save_that_comes_at_once_waits_for_what_is_being_prepared(tmp_path: Pa
     with checkpointer(tmp_path, state) as ckpt:
         ckpt.prepare()
         ckpt.save(1).wait(SECONDS)
-        assert len(ckpt._saver._arenas._arenas) == 1
+        assert len(ckpt._saver._staging.arenas._arenas) == 1
 
 
 def test_nothing_is_prepared_where_there_is_no_room_for_a_copy(tmp_path: Path) -> None:
