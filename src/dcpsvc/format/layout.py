@@ -82,6 +82,10 @@ class Run:
         """Elements in all of them."""
         return math.prod(self.sizes) * self.grid.number
 
+    def is_whole(self, shape: Shape) -> bool:
+        """Whether it is one chunk, all of a tensor."""
+        return self.sizes == shape and not self.grid.levels and not any(self.grid.first[1:-1])
+
     def to_json(self) -> list[Any]:
         """As it stands in the layout: one chunk, and the steps to the others."""
         first, sizes, levels = self.grid.first, self.sizes, self.grid.levels
@@ -197,6 +201,8 @@ def _parsed(path: str, data: bytes) -> Layout:
 
 def uncovered(tensor: Tensor) -> str | None:
     """Why the chunks are no exact cover of their tensor; None if they are."""
+    if len(tensor.runs) == 1 and tensor.runs[0].is_whole(tensor.shape):
+        return None
     stored = sum(run.numel for run in tensor.runs)
     if stored != math.prod(tensor.shape):
         why = "; ranks that hold the same Part have to give it their group" if stored > math.prod(tensor.shape) else ""
@@ -274,6 +280,8 @@ def _tensor(fields: Fields, key: str, value: Any) -> Tensor:
 def _run(rank: Any, offsets: Any, sizes: Any, begin: Any, levels: Any = ()) -> Run:
     """Every number of every chunk is in its bounds, and there are not too many to be looked at."""
     first = (_count(rank, MAX_RANKS), *_shape(offsets), _count(begin, MAX_SHARD_NBYTES))
+    if len(offsets) != len(sizes):
+        raise ValueError(f"a box at {offsets!r:.80} of size {sizes!r:.80}")
     if len(levels) > _MAX_LEVELS:
         raise ValueError(f"{len(levels)} levels of steps")
     grid = Grid(first, tuple(_level(len(first), *level) for level in levels))
