@@ -404,10 +404,10 @@ def test_a_group_is_not_waited_for_longer_than_its_timeout_and_the_next_generati
 
 
 @pytest.mark.parametrize("usual", [0, 1])
-@pytest.mark.parametrize("longest", [{}, {0: 70_000}, {31: 70_000}, {3: 9, 20: 1 << 20}, {1: 5, 2: 6, 3: 7, 4: 1000}])
+@pytest.mark.parametrize("longest", [{}, {0: 70_000}, {15: 1 << 20}, {1: 5, 2: 6, 3: 7, 4: 1000}])
 def test_all_hear_what_each_has_to_say_however_much_more_some_have_than_the_rest(network, longest, usual):
     dist.init_process_group("gloo", store=network.client(), rank=0, world_size=1)
-    said = [bytes([rank]) * longest.get(rank, usual * (rank % 3)) for rank in range(32)]
+    said = [bytes([rank]) * longest.get(rank, usual * (rank % 3)) for rank in range(16)]
     try:
         groups = [group(rank, len(said)) for rank in range(len(said))]
         with ThreadPoolExecutor(len(said)) as pool:

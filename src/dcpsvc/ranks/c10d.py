@@ -185,9 +185,8 @@ class Group:
         """All at once, padded to one length; then, one after the other, the few that have more to say than the rest."""
         sizes = [int(size) for size in self._gather(group, torch.tensor([len(data)], dtype=torch.int64))]
         usual = sorted(sizes)[-1 - len(sizes) // _FEW]
-        said = [
-            _bytes(part)[:size] for part, size in zip(self._gather(group, _tensor(data, usual)), sizes, strict=True)
-        ]
+        parts = self._gather(group, _tensor(data, usual))
+        said = [_bytes(part)[: min(size, usual)] for part, size in zip(parts, sizes, strict=True)]
         for rank, size in enumerate(sizes):
             if size > usual:
                 rest = _tensor(data[usual:], size - usual)
