@@ -220,7 +220,8 @@ def boto3_download(options, bucket, keys, folder):
 
 def resharded(folder, worlds):
     """Bytes fetched per byte needed, all ranks together, from the checkpoint that is there."""
-    from dcpsvc.stages import discover, restore
+    from dcpsvc import reader
+    from dcpsvc.stages import discover
     from dcpsvc.state.saved import Saved
     from dcpsvc.storage.posix import PosixStore
 
@@ -246,7 +247,7 @@ def resharded(folder, worlds):
             saved = Saved(layout, {}, rank, manifest.world_size, manifest.step)
             wants = [part for key in layout.tensors if (part := cut(saved, key, rank, world))]
             needed += sum(want.out.nbytes for want in wants)
-            restore.read(restore.CheckpointReader(manifest, layout, [store]), wants)
+            reader.read(reader.CheckpointReader(manifest, layout, [store]), wants)
         rows.append({"ranks": f"{manifest.world_size} -> {world}", "fetched_per_needed": Counting.fetched / needed})
     return rows
 

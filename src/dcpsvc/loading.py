@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError
+from dcpsvc.reader import CheckpointReader
 from dcpsvc.reading import open_root
 from dcpsvc.resuming import Resuming
 from dcpsvc.sidefiles import Lease
 from dcpsvc.stages import discover
-from dcpsvc.stages.restore import CheckpointReader
 from dcpsvc.state.app import AppState
 from dcpsvc.state.drift import Terms
 

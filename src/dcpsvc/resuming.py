@@ -19,6 +19,7 @@ from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.reader import CheckpointReader
 from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
 from dcpsvc.state.drift import Drift, Terms
@@ -64,7 +65,7 @@ def _no_hold(attempt: Attempt) -> None:
 class _Loaded:
     """What one rank has read and proven."""
 
-    reader: restore.CheckpointReader
+    reader: CheckpointReader
     components: dict[str, Component]
     saved: Saved
     wants: list[Want]
@@ -173,9 +174,7 @@ class Resuming:
 
     def _read(self, attempt: Attempt, terms: Terms) -> _Loaded:
         manifest = discover.read_manifest(self.remote, attempt)
-        reader = restore.CheckpointReader(
-            manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
-        )
+        reader = CheckpointReader(manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote])
         saved = replace(
             reader.saved_for(self.job.rank), documents_of=reader.documents, terms=terms, drift=Drift(attempt.step)
         )
