@@ -124,6 +124,23 @@ class ScatteringStore(Protocol):
         ...
 
 
+@runtime_checkable
+class RestReadingStore(Protocol):
+    """A store that needs one request for what :meth:`Store.size` and :meth:`Store.read` need two."""
+
+    def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
+        """The size of an object, and its bytes from ``begin`` to its end; no bytes if they are more than max_nbytes."""
+        ...
+
+
+def read_rest(store: Store, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
+    """See :class:`RestReadingStore`; on a store that cannot, in two requests."""
+    if isinstance(store, RestReadingStore):
+        return store.read_rest(key, begin, max_nbytes=max_nbytes)
+    nbytes = store.size(key)
+    return nbytes, store.read(key, begin, nbytes) if 0 < nbytes - begin <= max_nbytes else b""
+
+
 def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -> None:
     """See :class:`ScatteringStore`; on a store that cannot, by a copy."""
     if isinstance(store, ScatteringStore):

@@ -6,6 +6,7 @@ session. So no byte passes the event loop, a checksum is computed once, and call
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from dcpsvc.storage.bodysum import BodySum
 
@@ -78,9 +79,22 @@ class Direct:
     def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
         """Fill ``views`` from ``begin`` on; how many bytes there were, fewer where the object is shorter."""
         asked = {"Range": f"bytes={begin}-{begin + sum(map(len, views)) - 1}"}
-        raw = self._send("GET", Request(path, _GET), asked, None).raw
-        try:
+        with self._answer(path, asked) as raw:
             return sum(_fill(raw, view) for view in views)
+
+    def read_rest(self, path: str, begin: int, max_nbytes: int) -> tuple[int, bytes]:
+        """The size of an object, and its bytes from ``begin`` on; none if they are more than ``max_nbytes``."""
+        # Of an object without bytes no range is right.
+        with self._answer(path, {"Range": f"bytes={begin}-"} if begin else {}) as raw:
+            nbytes = int(raw.headers["Content-Length"])
+            data = bytearray(nbytes if nbytes <= max_nbytes else 0)
+            return begin + nbytes, bytes(memoryview(data)[: _fill(raw, memoryview(data))])
+
+    @contextlib.contextmanager
+    def _answer(self, path: str, headers: dict[str, str]) -> Generator[Any]:
+        raw = self._send("GET", Request(path, _GET), headers, None).raw
+        try:
+            yield raw
         finally:
             # A connection with bytes left on it is of no use to the next one.
             raw.drain_conn() if raw.length_remaining == 0 else raw.close()

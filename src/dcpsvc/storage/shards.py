@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES
-from dcpsvc.storage.base import read_into
+from dcpsvc.storage.base import read_into, read_rest
 from dcpsvc.storage.oserror import local_file_error
 
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
 
+T = TypeVar("T")
+
 _READ_NBYTES = 32 << 20
+_TAIL_NBYTES = 1 << 19
+"""Of a body's end, where the JSON documents are."""
 _PROVE_NBYTES = 1 << 20
 """Stays in the processor's cache between the copy and the checksum."""
 
@@ -64,15 +68,17 @@ class VerifiedShard:
             StoreError: Likewise.
         """
         self._check_range(begin, begin + sum(map(len, views)))
+        self._first(lambda source: source.read_into(begin, views))
+
+    def _first(self, read: Callable[[_Source], T]) -> T:
+        """What the nearest store gives that has it intact."""
         while True:
             source = self._sources[0]
             try:
-                source.read_into(begin, views)
+                return read(source)
             except (CorruptShardError, StoreError):
                 if not self._has_another(source):
                     raise
-            else:
-                return
 
     def _check_range(self, begin: int, end: int) -> None:
         if end > self.record.body_nbytes:
@@ -106,10 +112,15 @@ class VerifiedShard:
                 progress(end - begin)
 
     def documents(self) -> dict[str, Any]:
-        """The JSON documents of this shard."""
+        """The JSON documents of this shard: its beginning, and its end with the block table, in one request each."""
         body, path = self.record.body_nbytes, self.record.path
-        head = bytes(self.read(0, shardfile.header_nbytes(path, bytes(self.read(0, min(8, body))), body)))
-        return shardfile.documents(path, bytes(self.read(*shardfile.objects_range(path, head, body))))
+        low = max(0, body - _TAIL_NBYTES) // BLOCK_NBYTES * BLOCK_NBYTES
+        tail = self._first(lambda source: source.read_tail(low))
+        head = tail if not low else self.read(0, min(BLOCK_NBYTES, body))
+        length = shardfile.header_nbytes(path, bytes(head[:8]), body)
+        header = bytes(head[:length] if length <= len(head) else self.read(0, length))
+        begin, end = shardfile.objects_range(path, header, body)
+        return shardfile.documents(path, bytes(tail[begin - low :] if begin >= low else self.read(begin, end)))
 
     def _has_another(self, source: _Source) -> bool:
         """Leave a store that failed for the next one, if there is one. Several threads may come here at once."""
@@ -126,30 +137,59 @@ class _Source:
 
     def __init__(self, store: Store, record: ShardRecord) -> None:
         self.store, self._record = store, record
-        self._table: bytes | None = None
+        self._known: bytes | None = None
+        self._lock = threading.Lock()
 
     def read_into(self, begin: int, views: Sequence[memoryview]) -> None:
         """Proven bytes of the body, whole blocks."""
-        path, first = self._record.path, begin // BLOCK_NBYTES
+        table = self._table()
         try:
-            if self._table is None:
-                self._table = self._read_table()  # by several threads, perhaps: none waits for another's store
-            read_into(self.store, path, begin, views)
+            read_into(self.store, self._record.path, begin, views)
         except StoreNotFoundError as err:
-            raise CorruptShardError(path, f"the file is missing ({self.store.url})") from err
-        if bad := digest.mismatches(views, first, self._table):
+            raise self._missing() from err
+        self._check(views, begin // BLOCK_NBYTES, table)
+
+    def read_tail(self, begin: int) -> memoryview:
+        """The proven end of the body, from a block's beginning on, in one request together with the block table."""
+        body = self._record.body_nbytes
+        data = memoryview(self._read_rest(begin))
+        table = bytes(data[body - begin :])
+        self._check_table(table)
+        self._check([data[: body - begin]], begin // BLOCK_NBYTES, table)
+        self._known = table
+        return data[: body - begin]
+
+    def _table(self) -> bytes:
+        with self._lock:  # one request, however many threads begin at once
+            if self._known is None:
+                table = self._read_rest(self._record.body_nbytes)
+                self._check_table(table)
+                self._known = table
+            return self._known
+
+    def _read_rest(self, begin: int) -> bytes:
+        path, nbytes = self._record.path, self._record.nbytes
+        try:
+            size, data = read_rest(self.store, path, begin, max_nbytes=nbytes - begin)
+        except StoreNotFoundError as err:
+            raise self._missing() from err
+        if size != nbytes:
+            raise CorruptShardError(path, f"has {size} bytes, the manifest says {nbytes} ({self.store.url})")
+        return data
+
+    def _check_table(self, table: bytes) -> None:
+        if digest.digest(table) != self._record.digest:
+            path = self._record.path
+            raise CorruptShardError(path, f"its block table does not match the manifest ({self.store.url})")
+
+    def _check(self, views: Sequence[memoryview], first: int, table: bytes) -> None:
+        if bad := digest.mismatches(views, first, table):
             at = bad[0] * BLOCK_NBYTES
             reason = f"bytes {at}..{min(at + BLOCK_NBYTES, self._record.body_nbytes)} do not match their checksum"
-            raise CorruptShardError(path, f"{reason} ({self.store.url})")
+            raise CorruptShardError(self._record.path, f"{reason} ({self.store.url})")
 
-    def _read_table(self) -> bytes:
-        path, nbytes = self._record.path, self._record.nbytes
-        if (size := self.store.size(path)) != nbytes:
-            raise CorruptShardError(path, f"has {size} bytes, the manifest says {nbytes} ({self.store.url})")
-        table = self.store.read(path, self._record.body_nbytes, nbytes)
-        if digest.digest(table) != self._record.digest:
-            raise CorruptShardError(path, f"its block table does not match the manifest ({self.store.url})")
-        return table
+    def _missing(self) -> CorruptShardError:
+        return CorruptShardError(self._record.path, f"the file is missing ({self.store.url})")
 
 
 class LocalCheck:
