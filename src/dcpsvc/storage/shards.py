@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
@@ -138,6 +139,7 @@ class _Source:
     def __init__(self, store: Store, record: ShardRecord) -> None:
         self.store, self._record = store, record
         self._known: bytes | None = None
+        self._asked: Future[bytes] | None = None
         self._lock = threading.Lock()
 
     def read_into(self, begin: int, views: Sequence[memoryview]) -> None:
@@ -160,12 +162,25 @@ class _Source:
         return data[: body - begin]
 
     def _table(self) -> bytes:
-        with self._lock:  # one request, however many threads begin at once
-            if self._known is None:
-                table = self._read_rest(self._record.body_nbytes)
-                self._check_table(table)
-                self._known = table
-            return self._known
+        """One request, however many threads begin at once; all of them hear of its failure."""
+        with self._lock:
+            if self._known is not None:
+                return self._known
+            asked, mine = self._asked, Future[bytes]()
+            self._asked = asked or mine
+        return self._ask(mine) if asked is None else asked.result()
+
+    def _ask(self, asked: Future[bytes]) -> bytes:
+        try:
+            table = self._read_rest(self._record.body_nbytes)
+            self._check_table(table)
+        except BaseException as err:
+            self._asked = None  # whoever comes now asks anew
+            asked.set_exception(err)
+            raise
+        self._known = table
+        asked.set_result(table)
+        return table
 
     def _read_rest(self, begin: int) -> bytes:
         path, nbytes = self._record.path, self._record.nbytes
