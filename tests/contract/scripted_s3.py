@@ -165,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         first, _, last = asked.removeprefix("bytes=").partition("-")
         begin = int(first)
-        self.answer(206, data[begin : int(last) + 1 if last else None]) if begin < len(data) else self.refuse(416, "InvalidRange")
+        found = data[begin : int(last) + 1 if last else None]
+        self.answer(206, found) if begin < len(data) else self.refuse(416, "InvalidRange")
 
     def listing(self, prefix: str) -> None:
         found = sorted(item for item in self.server.objects.items() if item[0].startswith(prefix))

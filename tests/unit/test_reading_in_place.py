@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from dcpsvc.errors import NoValidCheckpointError, RestoreFailedError
 from dcpsvc.storage.posix import PosixStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+T = TypeVar("T")
 
 
 def linear(value: float) -> torch.nn.Linear:
@@ -50,6 +52,18 @@ class Watching(PosixStore):
         self.given_out += sum(map(len, views))
         if len(self.held) >= self.damaged_from:
             views[0][0] ^= 1
+
+    def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+        self.held.append(self.model.weight[0, 0].item())
+        self.given_out += end - begin
+        damaged = len(self.held) >= self.damaged_from
+
+        def passed_on(views: Iterator[memoryview]) -> Iterator[memoryview]:
+            for view in views:
+                view[0] ^= damaged
+                yield view
+
+        return super().stream(key, begin, end, lambda views: look(passed_on(views)))
 
 
 def test_the_model_s_own_memory_is_what_is_read_into(root: Path) -> None:

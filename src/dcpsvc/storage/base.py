@@ -7,11 +7,15 @@ called from any thread, and raises only :class:`~dcpsvc.errors.StoreError` and i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+T = TypeVar("T")
+
+STREAM_NBYTES = 1 << 20
 
 
 class Entry(NamedTuple):
@@ -122,6 +126,23 @@ class ScatteringStore(Protocol):
     def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
         """Fill ``views``, one after the other, with the bytes from ``begin`` on; see :meth:`Store.read`."""
         ...
+
+
+@runtime_checkable
+class StreamingStore(Protocol):
+    """A store from which bytes are looked at for less than they are kept for."""
+
+    def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+        """What ``look`` says about bytes ``[begin, end)``; each view is void when the next one is asked for."""
+        ...
+
+
+def stream(store: Store, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+    """See :class:`StreamingStore`; on a store that cannot, piece by piece."""
+    if isinstance(store, StreamingStore):
+        return store.stream(key, begin, end, look)
+    steps = range(begin, end, STREAM_NBYTES)
+    return look(memoryview(store.read(key, at, min(at + STREAM_NBYTES, end))) for at in steps)
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES
-from dcpsvc.storage.base import read_into, read_rest
+from dcpsvc.storage.base import read_into, read_rest, stream
 from dcpsvc.storage.oserror import local_file_error
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ T = TypeVar("T")
 _READ_NBYTES = 32 << 20
 _TAIL_NBYTES = 1 << 19
 """Of a body's end, where the JSON documents are."""
-_PROVE_NBYTES = 1 << 20
-"""Stays in the processor's cache between the copy and the checksum."""
 
 
 class VerifiedShard:
@@ -92,9 +90,8 @@ class VerifiedShard:
 
     def prove(self, begin: int, end: int) -> None:
         """Read whole blocks, and keep nothing; raises as :meth:`read` does."""
-        scratch = memoryview(bytearray(min(_PROVE_NBYTES, end - begin)))
-        for at in range(begin, end, len(scratch) or 1):
-            self.read_into(at, [scratch[: end - at]])
+        self._check_range(begin, end)
+        self._first(lambda source: source.prove(begin, end))
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Ranges that cover the body, each a size that is good to read at once."""
@@ -149,7 +146,18 @@ class _Source:
             read_into(self.store, self._record.path, begin, views)
         except StoreNotFoundError as err:
             raise self._missing() from err
-        self._check(views, begin // BLOCK_NBYTES, table)
+        self._refuse(digest.mismatches(views, begin // BLOCK_NBYTES, table))
+
+    def prove(self, begin: int, end: int) -> None:
+        """Whole blocks, without keeping them."""
+        table, path = self._table(), self._record.path
+        try:
+            bad = stream(
+                self.store, path, begin, end, lambda views: digest.mismatches(views, begin // BLOCK_NBYTES, table)
+            )
+        except StoreNotFoundError as err:
+            raise self._missing() from err
+        self._refuse(bad)
 
     def read_tail(self, begin: int) -> memoryview:
         """The proven end of the body, from a block's beginning on, in one request together with the block table."""
@@ -157,7 +165,7 @@ class _Source:
         data = memoryview(self._read_rest(begin))
         table = bytes(data[body - begin :])
         self._check_table(table)
-        self._check([data[: body - begin]], begin // BLOCK_NBYTES, table)
+        self._refuse(digest.mismatches([data[: body - begin]], begin // BLOCK_NBYTES, table))
         self._known = table
         return data[: body - begin]
 
@@ -197,8 +205,8 @@ class _Source:
             path = self._record.path
             raise CorruptShardError(path, f"its block table does not match the manifest ({self.store.url})")
 
-    def _check(self, views: Sequence[memoryview], first: int, table: bytes) -> None:
-        if bad := digest.mismatches(views, first, table):
+    def _refuse(self, bad: Sequence[int]) -> None:
+        if bad:
             at = bad[0] * BLOCK_NBYTES
             reason = f"bytes {at}..{min(at + BLOCK_NBYTES, self._record.body_nbytes)} do not match their checksum"
             raise CorruptShardError(self._record.path, f"{reason} ({self.store.url})")
