@@ -6,7 +6,7 @@ import copy
 import functools
 import io
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,27 +17,27 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcpsvc import preflight
+from dcpsvc.bands import bands
 from dcpsvc.errors import LayoutError, StateMismatchError
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.state import boxes, dcp_quirks, documents
 from dcpsvc.state.loadplan import WantPlanner, tensor_metadata
 from dcpsvc.state.saved import Saved, Want
-from dcpsvc.storage import scatter
-from dcpsvc.storage.scatter import Segment
+from dcpsvc.storage.fetch import fetch
+from dcpsvc.storage.scatter import Needs, Segment
 from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from dcpsvc.format.layout import Chunk, Layout
     from dcpsvc.format.layout import Tensor as Described
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
+    from dcpsvc.storage.scatter import Sink
 
-_THREADS = 8
-_ROWS_NBYTES = 16 << 20
-"""Of a chunk of which this rank needs a part of each row: so much is held by each thread."""
+Deliver = Callable[[dict[int, Needs]], None]
 
 
 class CheckpointReader(StorageReader):
@@ -54,18 +54,18 @@ class CheckpointReader(StorageReader):
 
     def __init__(self, manifest: Manifest, layout: Layout, stores: Sequence[Store]) -> None:
         self.manifest, self.layout = manifest, layout
-        self._shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
+        self.shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
         self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
-        self._direct = self._proving = False
+        self._deliver: Deliver = functools.partial(fetch, self.shards)
         self._check_places()
 
     def documents(self, *ranks: int) -> dict[str, Any]:
         """The JSON documents held by the shards of ``ranks``."""
         found: dict[str, Any] = {}
         for rank in sorted(set(ranks)):
-            found |= self._shards[rank].documents()
+            found |= self.shards[rank].documents()
         return found
 
     def saved_for(self, rank: int) -> Saved:
@@ -74,23 +74,21 @@ class CheckpointReader(StorageReader):
         found = self.documents(0, source)
         return Saved(self.layout, found, rank, self.manifest.world_size, self.manifest.step)
 
-    def for_known_boxes(self, *, proving: bool = False) -> CheckpointReader:
-        """A twin that describes nothing to DCP, so that nothing but the boxes asked for is read.
-
-        Nobody looks at them before all of it is proven, so bytes go straight there.
+    def for_known_boxes(self, deliver: Deliver) -> CheckpointReader:
+        """A twin that describes nothing to DCP, so that nothing but the boxes asked for is planned.
 
         Args:
-            proving: Read and prove everything, and put nothing anywhere.
+            deliver: Is given what is needed of each shard, by rank.
         """
         twin = copy.copy(self)
-        twin._direct, twin._proving = True, proving  # noqa: SLF001 - our own twin
+        twin._deliver = deliver  # noqa: SLF001 - our own twin
         twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - likewise
         return twin
 
     def reads_again_cheaply(self, nbytes: int) -> bool:
         """Whether so many bytes, read once, can be read once more from this machine's memory."""
         room = preflight.memory_share_nbytes()
-        return room is not None and nbytes < room and all(shard.cached for shard in self._shards.values())
+        return room is not None and nbytes < room and all(shard.cached for shard in self.shards.values())
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Part of DCP's protocol: a reader is bound to its checkpoint."""
@@ -130,13 +128,7 @@ class CheckpointReader(StorageReader):
         """Read every item: whole rows in the order of the files and in large pieces, a few at a time."""
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         targets = [planner.resolve_tensor(item) for item in tensors]
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="dcpsvc-read") as pool:
-            try:
-                for _ in pool.map(lambda work: work(), self._work(tensors, targets)):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # what is not begun need not be: it is over
-                raise
+        self._deliver(self._needs(tensors, targets))
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         for item in plan.items:
@@ -146,24 +138,17 @@ class CheckpointReader(StorageReader):
         done.set_result(None)
         return done
 
-    def _work(self, items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> Iterator[Callable[[], None]]:
-        """What there is to do, shard by shard."""
-        segments: dict[int, list[Segment]] = defaultdict(list)
+    def _needs(self, items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> dict[int, Needs]:
+        """What there is to read of each shard, and where it goes."""
+        sinks: dict[int, list[Sink]] = defaultdict(list)
         for item, target in zip(items, targets, strict=True):
             place = self._place(item)
             first = boxes.whole_rows(place, item.storage_offsets, item.lengths)
             if first is None or (memory := boxes.memory(target, place.dtype)) is None:
-                into = torch.empty_like(target) if self._proving else target
-                yield functools.partial(self._read_rows, item, into, place)
+                sinks[place.rank] += bands(place, item.storage_offsets, item.lengths, target)
             else:
-                segments[place.rank].append(Segment(first, memory))
-        for rank, found in sorted(segments.items()):
-            shard = self._shards[rank]
-            for piece in scatter.pieces(found, shard.record.body_nbytes):
-                if self._proving:
-                    yield functools.partial(shard.prove, piece.begin, piece.end)
-                else:
-                    yield functools.partial(piece.read, shard, direct=self._direct)
+                sinks[place.rank].append(Segment(first, memory))
+        return {rank: Needs(found, self.shards[rank].record.body_nbytes) for rank, found in sinks.items()}
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -172,7 +157,7 @@ class CheckpointReader(StorageReader):
 
     def _all_documents(self) -> dict[str, Any]:
         if self._documents is None:
-            self._documents = self.documents(*self._shards)
+            self._documents = self.documents(*self.shards)
         return self._documents
 
     def _check_places(self) -> None:
@@ -196,20 +181,6 @@ class CheckpointReader(StorageReader):
             raise StateMismatchError(item.storage_index.fqn, "the checkpoint holds no such tensor")
         chunk = self._chunk(item.storage_index.fqn, tensor, offsets)
         return boxes.Place(chunk.rank, chunk.begin, chunk.sizes, tensor.dtype)
-
-    def _read_rows(self, item: ReadItem, target: torch.Tensor, place: boxes.Place) -> None:
-        """Some rows of a chunk, and of each row a part; or onto another device, or as another type."""
-        offsets, lengths = list(item.storage_offsets), list(item.lengths)
-        first, rows = (offsets[0], lengths[0]) if offsets else (0, 1)
-        step = max(1, _ROWS_NBYTES // max(place.row_nbytes, 1))
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            at = place.begin + (first + row) * place.row_nbytes
-            data = self._shards[place.rank].read(at, at + count * place.row_nbytes)
-            part = boxes.as_tensor(data, place.dtype, (count, *place.sizes[1:]) if offsets else ())
-            for dim in range(1, len(offsets)):
-                part = part.narrow(dim, offsets[dim], lengths[dim])
-            (target.narrow(0, row, count) if offsets else target).copy_(part)
 
     def _value(self, path: str) -> io.BytesIO:
         for name, document in self._all_documents().items():
@@ -235,22 +206,25 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
-    _load(wants, reader.for_known_boxes(), reader)
+    # Nobody looks at the boxes before all of it is proven, so bytes go straight there.
+    load(reader, wants, functools.partial(fetch, reader.shards, direct=True))
 
 
 def prove(reader: CheckpointReader, wants: Sequence[Want]) -> None:
     """Read and prove what :func:`read` would, and put nothing anywhere. Raises the same."""
-    _load(wants, reader.for_known_boxes(proving=True), reader)
+    load(reader, wants, functools.partial(fetch, reader.shards, proving=True))
 
 
-def _load(wants: Sequence[Want], how: CheckpointReader, reader: CheckpointReader) -> None:
+def load(reader: CheckpointReader, wants: Sequence[Want], deliver: Deliver) -> None:
+    """Have DCP plan which part of which shard goes where, and hand that to ``deliver``. Raises what it raises."""
     if not wants:
+        deliver({})
         return
     dcp_quirks.quiet()
     try:
         dcp_load(
             {want.key: want.out for want in wants},
-            storage_reader=how,
+            storage_reader=reader.for_known_boxes(deliver),
             planner=WantPlanner(reader.layout, wants),
             no_dist=True,
         )
