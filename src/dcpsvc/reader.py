@@ -85,6 +85,12 @@ class CheckpointReader(StorageReader):
         twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - likewise
         return twin
 
+    @property
+    def nbytes_read(self) -> tuple[int, int]:
+        """So far: from nearer stores, and from the run root."""
+        near, far = zip(*(shard.nbytes_read for shard in self.shards.values()), strict=True)
+        return sum(near), sum(far)
+
     def reads_again_cheaply(self, nbytes: int) -> bool:
         """Whether so many bytes, read once, can be read once more from this machine's memory."""
         room = preflight.memory_share_nbytes()

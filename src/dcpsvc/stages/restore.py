@@ -33,10 +33,15 @@ def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
         StoreError: The store did not answer.
     """
     if not reader.reads_again_cheaply(sum(want.out.nbytes for want in wants if want.live)):
-        wants = [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
+        wants = staged(wants)
     prove(reader, [want for want in wants if want.live])
     read(reader, [want for want in wants if not want.live])
     return list(wants)
+
+
+def staged(wants: Sequence[Want]) -> list[Want]:
+    """The same, none of them into memory of the state itself."""
+    return [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
 
 
 def finish(reader: CheckpointReader, wants: Sequence[Want]) -> None:

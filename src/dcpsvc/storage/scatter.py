@@ -165,7 +165,7 @@ class Needs:
                 joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
             else:
                 joined.append((low, high))
-        return joined
+        return [(low, min(high, self._body_nbytes)) for low, high in joined]
 
     def _parts(self, number: int, begin: int, end: int) -> Iterator[Part]:
         layer = self._layers[number]

@@ -36,7 +36,8 @@ class VerifiedShard:
 
     def __init__(self, stores: Sequence[Store], record: ShardRecord) -> None:
         self.record = record
-        self._sources = [_Source(store, record) for store in stores]
+        self._all = tuple(_Source(store, record) for store in stores)
+        self._sources = list(self._all)
         self._lock = threading.Lock()
 
     def read(self, begin: int, end: int) -> memoryview:
@@ -82,6 +83,40 @@ class VerifiedShard:
     def _check_range(self, begin: int, end: int) -> None:
         if end > self.record.body_nbytes:
             raise CorruptShardError(self.record.path, f"bytes {begin}..{end} are beyond its {self.record.body_nbytes}")
+
+    @property
+    def near(self) -> bool:
+        """Whether a store before the last has it, and of the right size. Asks no more than that."""
+        return any(source.whole for source in self._all[:-1])
+
+    @property
+    def nbytes_read(self) -> tuple[int, int]:
+        """From the stores before the last, and from the last; what was refused is counted too."""
+        return sum(source.nbytes_read for source in self._all[:-1]), self._all[-1].nbytes_read
+
+    def table(self) -> bytes:
+        """The block table; raises as :meth:`read` does."""
+        return self._first(lambda source: source.table())
+
+    def adopt(self, table: bytes) -> None:
+        """Take a table that somebody else has read.
+
+        Raises:
+            CorruptShardError: It is not the one that the manifest means.
+        """
+        for source in self._all:
+            source.adopt(table)
+
+    def check(self, begin: int, view: memoryview) -> None:
+        """Compare whole blocks that somebody else has read with the table.
+
+        Raises:
+            CorruptShardError: They are not what was written.
+        """
+        if bad := digest.mismatches([view], begin // BLOCK_NBYTES, self.table()):
+            raise CorruptShardError(
+                self.record.path, f"block {bad[0]}, passed on by another rank, is not what was read"
+            )
 
     @property
     def cached(self) -> bool:
@@ -138,25 +173,36 @@ class _Source:
         self._known: bytes | None = None
         self._asked: Future[bytes] | None = None
         self._lock = threading.Lock()
+        self.nbytes_read = 0
+
+    @property
+    def whole(self) -> bool:
+        """It is there and has its size."""
+        try:
+            return self.store.size(self._record.path) == self._record.nbytes
+        except StoreError:
+            return False
 
     def read_into(self, begin: int, views: Sequence[memoryview]) -> None:
         """Proven bytes of the body, whole blocks."""
-        table = self._table()
+        table = self.table()
         try:
             read_into(self.store, self._record.path, begin, views)
         except StoreNotFoundError as err:
             raise self._missing() from err
+        self._count(sum(map(len, views)))
         self._refuse(digest.mismatches(views, begin // BLOCK_NBYTES, table))
 
     def prove(self, begin: int, end: int) -> None:
         """Whole blocks, without keeping them."""
-        table, path = self._table(), self._record.path
+        table, path = self.table(), self._record.path
         try:
             bad = stream(
                 self.store, path, begin, end, lambda views: digest.mismatches(views, begin // BLOCK_NBYTES, table)
             )
         except StoreNotFoundError as err:
             raise self._missing() from err
+        self._count(end - begin)
         self._refuse(bad)
 
     def read_tail(self, begin: int) -> memoryview:
@@ -165,11 +211,12 @@ class _Source:
         data = memoryview(self._read_rest(begin))
         table = bytes(data[body - begin :])
         self._check_table(table)
+        self._count(len(data))
         self._refuse(digest.mismatches([data[: body - begin]], begin // BLOCK_NBYTES, table))
         self._known = table
         return data[: body - begin]
 
-    def _table(self) -> bytes:
+    def table(self) -> bytes:
         """One request, however many threads begin at once; all of them hear of its failure."""
         with self._lock:
             if self._known is not None:
@@ -186,9 +233,19 @@ class _Source:
             self._asked = None  # whoever comes now asks anew
             asked.set_exception(err)
             raise
+        self._count(len(table))
         self._known = table
         asked.set_result(table)
         return table
+
+    def adopt(self, table: bytes) -> None:
+        """A table from elsewhere."""
+        self._check_table(table)
+        self._known = table
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes_read += nbytes
 
     def _read_rest(self, begin: int) -> bytes:
         path, nbytes = self._record.path, self._record.nbytes
