@@ -20,6 +20,7 @@ from dcpsvc import preflight
 from dcpsvc.bands import bands
 from dcpsvc.errors import LayoutError, StateMismatchError
 from dcpsvc.format.layout import ITEM_NBYTES
+from dcpsvc.progress import unseen
 from dcpsvc.state import boxes, dcp_quirks, documents
 from dcpsvc.state.loadplan import WantPlanner, tensor_metadata
 from dcpsvc.state.saved import Saved, Want
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from dcpsvc.format.layout import Chunk, Layout
     from dcpsvc.format.layout import Tensor as Described
     from dcpsvc.format.manifest import Manifest
+    from dcpsvc.progress import Watch
     from dcpsvc.storage.base import Store
     from dcpsvc.storage.scatter import Sink
 
@@ -205,7 +207,7 @@ class CheckpointReader(StorageReader):
         return want.out
 
 
-def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
+def read(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> None:
     """Fill the box of every want with verified bytes. Any world size; no collective.
 
     Raises:
@@ -213,18 +215,17 @@ def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
         StoreError: The store did not answer.
     """
     # Nobody looks at the boxes before all of it is proven, so bytes go straight there.
-    load(reader, wants, functools.partial(fetch, reader.shards, direct=True))
+    load(reader, wants, functools.partial(fetch, reader.shards, direct=True, watch=watch))
 
 
-def prove(reader: CheckpointReader, wants: Sequence[Want]) -> None:
+def prove(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> None:
     """Read and prove what :func:`read` would, and put nothing anywhere. Raises the same."""
-    load(reader, wants, functools.partial(fetch, reader.shards, proving=True))
+    load(reader, wants, functools.partial(fetch, reader.shards, proving=True, watch=watch))
 
 
 def load(reader: CheckpointReader, wants: Sequence[Want], deliver: Deliver) -> None:
     """Have DCP plan which part of which shard goes where, and hand that to ``deliver``. Raises what it raises."""
     if not wants:
-        deliver({})
         return
     dcp_quirks.quiet()
     try:

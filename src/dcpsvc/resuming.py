@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from dcpsvc import progress
 from dcpsvc.errors import (
     CorruptShardError,
     LayoutError,
@@ -31,6 +32,7 @@ from dcpsvc.storage.scatter import Needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
@@ -130,6 +132,7 @@ class Resuming:
     work_s: float
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
+    _sharing: bool = False
     _sources: Sources = field(default_factory=Sources)
 
     def run(self, step: int | None, terms: Terms) -> Resumed | None:
@@ -151,9 +154,9 @@ class Resuming:
             if verdict["attempt"] is None:
                 self._check_fresh(step, rejected, verdict["all"])
                 return None
-            attempt = Attempt(*verdict["attempt"])
+            attempt, self._sharing = Attempt(*verdict["attempt"]), verdict["share"]
             try:
-                summary, versions = self._load(attempt, terms, share=verdict["share"])
+                summary, versions = self._load(attempt, terms)
             except RestoreFailedError as err:
                 if err.changed or not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
                     raise
@@ -191,10 +194,10 @@ class Resuming:
         if rejected:
             raise NoValidCheckpointError(self.remote.url, tuple(rejected))
 
-    def _load(self, attempt: Attempt, terms: Terms, *, share: bool = False) -> tuple[str, dict[str, str]]:
+    def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
-        if share:
+        if self._sharing:
             loaded = self._agreed(f"{where}/looked", lambda: self._look(attempt, terms))
             loaded = self._shared(where, loaded) or self._agreed(f"{where}/read", lambda: self._read(loaded))
         else:
@@ -227,7 +230,7 @@ class Resuming:
         return _Loaded(reader, components, saved, states.wants(components, saved), manifest.versions)
 
     def _read(self, looked: _Loaded) -> _Loaded:
-        return looked._replace(wants=restore.prepare(looked.reader, looked.wants))
+        return looked._replace(wants=restore.prepare(looked.reader, looked.wants, self._watch))
 
     def _shared(self, where: str, looked: _Loaded) -> _Loaded | None:
         """Everything read by all ranks together; None, on all of them, if one could not: they go on by themselves."""
@@ -253,11 +256,15 @@ class Resuming:
         )  # fmt: skip
         try:
             exchange.renew(0)
-            sharing = Sharing(job.rank, exchange, looked.reader.shards, found)
+            sharing = Sharing(job.rank, exchange, looked.reader.shards, found, self._watch)
             sharing.run()
         finally:
             exchange.close()
         return looked._replace(received_nbytes=sharing.received_nbytes)
+
+    def _watch(self, total_nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """One rank tells how far it is, with what all do at the same time."""
+        return progress.shown("resuming", total_nbytes, quiet=not self.job.coordinates, say=logger.info)
 
     def _apply(self, loaded: _Loaded) -> RankFailure | None:
         try:

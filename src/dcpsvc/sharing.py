@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dcpsvc import allotment
 from dcpsvc.allotment import Ask
 from dcpsvc.format.parse import compact
+from dcpsvc.progress import unseen
 from dcpsvc.ranks.exchange import Parcel
 from dcpsvc.storage.fetch import AT_ONCE, fetch
 from dcpsvc.storage.scatter import deliver
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
     from dcpsvc.allotment import Unit
+    from dcpsvc.progress import Watch
     from dcpsvc.ranks.exchange import Exchange
     from dcpsvc.storage.scatter import Needs
     from dcpsvc.storage.shards import VerifiedShard
@@ -40,7 +42,7 @@ class Sharing:
         exchange: A connected group of all ranks.
         shards: Of the checkpoint, by the rank that wrote them.
         needs: What this rank needs of them. Nobody looks at where it goes before all of it is there.
-        done: Called with the number of bytes that just arrived.
+        watch: How far it is.
 
     Attributes:
         received_nbytes: From other ranks.
@@ -52,11 +54,12 @@ class Sharing:
         exchange: Exchange,
         shards: Mapping[int, VerifiedShard],
         needs: Mapping[int, Needs],
-        done: Callable[[int], None] | None = None,
+        watch: Watch = unseen,
     ) -> None:
         self._rank, self._exchange = rank, exchange
-        self._shards, self._needs, self._done = shards, needs, done
+        self._shards, self._needs, self._watch = shards, needs, watch
         self._failure = ""
+        self._done: Callable[[int], None] = lambda _: None
         self.received_nbytes = 0
 
     def run(self) -> None:
@@ -77,10 +80,17 @@ class Sharing:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-share") as pool:
             try:
                 self._share_tables(units)
-                self._go_round(units, pool)
+                with self._watch(self._shared_nbytes(units)) as self._done:
+                    self._go_round(units, pool)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-        fetch(self._shards, self._needs, direct=True, within=allotment.alone(ask, self._rank, units), done=self._done)
+        fetch(self._shards, self._needs, direct=True, within=allotment.alone(ask, self._rank, units), watch=self._watch)
+
+    def _shared_nbytes(self, units: Iterable[Unit]) -> int:
+        mine = (
+            unit for unit in units if self._rank in unit.receivers or (unit.reader == self._rank and unit.from_root)
+        )
+        return sum(unit.nbytes for unit in mine)
 
     def _share_tables(self, units: Iterable[Unit]) -> None:
         """Each block table is read by one rank: the first that reads something of its shard for others."""
@@ -138,8 +148,7 @@ class Sharing:
         if self._failure:
             return  # nothing of it will be used
         deliver(self._needs[unit.shard].parts(unit.begin, unit.end), unit.begin, data)
-        if self._done:
-            self._done(unit.nbytes)
+        self._done(unit.nbytes)
 
     def _tried(self, work: Callable[[], Any]) -> Any:
         """A failure is told to the others before anybody waits for this rank again."""

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dcpsvc.progress import unseen
 from dcpsvc.reader import prove, read
 from dcpsvc.state.saved import Want, own_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dcpsvc.progress import Watch
     from dcpsvc.reader import CheckpointReader
     from dcpsvc.state.saved import Saved
 
 
-def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
+def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> list[Want]:
     """Read everything that is wanted and prove it, changing nothing of the state. Any world size; no collective.
 
     What goes to memory of the state itself is read once more by :func:`finish`, if that is cheap: so there is no second
@@ -34,8 +36,8 @@ def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
     """
     if not reader.reads_again_cheaply(sum(want.out.nbytes for want in wants if want.live)):
         wants = staged(wants)
-    prove(reader, [want for want in wants if want.live])
-    read(reader, [want for want in wants if not want.live])
+    prove(reader, [want for want in wants if want.live], watch)
+    read(reader, [want for want in wants if not want.live], watch)
     return list(wants)
 
 

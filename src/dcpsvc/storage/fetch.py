@@ -6,9 +6,12 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from dcpsvc.progress import unseen
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from dcpsvc.progress import Watch
     from dcpsvc.storage.scatter import Needs, Piece
     from dcpsvc.storage.shards import VerifiedShard
 
@@ -22,7 +25,7 @@ def fetch(
     direct: bool = False,
     proving: bool = False,
     within: Mapping[int, Sequence[tuple[int, int]]] | None = None,
-    done: Callable[[int], None] | None = None,
+    watch: Watch = unseen,
 ) -> None:
     """Read, prove and deliver.
 
@@ -32,29 +35,29 @@ def fetch(
         direct: Nobody looks at where it goes before this returns; see :meth:`Piece.read`.
         proving: Put nothing anywhere.
         within: Only these ranges of each, of whole blocks.
-        done: Called with the number of bytes just proven, from any thread.
+        watch: How far it is; told from any thread.
 
     Raises:
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: A store did not answer.
     """
 
-    def one(shard: VerifiedShard, piece: Piece) -> None:
+    def one(shard: VerifiedShard, piece: Piece, done: Callable[[int], None]) -> None:
         if proving:
             shard.prove(piece.begin, piece.end)
         else:
             piece.read(shard, direct=direct)
-        if done:
-            done(piece.end - piece.begin)
+        done(piece.end - piece.begin)
 
-    def work() -> Iterator[Callable[[], None]]:
+    def work(done: Callable[[int], None]) -> Iterator[Callable[[], None]]:
         for rank, needed in sorted(needs.items()):
             for piece in needed.pieces(None if within is None else within.get(rank, ())):
-                yield functools.partial(one, shards[rank], piece)
+                yield functools.partial(one, shards[rank], piece, done)
 
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-read") as pool:
+    total = sum(needed.nbytes(None if within is None else within.get(rank, ())) for rank, needed in needs.items())
+    with watch(total) as done, ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-read") as pool:
         try:
-            for _ in pool.map(lambda each: each(), work()):
+            for _ in pool.map(lambda each: each(), work(done)):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)  # what is not begun need not be: it is over

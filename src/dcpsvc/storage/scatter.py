@@ -135,10 +135,10 @@ class Needs:
             self._layers.append(now)
         self._ends = [[sink.end for sink in layer] for layer in self._layers]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the body that are asked for; those asked for twice count twice."""
-        return sum(sink.end - sink.begin for layer in self._layers for sink in layer)
+    def nbytes(self, within: Sequence[tuple[int, int]] | None = None) -> int:
+        """Bytes of all pieces."""
+        runs = (run for layer in self._layers for run in _common(_runs(layer), within))
+        return sum(min(high, self._body_nbytes) - low for low, high in runs)
 
     def pieces(self, within: Sequence[tuple[int, int]] | None = None) -> Iterator[Piece]:
         """Everything, in pieces in the order of the file. Of bytes that are needed twice the second comes later.
