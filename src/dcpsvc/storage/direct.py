@@ -25,6 +25,7 @@ _SIGNATURES = 64
 _SIGN_WITHIN_S = 60.0
 _GET = "get_object"
 _CODE = re.compile(rb"<Code>([^<]{1,100})</Code>")
+_TOTAL = re.compile(r"/(\d+)$")
 _ERROR_NBYTES = 65536
 _OK = frozenset({200, 206})
 
@@ -83,11 +84,12 @@ class Direct:
 
     def read_rest(self, path: str, begin: int, max_nbytes: int) -> tuple[int, bytes]:
         """The size of an object, and its bytes from ``begin`` on; none if they are more than ``max_nbytes``."""
-        # Of an object without bytes no range is right.
-        with self._answer(path, {"Range": f"bytes={begin}-"} if begin else {}) as raw:
-            nbytes = int(raw.headers["Content-Length"])
-            data = bytearray(nbytes if nbytes <= max_nbytes else 0)
-            return begin + nbytes, bytes(memoryview(data)[: _fill(raw, memoryview(data))])
+        with self._answer(path, {"Range": f"bytes={begin}-"}) as raw:
+            # The size of the object, not what this answer says of itself: it may have been cut short and look whole.
+            total = _TOTAL.search(raw.headers.get("Content-Range", ""))
+            nbytes = int(total[1]) - begin if total else int(raw.headers["Content-Length"])
+            data = memoryview(bytearray(nbytes if nbytes <= max_nbytes else 0))
+            return begin + nbytes, bytes(data[: _fill(raw, data)])
 
     @contextlib.contextmanager
     def _answer(self, path: str, headers: dict[str, str]) -> Generator[Any]:
