@@ -121,16 +121,6 @@ def test_what_breaks_after_it_was_proven_says_that_the_state_was_changed_and_not
     assert caught.value.changed
 
 
-def test_a_module_on_the_meta_device_is_refused_with_what_to_do(root: Path) -> None:
-    with torch.device("meta"):
-        model = torch.nn.Linear(1000, 700)
-    with pytest.raises(RestoreFailedError, match=r"to_empty"):
-        dcpsvc.load(root, {"model": model})
-    model.to_empty(device="cpu")
-    assert dcpsvc.load(root, {"model": model}) == 2
-    assert torch.equal(model.weight, torch.full((700, 1000), 2.0))
-
-
 def test_a_module_whose_memory_is_not_in_one_piece_is_loaded_too(root: Path) -> None:
     model = linear(0.0)
     model.weight = torch.nn.Parameter(torch.zeros(1000, 700).t())

@@ -7,6 +7,7 @@ since only those can be proven: blocks that nobody needs are left out, and small
 from __future__ import annotations
 
 import bisect
+import itertools
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dcpsvc.format.digest import BLOCK_NBYTES
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from dcpsvc.storage.shards import VerifiedShard
+
+Range = tuple[int, int]
 
 PIECE_NBYTES = 8 * BLOCK_NBYTES
 """Large enough for disks and object stores; a few of them at once bound the memory a load takes."""
@@ -84,13 +87,13 @@ class Piece(NamedTuple):
         Args:
             shard: Whose bytes they are.
             direct: Straight to where they go, so that something unproven is there until this returns, and after an
-                error. Otherwise only proven bytes get there, by a copy.
+                error. Otherwise, and where bytes are needed twice, only proven bytes get there, by a copy.
 
         Raises:
             CorruptShardError: See :meth:`VerifiedShard.read`.
             StoreError: Likewise.
         """
-        if direct:
+        if direct and not self._overlap():
             shard.read_into(self.begin, list(self._targets()))
             for part in self.parts:
                 part.sink.filled(part.end - part.begin)
@@ -98,6 +101,9 @@ class Piece(NamedTuple):
         proven = memoryview(bytearray(self.end - self.begin))
         shard.read_into(self.begin, [proven])
         deliver(self.parts, self.begin, proven)
+
+    def _overlap(self) -> bool:
+        return any(after.begin < before.end for before, after in itertools.pairwise(self.parts))
 
     def _targets(self) -> Iterator[memoryview]:
         """Memory for every byte of the piece: where it goes, or nowhere."""
@@ -135,31 +141,29 @@ class Needs:
             self._layers.append(now)
         self._ends = [[sink.end for sink in layer] for layer in self._layers]
 
-    def nbytes(self, within: Sequence[tuple[int, int]] | None = None) -> int:
+    def nbytes(self, within: Sequence[Range] | None = None) -> int:
         """Bytes of all pieces."""
-        runs = (run for layer in self._layers for run in _common(_runs(layer), within))
-        return sum(min(high, self._body_nbytes) - low for low, high in runs)
+        return sum(high - low for low, high in _common(self.runs(), within))
 
-    def pieces(self, within: Sequence[tuple[int, int]] | None = None) -> Iterator[Piece]:
-        """Everything, in pieces in the order of the file. Of bytes that are needed twice the second comes later.
+    def pieces(self, within: Sequence[Range] | None = None) -> Iterator[Piece]:
+        """Everything, in pieces in the order of the file.
 
         Args:
             within: Only of these ranges of whole blocks, ascending; None: of all.
         """
-        for number, layer in enumerate(self._layers):
-            for low, high in _common(_runs(layer), within):
-                for begin in range(low, high, PIECE_NBYTES):
-                    end = min(begin + PIECE_NBYTES, high, self._body_nbytes)
-                    yield Piece(begin, end, tuple(self._parts(number, begin, end)))
+        for low, high in _common(self.runs(), within):
+            for begin in range(low, high, PIECE_NBYTES):
+                end = min(begin + PIECE_NBYTES, high)
+                yield Piece(begin, end, tuple(self.parts(begin, end)))
 
     def parts(self, begin: int, end: int) -> Iterator[Part]:
-        """What a range is needed for."""
+        """What a range is needed for; those that overlap come last."""
         for number in range(len(self._layers)):
             yield from self._parts(number, begin, end)
 
-    def runs(self) -> list[tuple[int, int]]:
+    def runs(self) -> list[Range]:
         """Ranges of whole blocks that hold everything; neighbours joined, none twice."""
-        joined: list[tuple[int, int]] = []
+        joined: list[Range] = []
         for low, high in sorted(run for layer in self._layers for run in _runs(layer)):
             if joined and low <= joined[-1][1]:
                 joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
@@ -188,7 +192,7 @@ def _without_overlap(ordered: list[Sink]) -> tuple[list[Sink], list[Sink]]:
     return now, later
 
 
-def _common(runs: Iterable[tuple[int, int]], within: Sequence[tuple[int, int]] | None) -> Iterator[tuple[int, int]]:
+def _common(runs: Iterable[Range], within: Sequence[Range] | None) -> Iterator[Range]:
     if within is None:
         yield from runs
         return
@@ -200,7 +204,7 @@ def _common(runs: Iterable[tuple[int, int]], within: Sequence[tuple[int, int]] |
             yield max(low, within[at][0]), min(high, within[at][1])
 
 
-def _runs(ordered: Iterable[Sink]) -> Iterator[tuple[int, int]]:
+def _runs(ordered: Iterable[Sink]) -> Iterator[Range]:
     """Ranges of whole blocks that together hold all sinks."""
     low = high = -1
     for sink in ordered:
