@@ -10,7 +10,7 @@ from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.ranks.rendezvous import LostPeerError
 from dcpsvc.storage.posix import PosixStore
 from tests.ranks.harness import die, raised_by, run_ranks, values
-from tests.ranks.models import Training, checkpointer
+from tests.ranks.models import Training, checkpointer, flip_byte
 
 WORLD, WIDTH, DEPTH = 3, 700, 5
 MIB = 1 << 20
@@ -117,6 +117,14 @@ def test_what_the_disk_of_one_node_holds_is_not_read_from_the_root(saved):
     taken, detail = resumed(saved)
     assert not any(root.get(1) for root in taken)
     assert "from local disks" in detail
+
+
+def test_a_damaged_shard_on_the_disk_of_a_peer_comes_from_the_root(saved):
+    empty_disks(saved, 0, 2)
+    (shard,) = (saved[0] / "node-1").rglob("*.safetensors")
+    flip_byte(shard)
+    taken, _ = resumed(saved)
+    assert any(root.get(1) for root in taken)
 
 
 def flip_what_goes_out():

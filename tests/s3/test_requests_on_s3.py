@@ -16,6 +16,8 @@ from dcpsvc.format.keys import Attempt
 from dcpsvc.stages import discover
 from dcpsvc.storage.open import open_store
 from dcpsvc.storage.scatter import PIECE_NBYTES
+from tests.ranks.harness import run_ranks, values
+from tests.ranks.models import Training, checkpointer
 from tests.s3.spoiling import Proxy
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 
-COMMITS = 1000
+COMMITS, WIDTH = 1000, 700
 
 
 @pytest.fixture
@@ -68,6 +70,31 @@ def test_the_newest_of_a_thousand_commits_is_found_in_two_requests(
     between.seen.clear()
     assert discover.committed(open_store(run_root, options))[-1] == attempts[-1]
     assert len(between.seen) <= 2
+
+
+def save(rank: int, world: int, root: str, local: Path, options: dict[str, object]) -> dict[str, str]:
+    training = Training("ddp", rank, width=WIDTH, depth=5)
+    training.train(1)
+    with checkpointer(root, training.state, store=root, local=local, storage_options=options) as ckpt:
+        ckpt.save(1).wait(60)
+    return training.fingerprint()
+
+
+def load(rank: int, world: int, root: str, options: dict[str, object]) -> dict[str, str]:
+    training = Training("ddp", rank, width=WIDTH, depth=5, seed=7)
+    dcpsvc.load(root, training.state, storage_options=options)
+    return training.fingerprint()
+
+
+def test_ranks_that_all_need_the_whole_checkpoint_get_its_bytes_from_the_server_once(
+    s3_server: Server, run_root: str, options: dict[str, object], between: Proxy, tmp_path: Path
+) -> None:
+    saved = values(run_ranks(3, save, run_root, tmp_path, s3_server.storage_options))
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    between.body_nbytes["received"] = 0
+    assert values(run_ranks(3, load, run_root, options)) == saved
+    by_each_rank = 5 << 20  # the beginning and the end of two shards: documents
+    assert stored - (1 << 20) <= between.body_nbytes["received"] <= stored + 3 * by_each_rank
 
 
 def test_a_load_asks_for_each_small_file_once_and_for_each_piece_once(
