@@ -17,6 +17,7 @@ from dcpsvc.errors import (
     RankFailure,
     RestoreFailedError,
 )
+from dcpsvc.format import manifest as manifests
 from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
     from dcpsvc.state.saved import Component, Saved, Want
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dcpsvc")
 
 T = TypeVar("T")
+
+_TOLD_NBYTES = 64 << 10
 
 _DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShardError)}
 """Failures that another commit does not share, so an older one is tried."""
@@ -133,6 +137,7 @@ class Resuming:
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
     _sharing: bool = False
+    _manifest: str = ""
     _sources: Sources = field(default_factory=Sources)
 
     def run(self, step: int | None, terms: Terms) -> Resumed | None:
@@ -155,6 +160,7 @@ class Resuming:
                 self._check_fresh(step, rejected, verdict["all"])
                 return None
             attempt, self._sharing = Attempt(*verdict["attempt"]), verdict["share"]
+            self._manifest = verdict["manifest"]
             try:
                 summary, versions = self._load(attempt, terms)
             except RestoreFailedError as err:
@@ -178,6 +184,7 @@ class Resuming:
             "rejected": choice.rejected,
             "passed": choice.passed,
             "all": choice.steps,
+            "manifest": _told(choice.found),
             "share": self.job.world_size > 1 and not getattr(self.remote, "cached", False),
         }
 
@@ -221,13 +228,16 @@ class Resuming:
 
     def _look(self, attempt: Attempt, terms: Terms) -> _Loaded:
         """What there is, and what of it this rank wants."""
-        manifest = discover.read_manifest(self.remote, attempt)
-        reader = CheckpointReader(manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote])
+        told = self._manifest
+        found = (
+            manifests.loads(attempt.manifest, told.encode()) if told else discover.read_manifest(self.remote, attempt)
+        )
+        reader = CheckpointReader(found, discover.read_layout(self.remote, found), [*self.nearer, self.remote])
         saved = replace(
             reader.saved_for(self.job.rank), documents_of=reader.documents, terms=terms, drift=Drift(attempt.step)
         )
         components = self.state.chosen(saved)
-        return _Loaded(reader, components, saved, states.wants(components, saved), manifest.versions)
+        return _Loaded(reader, components, saved, states.wants(components, saved), found.versions)
 
     def _read(self, looked: _Loaded) -> _Loaded:
         return looked._replace(wants=restore.prepare(looked.reader, looked.wants, self._watch))
@@ -283,6 +293,12 @@ class Resuming:
         except RuntimeError as err:  # the ranks' store does not answer
             failure = RankFailure(self.job.rank, "control", type(err).__name__, str(err))
             raise RestoreFailedError(self.remote.url, (failure,), (), changed) from err
+
+
+def _told(found: Manifest | None) -> str:
+    """A manifest for all ranks, so that none of them has to fetch it; empty where it is large for the ranks' store."""
+    text = found.dumps().decode() if found is not None else ""
+    return text if len(text) <= _TOLD_NBYTES else ""
 
 
 def _sum(sources: list[Any]) -> list[int]:
