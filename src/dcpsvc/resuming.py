@@ -21,11 +21,10 @@ from dcpsvc.format import manifest as manifests
 from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
-from dcpsvc.preflight import mebibytes
 from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.reader import CheckpointReader, load
-from dcpsvc.sharing import Sharing
+from dcpsvc.sharing import Sharing, Sources
 from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
 from dcpsvc.state.drift import Drift, Terms
@@ -49,24 +48,6 @@ _TOLD_NBYTES = 64 << 10
 
 _DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShardError)}
 """Failures that another commit does not share, so an older one is tried."""
-
-
-class Sources(NamedTuple):
-    """Where the bytes of a checkpoint came from.
-
-    Attributes:
-        local_nbytes: The disk of the rank's own node.
-        peer_nbytes: Other ranks.
-        root_nbytes: The run root.
-    """
-
-    local_nbytes: int = 0
-    peer_nbytes: int = 0
-    root_nbytes: int = 0
-
-    def __str__(self) -> str:
-        named = zip(self, ("local disks", "other ranks", "the run root"), strict=True)
-        return ", ".join(f"{mebibytes(nbytes)} from {place}" for nbytes, place in named if nbytes) or "nothing"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ import functools
 import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcpsvc import allotment
 from dcpsvc.allotment import Ask
 from dcpsvc.format.parse import compact
+from dcpsvc.preflight import mebibytes
 from dcpsvc.progress import unseen
 from dcpsvc.ranks.exchange import Parcel
 from dcpsvc.storage.fetch import AT_ONCE, fetch
@@ -28,6 +29,24 @@ if TYPE_CHECKING:
     from dcpsvc.ranks.exchange import Exchange
     from dcpsvc.storage.scatter import Needs
     from dcpsvc.storage.shards import VerifiedShard
+
+
+class Sources(NamedTuple):
+    """Where the bytes of a checkpoint came from.
+
+    Attributes:
+        local_nbytes: The disk of the rank's own node.
+        peer_nbytes: Other ranks.
+        root_nbytes: The run root.
+    """
+
+    local_nbytes: int = 0
+    peer_nbytes: int = 0
+    root_nbytes: int = 0
+
+    def __str__(self) -> str:
+        named = zip(self, ("local disks", "other ranks", "the run root"), strict=True)
+        return ", ".join(f"{mebibytes(nbytes)} from {place}" for nbytes, place in named if nbytes) or "nothing"
 
 
 class SharingError(Exception):
