@@ -119,6 +119,12 @@ def test_what_the_disk_of_one_node_holds_is_not_read_from_the_root(saved):
     assert "from local disks" in detail
 
 
+def test_when_every_node_has_its_own_shard_the_root_gives_documents_only(saved):
+    taken, _ = resumed(saved)
+    assert not taken[0]
+    assert all(set(root) <= {0} and root.get(0, 0) <= DOCUMENTS_NBYTES // 2 for root in taken)
+
+
 def test_a_damaged_shard_on_the_disk_of_a_peer_comes_from_the_root(saved):
     empty_disks(saved, 0, 2)
     (shard,) = (saved[0] / "node-1").rglob("*.safetensors")
