@@ -4,9 +4,9 @@
 
 One process. dcpsvc proves every block and only then touches the model; the others load in place and prove nothing.
 Cold: the files' pages are dropped from the page cache before. Memory: peak beyond the model's own, in multiples of it.
-Below, bytes fetched per byte needed when another number of ranks reads: each asks for its part of every tensor, cut
-along the first dimension. With --s3 the same from a real S3 server, beside downloads by obstore, boto3 and DCP's
-FsspecReader.
+Below, bytes fetched per byte needed when other ranks read a transformer than wrote it: each by itself, and from the run
+root when they share what they read. With --s3 the same from a real S3 server, beside downloads by obstore, boto3 and
+DCP's FsspecReader.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import dcpsvc
-from benchmarks.common import ceph
+from benchmarks.common import ceph, resharding
 from benchmarks.common.facts import facts
 from benchmarks.common.options import plain_parser
 from benchmarks.common.report import write
@@ -218,47 +218,9 @@ def boto3_download(options, bucket, keys, folder):
         )
 
 
-def resharded(folder, worlds):
-    """Bytes fetched per byte needed, all ranks together, from the checkpoint that is there."""
-    from dcpsvc.stages import discover, restore
-    from dcpsvc.state.saved import Saved
-    from dcpsvc.storage.posix import PosixStore
-
-    class Counting(PosixStore):
-        fetched = 0
-
-        def read(self, key, begin, end):
-            Counting.fetched += end - begin
-            return super().read(key, begin, end)
-
-        def read_into(self, key, begin, views):
-            Counting.fetched += sum(map(len, views))
-            super().read_into(key, begin, views)
-
-    store = Counting(folder / "root")
-    (attempt,) = discover.committed(store)
-    manifest = discover.read_manifest(store, attempt)
-    layout = discover.read_layout(store, manifest)
-    rows = []
-    for world in worlds:
-        Counting.fetched, needed = 0, 0
-        for rank in range(world):
-            saved = Saved(layout, {}, rank, manifest.world_size, manifest.step)
-            wants = [part for key in layout.tensors if (part := cut(saved, key, rank, world))]
-            needed += sum(want.out.nbytes for want in wants)
-            restore.read(restore.CheckpointReader(manifest, layout, [store]), wants)
-        rows.append({"ranks": f"{manifest.world_size} -> {world}", "fetched_per_needed": Counting.fetched / needed})
-    return rows
-
-
-def cut(saved, key, rank, world):
-    """One rank's part of a tensor, as FSDP2 cuts it."""
-    shape = saved.tensor(key).shape
-    rows = -(-shape[0] // world)
-    begin, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
-    if begin == end:
-        return None
-    return saved.want_box(key, (begin, *[0] * (len(shape) - 1)), (end - begin, *shape[1:]))
+RESHARDED = (
+    (4, 4, "FSDP2"), (4, 2, "FSDP2"), (2, 4, "FSDP2"), (4, 3, "FSDP2"), (4, 8, "FSDP2"), (4, 1, "FSDP2"), (4, 4, "TP"),
+)  # fmt: skip
 
 
 def draw(result, console):
@@ -270,8 +232,10 @@ def draw(result, console):
                 continue
             numbers = f"{row['seconds']:8.3f}{row['x_ours']:8.2f}{row['gib_per_s']:8.2f}{row['memory']:10.2f}"
             console.print(f"{row['system']:26}{numbers}", highlight=False)
+    console.print("\nbytes fetched per byte needed", highlight=False)
     for row in result["resharded"]:
-        console.print(f"{row['ranks']}: {row['fetched_per_needed']:.3f} bytes fetched per byte needed", highlight=False)
+        by_itself, shared = row["each_by_itself"], row["from_root_when_shared"]
+        console.print(f"{row['ranks']:12}{by_itself:8.3f} each by itself{shared:8.3f} sharing", highlight=False)
 
 
 def main():
@@ -289,7 +253,7 @@ def main():
         model = Model(options.mib)
         result = {"facts": facts(folder, {"mib": options.mib, "rounds": options.rounds})}
         result["settings"] = local(options, folder, model)
-        result["resharded"] = resharded(folder, (1, 2, 4, 8))
+        result["resharded"] = [resharding.fetched(*each) for each in RESHARDED]
         if options.s3:
             result["settings"] |= remote(options, folder, model)
         write(options, result, functools.partial(draw, result))

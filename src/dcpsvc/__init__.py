@@ -6,6 +6,7 @@ The map of the house, in the order data flows through it:
 checkpointer        the facade a training loop talks to
 config, policies    options; when to save and what to keep: values
 opening, resuming   all ranks reach the run; all ranks load one checkpoint
+reader, sharing     what a rank needs of it, and who reads what for whom
 saving, laststep    a save begins on the training thread; the last step is not lost
 blueprint, arenas   what a structure needs once: who writes what and where; memory to copy it into
 uploader, life      the background thread; one save up to its commit: the order of the stages

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dcpsvc.stages.restore import CheckpointReader, read
+from dcpsvc.reader import CheckpointReader, read
 from dcpsvc.state import dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
 from dcpsvc.state.saved import Want

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError
+from dcpsvc.reader import CheckpointReader
 from dcpsvc.reading import open_root
 from dcpsvc.resuming import Resuming
 from dcpsvc.sidefiles import Lease
 from dcpsvc.stages import discover
-from dcpsvc.stages.restore import CheckpointReader
 from dcpsvc.state.app import AppState
 from dcpsvc.state.drift import Terms
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Mapping, MutableMapping
 
+    from dcpsvc.format.keys import Attempt
     from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.storage.base import Store
 
@@ -86,13 +88,13 @@ def load(
     """
     store, app = open_root(root, storage_options), AppState(state, only)
     work_s = max(sync_timeout_s, 1800.0)
-    lease = Lease(store, 2 * work_s)
     try:
         job = Job.join(sync_timeout_s)
     except DisagreementError as err:
         raise RestoreFailedError(store.url, err.failures, err.missing) from None
     except RuntimeError as err:  # the ranks' store does not answer
         raise RestoreFailedError(store.url, (RankFailure(-1, "join", type(err).__name__, str(err)),)) from err
+    lease = _Lease(store, 2 * work_s)
     try:
         resuming = Resuming(
             job, "load", store, (), app, sync_timeout_s, work_s, hold=lease.take, even_diverged=even_diverged
@@ -106,6 +108,28 @@ def load(
     if found is None:
         raise NoValidCheckpointError(store.url, ("nothing is committed",))
     return found.attempt.step
+
+
+class _Lease:
+    """A lease whose requests nobody waits for while there is something to read.
+
+    Args:
+        store: The run root.
+        seconds: How long reading may take.
+    """
+
+    def __init__(self, store: Store, seconds: float) -> None:
+        self._lease = Lease(store, seconds)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-lease")
+
+    def take(self, attempt: Attempt) -> None:
+        """Hold a checkpoint."""
+        self._thread.submit(self._lease.take, attempt)
+
+    def release(self) -> None:
+        """Hold nothing any more; when this returns it is gone."""
+        self._thread.submit(self._lease.release)
+        self._thread.shutdown()
 
 
 def _choose(store: Store, step: int | None) -> Checkpoint:

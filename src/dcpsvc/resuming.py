@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from dcpsvc import progress
 from dcpsvc.errors import (
     CorruptShardError,
     LayoutError,
@@ -15,23 +17,34 @@ from dcpsvc.errors import (
     RankFailure,
     RestoreFailedError,
 )
+from dcpsvc.format import manifest as manifests
 from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
+from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.reader import CheckpointReader, load
+from dcpsvc.sharing import Sharing, Sources
 from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
 from dcpsvc.state.drift import Drift, Terms
+from dcpsvc.storage.scatter import Needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
     from dcpsvc.state.saved import Component, Saved, Want
     from dcpsvc.storage.base import Store
 
+logger = logging.getLogger("dcpsvc")
+
 T = TypeVar("T")
+
+_TOLD_NBYTES = 64 << 10
 
 _DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShardError)}
 """Failures that another commit does not share, so an older one is tried."""
@@ -47,6 +60,7 @@ class Resumed:
         versions: What it says about its origin.
         rejected: Why nothing newer, a line for each.
         metrics: As the manifest has them.
+        sources: Where the bytes came from, all ranks together.
     """
 
     attempt: Attempt
@@ -54,21 +68,28 @@ class Resumed:
     versions: dict[str, str]
     rejected: tuple[str, ...]
     metrics: dict[str, float] = field(default_factory=dict[str, float])
+    sources: Sources = field(default_factory=Sources)
 
 
 def _no_hold(attempt: Attempt) -> None:
     """For whoever knows that nobody deletes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What one rank has read and proven."""
+class _Loaded(NamedTuple):
+    """What one rank reads."""
 
-    reader: restore.CheckpointReader
+    reader: CheckpointReader
     components: dict[str, Component]
     saved: Saved
     wants: list[Want]
     versions: dict[str, str]
+    received_nbytes: int = 0
+
+    @property
+    def sources(self) -> Sources:
+        """Where its bytes came from."""
+        near, far = self.reader.nbytes_read
+        return Sources(near, self.received_nbytes, far)
 
 
 @dataclass(slots=True)
@@ -96,6 +117,9 @@ class Resuming:
     work_s: float
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
+    _sharing: bool = False
+    _manifest: str = ""
+    _sources: Sources = field(default_factory=Sources)
 
     def run(self, step: int | None, terms: Terms) -> Resumed | None:
         """Load the newest valid commit, or exactly ``step``, on the terms of the user.
@@ -116,7 +140,8 @@ class Resuming:
             if verdict["attempt"] is None:
                 self._check_fresh(step, rejected, verdict["all"])
                 return None
-            attempt = Attempt(*verdict["attempt"])
+            attempt, self._sharing = Attempt(*verdict["attempt"]), verdict["share"]
+            self._manifest = verdict["manifest"]
             try:
                 summary, versions = self._load(attempt, terms)
             except RestoreFailedError as err:
@@ -126,7 +151,7 @@ class Resuming:
                 tried = [*tried, *(Attempt(*pair) for pair in verdict["passed"]), attempt]
             else:
                 metrics = numbers.load(Fields(attempt.manifest, verdict["metrics"], ManifestError))
-                return Resumed(attempt, summary, versions, tuple(rejected), metrics)
+                return Resumed(attempt, summary, versions, tuple(rejected), metrics, self._sources)
 
     def _within(self, work: Callable[[], T]) -> T:
         return self.job.rendezvous.clock.bounded(work, self.work_s, "reading a checkpoint")
@@ -140,6 +165,8 @@ class Resuming:
             "rejected": choice.rejected,
             "passed": choice.passed,
             "all": choice.steps,
+            "manifest": _told(choice.found),
+            "share": self.job.world_size > 1 and not getattr(self.remote, "cached", False),
         }
 
     def _find(self, step: int | None, tried: Sequence[Attempt]) -> discover.Choice:
@@ -158,30 +185,77 @@ class Resuming:
     def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
-        loaded: _Loaded | None = None
+        if self._sharing:
+            loaded = self._agreed(f"{where}/looked", lambda: self._look(attempt, terms))
+            loaded = self._shared(where, loaded) or self._agreed(f"{where}/read", lambda: self._read(loaded))
+        else:
+            loaded = self._agreed(f"{where}/read", lambda: self._read(self._look(attempt, terms)))
+        message = self._apply(loaded) or loaded.sources
+        self._sources = Sources(*self._meet(f"{where}/applied", message, _sum, changed=True))
+        summary = restore.summary(loaded.saved, list(loaded.components), sorted(terms.skip), self.job.world_size)
+        return f"{summary}; read {self._sources}", loaded.versions
+
+    def _agreed(self, where: str, work: Callable[[], T]) -> T:
+        """What this rank's work gives, once all have done theirs."""
+        found: T | None = None
+        message = None
         try:
-            loaded = self._within(lambda: self._read(attempt, terms))
-            message = None
+            found = self._within(work)
         except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
-        self._meet(f"{where}/read", message, lambda _: None)
-        assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
-        message = self._apply(loaded)
-        self._meet(f"{where}/applied", message, lambda _: None, changed=True)
-        summary = restore.summary(loaded.saved, list(loaded.components), sorted(terms.skip), self.job.world_size)
-        return summary, loaded.versions
+        self._meet(where, message, lambda _: None)
+        assert found is not None  # noqa: S101 - a failure would have ended the meeting
+        return found
 
-    def _read(self, attempt: Attempt, terms: Terms) -> _Loaded:
-        manifest = discover.read_manifest(self.remote, attempt)
-        reader = restore.CheckpointReader(
-            manifest, discover.read_layout(self.remote, manifest), [*self.nearer, self.remote]
+    def _look(self, attempt: Attempt, terms: Terms) -> _Loaded:
+        """What there is, and what of it this rank wants."""
+        told = self._manifest
+        found = (
+            manifests.loads(attempt.manifest, told.encode()) if told else discover.read_manifest(self.remote, attempt)
         )
+        reader = CheckpointReader(found, discover.read_layout(self.remote, found), [*self.nearer, self.remote])
         saved = replace(
             reader.saved_for(self.job.rank), documents_of=reader.documents, terms=terms, drift=Drift(attempt.step)
         )
         components = self.state.chosen(saved)
-        wants = restore.prepare(reader, states.wants(components, saved))
-        return _Loaded(reader, components, saved, wants, manifest.versions)
+        return _Loaded(reader, components, saved, states.wants(components, saved), found.versions)
+
+    def _read(self, looked: _Loaded) -> _Loaded:
+        return looked._replace(wants=restore.prepare(looked.reader, looked.wants, self._watch))
+
+    def _shared(self, where: str, looked: _Loaded) -> _Loaded | None:
+        """Everything read by all ranks together; None, on all of them, if one could not: they go on by themselves."""
+        loaded, why = looked._replace(wants=restore.staged(looked.wants)), ""
+        try:
+            loaded = self._within(lambda: self._share(where, loaded))
+        except Exception as err:  # noqa: BLE001 - whatever it is: reading alone says whether it can be read at all
+            why = f"rank {self.job.rank}: {type(err).__name__}: {err}"
+        if reasons := self._meet(f"{where}/shared", why, lambda said: [each for each in said if each]):
+            logger.log(
+                logging.WARNING if self.job.coordinates else logging.DEBUG,
+                "every rank reads the checkpoint by itself: %s", reasons[0],
+            )  # fmt: skip
+            return None
+        return loaded
+
+    def _share(self, where: str, looked: _Loaded) -> _Loaded:
+        job, found = self.job, dict[int, Needs]()
+        load(looked.reader, looked.wants, found.update)
+        exchange = Exchange(
+            rank=job.rank, world_size=job.world_size, namespace=f"{job.incarnation}/{self.place}/{where}",
+            timeout_s=self.timeout_s,
+        )  # fmt: skip
+        try:
+            exchange.renew(0)
+            sharing = Sharing(job.rank, exchange, looked.reader.shards, found, self._watch)
+            sharing.run()
+        finally:
+            exchange.close()
+        return looked._replace(received_nbytes=sharing.received_nbytes)
+
+    def _watch(self, total_nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """One rank tells how far it is, with what all do at the same time."""
+        return progress.shown("resuming", total_nbytes, quiet=not self.job.coordinates, say=logger.info)
 
     def _apply(self, loaded: _Loaded) -> RankFailure | None:
         try:
@@ -200,3 +274,13 @@ class Resuming:
         except RuntimeError as err:  # the ranks' store does not answer
             failure = RankFailure(self.job.rank, "control", type(err).__name__, str(err))
             raise RestoreFailedError(self.remote.url, (failure,), (), changed) from err
+
+
+def _told(found: Manifest | None) -> str:
+    """A manifest for all ranks, so that none of them has to fetch it; empty where it is large for the ranks' store."""
+    text = found.dumps().decode() if found is not None else ""
+    return text if len(text) <= _TOLD_NBYTES else ""
+
+
+def _sum(sources: list[Any]) -> list[int]:
+    return [sum(each) for each in zip(*sources, strict=True)]

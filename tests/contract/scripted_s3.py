@@ -163,8 +163,10 @@ class Handler(BaseHTTPRequestHandler):
         if asked is None:
             self.answer(200, data, len(data))
             return
-        begin, end = map(int, asked.removeprefix("bytes=").split("-"))
-        self.answer(206, data[begin : end + 1]) if begin < len(data) else self.refuse(416, "InvalidRange")
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        begin = int(first)
+        found = data[begin : int(last) + 1 if last else None]
+        self.answer(206, found) if begin < len(data) else self.refuse(416, "InvalidRange")
 
     def listing(self, prefix: str) -> None:
         found = sorted(item for item in self.server.objects.items() if item[0].startswith(prefix))

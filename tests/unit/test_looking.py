@@ -14,10 +14,11 @@ import torch
 from click.testing import CliRunner
 
 import dcpsvc
+from dcpsvc import progress
 from dcpsvc.cli import cli
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover, retain
-from dcpsvc.tools import listing, numbers, progress, tables
+from dcpsvc.tools import listing, numbers, tables
 from dcpsvc.tools.comparing import leaves
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from dcpsvc.errors import CorruptShardError
 from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
-from dcpsvc.storage import scatter
-from dcpsvc.storage.scatter import PIECE_NBYTES, Segment
+from dcpsvc.storage.scatter import PIECE_NBYTES, Needs, Segment
 from dcpsvc.storage.shards import VerifiedShard
 from tests.unit.one_shard import BODY, INTACT, RECORD, CountingStore, flipped, make_shard, stored
 
@@ -24,7 +23,7 @@ def wanted(places: list[list[int]]) -> list[Segment]:
 @given(ranges, st.booleans())
 def test_whatever_is_asked_for_arrives(places: list[list[int]], direct: bool) -> None:  # noqa: FBT001
     segments, shard = wanted(places), VerifiedShard([INTACT], RECORD)
-    for piece in scatter.pieces(segments, RECORD.body_nbytes):
+    for piece in Needs(segments, RECORD.body_nbytes).pieces():
         assert piece.begin % BLOCK_NBYTES == 0
         assert piece.end - piece.begin <= PIECE_NBYTES
         piece.read(shard, direct=direct)
@@ -35,14 +34,15 @@ def test_neighbours_that_share_a_block_read_it_once_and_gaps_are_left_out() -> N
     store = stored(LARGE, CountingStore)
     small = [[at, at + 1000] for at in range(5 * BLOCK_NBYTES, 7 * BLOCK_NBYTES, 1000)]
     shard = VerifiedShard([store], LARGE_RECORD)
-    for piece in scatter.pieces(wanted([*small, [15 * BLOCK_NBYTES, 16 * BLOCK_NBYTES]]), LARGE_RECORD.body_nbytes):
+    needs = Needs(wanted([*small, [15 * BLOCK_NBYTES, 16 * BLOCK_NBYTES]]), LARGE_RECORD.body_nbytes)
+    for piece in needs.pieces():
         piece.read(shard, direct=True)
     assert store.given_out <= 4 * BLOCK_NBYTES + table_nbytes(LARGE_RECORD.body_nbytes)
 
 
 def test_a_quarter_of_a_shard_reads_about_a_quarter() -> None:
     store, quarter = stored(LARGE, CountingStore), LARGE_RECORD.body_nbytes // 4
-    for piece in scatter.pieces(wanted([[quarter, 2 * quarter]]), LARGE_RECORD.body_nbytes):
+    for piece in Needs(wanted([[quarter, 2 * quarter]]), LARGE_RECORD.body_nbytes).pieces():
         piece.read(VerifiedShard([store], LARGE_RECORD), direct=True)
     assert quarter <= store.given_out <= quarter + 2 * BLOCK_NBYTES + table_nbytes(LARGE_RECORD.body_nbytes)
 
@@ -52,7 +52,7 @@ def test_a_flipped_byte_in_a_needed_block_is_refused_and_elsewhere_it_is_not_loo
     places: list[list[int]], at: int
 ) -> None:
     shard = VerifiedShard([stored(flipped(at))], RECORD)
-    for piece in scatter.pieces(wanted(places), RECORD.body_nbytes):
+    for piece in Needs(wanted(places), RECORD.body_nbytes).pieces():
         if piece.begin <= at < piece.end:
             with pytest.raises(CorruptShardError):
                 piece.read(shard, direct=True)
@@ -63,7 +63,7 @@ def test_a_flipped_byte_in_a_needed_block_is_refused_and_elsewhere_it_is_not_loo
 def test_nothing_unproven_is_delivered_where_somebody_might_look() -> None:
     (segment,) = wanted([[0, len(BODY)]])
     shard = VerifiedShard([stored(flipped(len(BODY) // 2))], RECORD)
-    for piece in scatter.pieces([segment], RECORD.body_nbytes):
+    for piece in Needs([segment], RECORD.body_nbytes).pieces():
         with pytest.raises(CorruptShardError):
             piece.read(shard, direct=False)
     assert not any(bytes(segment.view))
@@ -72,6 +72,6 @@ def test_nothing_unproven_is_delivered_where_somebody_might_look() -> None:
 def test_what_one_store_has_damaged_comes_from_the_next() -> None:
     (segment,) = wanted([[7, len(BODY) - 7]])
     shard = VerifiedShard([stored(flipped(100)), INTACT], RECORD)
-    for piece in scatter.pieces([segment], RECORD.body_nbytes):
+    for piece in Needs([segment], RECORD.body_nbytes).pieces():
         piece.read(shard, direct=True)
     assert segment.view == BODY[7:-7]

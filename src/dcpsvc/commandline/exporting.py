@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dcpsvc import progress
 from dcpsvc.commandline.common import open_store, store_options
 from dcpsvc.errors import NoSuchStepError
 from dcpsvc.stages import discover
-from dcpsvc.tools import progress
 
 if TYPE_CHECKING:
     from dcpsvc.storage.base import Store

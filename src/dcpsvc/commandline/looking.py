@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from dcpsvc import progress
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     as_json_option,
@@ -23,7 +24,7 @@ from dcpsvc.commandline.common import (
     store_options,
 )
 from dcpsvc.stages import discover
-from dcpsvc.tools import listing, progress, showing, tables, verifying
+from dcpsvc.tools import listing, showing, tables, verifying
 
 _jobs_option = click.option(
     "--jobs",

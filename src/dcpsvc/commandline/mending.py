@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dcpsvc import progress
 from dcpsvc.commandline.common import as_json_option, open_store, parse, print_json, step_argument, store_options
 from dcpsvc.storage import open as stores
-from dcpsvc.tools import changes, progress, showing
+from dcpsvc.tools import changes, showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,10 +18,10 @@ from dcpsvc.doctor.findings import Finding, Verdict, broken, merged, ok, worst
 from dcpsvc.doctor.forecast import Forecast, Measured, forecast
 from dcpsvc.errors import DcpsvcError
 from dcpsvc.format.keys import PROBES
+from dcpsvc.progress import duration
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import Meeting
 from dcpsvc.storage.open import open_store
-from dcpsvc.tools.progress import duration
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping

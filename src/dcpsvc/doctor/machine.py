@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dcpsvc import preflight
 from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
-from dcpsvc.tools.progress import size
+from dcpsvc.progress import size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -13,10 +13,10 @@ from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
 from dcpsvc.doctor.forecast import Measured
 from dcpsvc.errors import DcpsvcError, StoreError
 from dcpsvc.loading import load
+from dcpsvc.progress import duration, size
 from dcpsvc.reading import open_root
 from dcpsvc.state.sharing import PerRank
 from dcpsvc.tools import verifying
-from dcpsvc.tools.progress import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

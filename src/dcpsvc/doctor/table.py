@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dcpsvc.doctor.findings import Verdict, worst
-from dcpsvc.tools.progress import duration, size
+from dcpsvc.progress import duration, size
 from dcpsvc.tools.tables import console
 
 if TYPE_CHECKING:

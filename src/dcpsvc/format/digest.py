@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 BLOCK_NBYTES = 1 << 20
 """Bytes of one block: small enough that reading a slice reads little more, large enough to cost nothing."""
@@ -41,7 +41,7 @@ def blocks(body: memoryview) -> Iterator[memoryview]:
         yield body[begin : begin + BLOCK_NBYTES]
 
 
-def mismatches(views: Sequence[memoryview], first_block: int, digests: bytes) -> list[int]:
+def mismatches(views: Iterable[memoryview], first_block: int, digests: bytes) -> list[int]:
     """Numbers of the blocks in ``views`` (which together start at ``first_block``) that differ from the table."""
     return [
         number
@@ -50,7 +50,7 @@ def mismatches(views: Sequence[memoryview], first_block: int, digests: bytes) ->
     ]
 
 
-def _digests(views: Sequence[memoryview]) -> Iterator[bytes]:
+def _digests(views: Iterable[memoryview]) -> Iterator[bytes]:
     """Of each block of views that follow one another."""
     running, room = xxhash.xxh3_128(), BLOCK_NBYTES
     for view in views:

@@ -1,297 +1,27 @@
 """Restore: verified bytes of a checkpoint into whatever boxes this rank needs, on any world size.
 
-Reading goes through DCP's ``load`` with the reader below, and DCP's own resharding says which part of which
-chunk goes where. Nothing in the model is touched until everything has been read and proven.
+Nothing in the model is touched until everything has been read and proven.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import io
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
 
-from dcpsvc import preflight
-from dcpsvc.errors import LayoutError, StateMismatchError
-from dcpsvc.state import boxes, dcp_quirks, documents
-from dcpsvc.state.dtypes import dtype_of
-from dcpsvc.state.saved import Saved, Want, own_name
-from dcpsvc.storage import scatter
-from dcpsvc.storage.scatter import Segment
-from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.progress import unseen
+from dcpsvc.reader import prove, read
+from dcpsvc.state.saved import Want, own_name
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Sequence
 
-    from dcpsvc.format.layout import Chunk, Layout
-    from dcpsvc.format.layout import Tensor as Described
-    from dcpsvc.format.manifest import Manifest
-    from dcpsvc.storage.base import Store
-
-_THREADS = 8
-_ROWS_NBYTES = 16 << 20
-"""Of a chunk of which this rank needs a part of each row: so much is held by each thread."""
+    from dcpsvc.progress import Watch
+    from dcpsvc.reader import CheckpointReader
+    from dcpsvc.state.saved import Saved
 
 
-class CheckpointReader(StorageReader):
-    """A DCP StorageReader over one committed checkpoint: ``dcp.load(state, storage_reader=...)`` reads it.
-
-    Every byte is verified against the manifest before it reaches a tensor. JSON values are handed to DCP in the
-    form it expects, made in memory; nothing stored is ever unpickled.
-
-    Args:
-        manifest: The commit record.
-        layout: Its layout.
-        stores: Where the files are, nearest first.
-    """
-
-    def __init__(self, manifest: Manifest, layout: Layout, stores: Sequence[Store]) -> None:
-        self.manifest, self.layout = manifest, layout
-        self._shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
-        self._documents: dict[str, Any] | None = None
-        self._metadata: Metadata | None = None
-        self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = defaultdict(dict)
-        self._direct = self._proving = False
-        self._check_places()
-
-    def documents(self, *ranks: int) -> dict[str, Any]:
-        """The JSON documents held by the shards of ``ranks``."""
-        found: dict[str, Any] = {}
-        for rank in sorted(set(ranks)):
-            found |= self._shards[rank].documents()
-        return found
-
-    def saved_for(self, rank: int) -> Saved:
-        """The checkpoint as one rank's components see it."""
-        source = rank % self.manifest.world_size
-        found = self.documents(0, source)
-        return Saved(self.layout, found, rank, self.manifest.world_size, self.manifest.step)
-
-    def for_known_boxes(self, *, proving: bool = False) -> CheckpointReader:
-        """A twin that describes nothing to DCP, so that nothing but the boxes asked for is read.
-
-        Nobody looks at them before all of it is proven, so bytes go straight there.
-
-        Args:
-            proving: Read and prove everything, and put nothing anywhere.
-        """
-        twin = copy.copy(self)
-        twin._direct, twin._proving = True, proving  # noqa: SLF001 - our own twin
-        twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - likewise
-        return twin
-
-    def reads_again_cheaply(self, nbytes: int) -> bool:
-        """Whether so many bytes, read once, can be read once more from this machine's memory."""
-        room = preflight.memory_share_nbytes()
-        return room is not None and nbytes < room and all(shard.cached for shard in self._shards.values())
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Part of DCP's protocol: a reader is bound to its checkpoint."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The layout in DCP's terms, and a bytes entry for each JSON value.
-
-        Raises:
-            CorruptShardError: The JSON values of some shard are damaged.
-        """
-        if self._metadata is None:
-            self._metadata = self._describe()
-        return self._metadata
-
-    def _describe(self) -> Metadata:
-        found: dict[str, Any] = {}
-        for name in self.layout.names():
-            tensor = self.layout.find(name)
-            if tensor is not None:
-                found[name] = tensor_metadata(tensor, tensor.chunks)
-        for name, document in self._all_documents().items():
-            found |= {path: BytesStorageMetadata() for path in documents.leaves(document, name) if path not in found}
-        return Metadata(state_dict_metadata=found)
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Nothing to change."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to change."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read every item: whole rows in the order of the files and in large pieces, a few at a time."""
-        tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
-        targets = [planner.resolve_tensor(item) for item in tensors]
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="dcpsvc-read") as pool:
-            try:
-                for _ in pool.map(lambda work: work(), self._work(tensors, targets)):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # what is not begun need not be: it is over
-                raise
-        for item, target in zip(tensors, targets, strict=True):
-            planner.commit_tensor(item, target)
-        for item in plan.items:
-            if item.type is LoadItemType.BYTE_IO:
-                planner.load_bytes(item, self._value(item.storage_index.fqn))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _work(self, items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> Iterator[Callable[[], None]]:
-        """What there is to do, shard by shard."""
-        segments: dict[int, list[Segment]] = defaultdict(list)
-        for item, target in zip(items, targets, strict=True):
-            place = self._place(item)
-            first = boxes.whole_rows(place, item.storage_offsets, item.lengths)
-            if first is None or (memory := boxes.memory(target, place.dtype)) is None:
-                into = torch.empty_like(target) if self._proving else target
-                yield functools.partial(self._read_rows, item, into, place)
-            else:
-                segments[place.rank].append(Segment(first, memory))
-        for rank, found in sorted(segments.items()):
-            shard = self._shards[rank]
-            for piece in scatter.pieces(found, shard.record.body_nbytes):
-                if self._proving:
-                    yield functools.partial(shard.prove, piece.begin, piece.end)
-                else:
-                    yield functools.partial(piece.read, shard, direct=self._direct)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """DCP never has to choose this reader by itself."""
-        return False
-
-    def _all_documents(self) -> dict[str, Any]:
-        if self._documents is None:
-            self._documents = self.documents(*self._shards)
-        return self._documents
-
-    def _check_places(self) -> None:
-        """Every chunk lies inside the body of a shard that the manifest names."""
-        bodies = {record.rank: record.body_nbytes for record in self.manifest.shards}
-        for rank, (end, key) in self.layout.ends().items():
-            if end > bodies.get(rank, -1):
-                raise LayoutError(self.manifest.layout.path, f"{key}: a chunk lies outside the shard of rank {rank}")
-
-    def described(self, want: Want) -> TensorStorageMetadata | None:
-        """In DCP's terms a tensor, with the chunks that hold some of what is wanted: of thousands, a few."""
-        tensor = self.layout.find(want.key)
-        if tensor is None:
-            return None
-        chunks = list(tensor.overlapping(want.offsets, want.out.shape))
-        self._chunks[want.key] |= {chunk.offsets: chunk for chunk in chunks}
-        return tensor_metadata(tensor, chunks)
-
-    def _chunk(self, key: str, tensor: Described, offsets: tuple[int, ...]) -> Chunk:
-        if offsets not in self._chunks[key]:
-            self._chunks[key] = {chunk.offsets: chunk for chunk in tensor.chunks if chunk.numel}
-        return self._chunks[key][offsets]
-
-    def _place(self, item: ReadItem) -> boxes.Place:
-        tensor = self.layout.find(item.storage_index.fqn)
-        offsets = item.storage_index.offset
-        if tensor is None or offsets is None:
-            raise StateMismatchError(item.storage_index.fqn, "the checkpoint holds no such tensor")
-        chunk = self._chunk(item.storage_index.fqn, tensor, tuple(offsets))
-        return boxes.Place(chunk.rank, chunk.begin, chunk.sizes, tensor.dtype)
-
-    def _read_rows(self, item: ReadItem, target: torch.Tensor, place: boxes.Place) -> None:
-        """Some rows of a chunk, and of each row a part; or onto another device, or as another type."""
-        offsets, lengths = list(item.storage_offsets), list(item.lengths)
-        first, rows = (offsets[0], lengths[0]) if offsets else (0, 1)
-        step = max(1, _ROWS_NBYTES // max(place.row_nbytes, 1))
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            at = place.begin + (first + row) * place.row_nbytes
-            data = self._shards[place.rank].read(at, at + count * place.row_nbytes)
-            part = boxes.as_tensor(data, place.dtype, (count, *place.sizes[1:]) if offsets else ())
-            for dim in range(1, len(offsets)):
-                part = part.narrow(dim, offsets[dim], lengths[dim])
-            (target.narrow(0, row, count) if offsets else target).copy_(part)
-
-    def _value(self, path: str) -> io.BytesIO:
-        for name, document in self._all_documents().items():
-            found = documents.leaves(document, name)
-            if path in found:
-                buffer = io.BytesIO()
-                torch.save(documents.decode(found[path], path, self._whole_tensor), buffer)
-                buffer.seek(0)
-                return buffer
-        raise StateMismatchError(path, "the checkpoint holds no such value")
-
-    def _whole_tensor(self, key: str) -> torch.Tensor:
-        saved = Saved(self.layout, {}, 0, self.manifest.world_size, self.manifest.step)
-        want = saved.want_whole(key)
-        read(self, [want])
-        return want.out
-
-
-class _WantPlanner(LoadPlanner):
-    """Plans exactly the boxes asked for, with DCP's resharding."""
-
-    def __init__(self, reader: CheckpointReader, wants: Sequence[Want]) -> None:
-        self._reader = reader
-        self._wants = {want.key: want for want in wants}
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """The boxes are known already."""
-
-    def create_local_plan(self) -> LoadPlan:
-        """Intersect each box with the saved chunks."""
-        return LoadPlan([item for want in self._wants.values() for item in self._items(want)])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Each rank reads for itself."""
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Nothing to change."""
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Never planned: documents are read by themselves."""
-        raise StateMismatchError(read_item.dest_index.fqn, "planned as a tensor, stored as a value")
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """The part of the box that an item fills."""
-        target = self._wants[read_item.dest_index.fqn].out
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(dim, offset, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do."""
-
-    def _items(self, want: Want) -> list[ReadItem]:
-        described = self._reader.described(want) if want.out.numel() else None
-        if described is None:
-            return []
-        box = ChunkStorageMetadata(torch.Size(want.offsets), want.out.shape)
-        return create_read_items_for_chunk_list(want.key, described, [box])
-
-
-def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
+def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> list[Want]:
     """Read everything that is wanted and prove it, changing nothing of the state. Any world size; no collective.
 
     What goes to memory of the state itself is read once more by :func:`finish`, if that is cheap: so there is no second
@@ -305,49 +35,20 @@ def prepare(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
         StoreError: The store did not answer.
     """
     if not reader.reads_again_cheaply(sum(want.out.nbytes for want in wants if want.live)):
-        wants = [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
-    _load([want for want in wants if want.live], reader.for_known_boxes(proving=True), reader)
-    read(reader, [want for want in wants if not want.live])
+        wants = staged(wants)
+    prove(reader, [want for want in wants if want.live], watch)
+    read(reader, [want for want in wants if not want.live], watch)
     return list(wants)
+
+
+def staged(wants: Sequence[Want]) -> list[Want]:
+    """The same, none of them into memory of the state itself."""
+    return [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
 
 
 def finish(reader: CheckpointReader, wants: Sequence[Want]) -> None:
     """What :func:`prepare` has proven, into the memory of the state. Same errors; the state may be changed then."""
     read(reader, [want for want in wants if want.live])
-
-
-def read(reader: CheckpointReader, wants: Sequence[Want]) -> None:
-    """Fill the box of every want with verified bytes. Any world size; no collective.
-
-    Raises:
-        CorruptShardError: A needed block is missing or not what was written; names the file.
-        StoreError: The store did not answer.
-    """
-    _load(wants, reader.for_known_boxes(), reader)
-
-
-def _load(wants: Sequence[Want], how: CheckpointReader, reader: CheckpointReader) -> None:
-    if not wants:
-        return
-    dcp_quirks.quiet()
-    try:
-        dcp_load(
-            {want.key: want.out for want in wants},
-            storage_reader=how,
-            planner=_WantPlanner(reader, wants),
-            no_dist=True,
-        )
-    except BaseException as err:  # DCP wraps what happened in one of its own
-        cause = dcp_quirks.cause(err)
-        if cause is err:
-            raise
-        raise cause from None
-
-
-def tensor_metadata(tensor: Described, chunks: Iterable[Chunk]) -> TensorStorageMetadata:
-    """A tensor of a layout in DCP's terms; empty chunks left out."""
-    found = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in chunks if c.numel]
-    return TensorStorageMetadata(TensorProperties(dtype=dtype_of(tensor.dtype)), torch.Size(tensor.shape), found)
 
 
 def summary(saved: Saved, loaded: Sequence[str], skipped: Sequence[str], world_size: int) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents, origin
+from dcpsvc.state import documents, meta, origin
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.saved import Saved, Want, copy_into, own_name
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
@@ -119,13 +119,15 @@ class ModuleComponent:
         return [want for key, value in mine.items() for want in self._wanted(saved, key, value)]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite in place, so optimizers keep their parameters."""
+        """Overwrite in place, so optimizers keep their parameters; what is on the meta device gets memory."""
         for key, value in self._state().items():
             loaded = tensors.get(saved.saved_name(key)) if not saved.terms.skips(key) else None
             if loaded is None:
                 continue
             if key.endswith(_EXTRA):
                 self.module.get_submodule(_owner(key, self.name)).set_extra_state(loaded.to(value.device))
+            elif value.device.type == "meta":
+                meta.assign(self.module, value, loaded)
             else:
                 copy_into(value, loaded)
         for key, document in self._extra_states(saved).items():

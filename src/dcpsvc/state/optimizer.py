@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents
+from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
 from dcpsvc.state.module import parameter_names
 from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
@@ -88,6 +88,7 @@ class OptimizerComponent:
 
     def wants(self, saved: Saved) -> list[Want]:
         """The saved state of each parameter, in the box this rank holds of that parameter."""
+        meta.refuse(self._name, self._parameters())
         document = self._document(saved)
         self._check_groups(saved, document)
         wants = [

@@ -125,8 +125,6 @@ class Saved:
 
     def want_in_place(self, key: str, template: torch.Tensor, *, cast: bool = False) -> list[Want]:
         """Likewise, into the memory of ``template`` where that can be written to as it is."""
-        if template.device.type == "meta":
-            raise StateMismatchError(key, "it is on the meta device; call to_empty(device=...) on its module before")
         wants = self.want_like(key, template, cast=cast)
         local = (template.to_local() if isinstance(template, DTensor) else template).detach()
         if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():

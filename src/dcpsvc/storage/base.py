@@ -7,11 +7,15 @@ called from any thread, and raises only :class:`~dcpsvc.errors.StoreError` and i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+T = TypeVar("T")
+
+STREAM_NBYTES = 1 << 20
 
 
 class Entry(NamedTuple):
@@ -122,6 +126,40 @@ class ScatteringStore(Protocol):
     def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
         """Fill ``views``, one after the other, with the bytes from ``begin`` on; see :meth:`Store.read`."""
         ...
+
+
+@runtime_checkable
+class StreamingStore(Protocol):
+    """A store from which bytes are looked at for less than they are kept for."""
+
+    def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+        """What ``look`` says about bytes ``[begin, end)``; each view is void when the next one is asked for."""
+        ...
+
+
+def stream(store: Store, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+    """See :class:`StreamingStore`; on a store that cannot, piece by piece."""
+    if isinstance(store, StreamingStore):
+        return store.stream(key, begin, end, look)
+    steps = range(begin, end, STREAM_NBYTES)
+    return look(memoryview(store.read(key, at, min(at + STREAM_NBYTES, end))) for at in steps)
+
+
+@runtime_checkable
+class RestReadingStore(Protocol):
+    """A store that needs one request for what :meth:`Store.size` and :meth:`Store.read` need two."""
+
+    def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
+        """The size of an object, and its bytes from ``begin`` to its end; no bytes if they are more than max_nbytes."""
+        ...
+
+
+def read_rest(store: Store, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
+    """See :class:`RestReadingStore`; on a store that cannot, in two requests."""
+    if isinstance(store, RestReadingStore):
+        return store.read_rest(key, begin, max_nbytes=max_nbytes)
+    nbytes = store.size(key)
+    return nbytes, store.read(key, begin, nbytes) if 0 < nbytes - begin <= max_nbytes else b""
 
 
 def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -> None:

@@ -6,6 +6,7 @@ session. So no byte passes the event loop, a checksum is computed once, and call
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from dcpsvc.storage.bodysum import BodySum
 
@@ -24,8 +25,8 @@ _SIGNATURES = 64
 _SIGN_WITHIN_S = 60.0
 _GET = "get_object"
 _CODE = re.compile(rb"<Code>([^<]{1,100})</Code>")
+_TOTAL = re.compile(r"/(\d+)$")
 _ERROR_NBYTES = 65536
-_READ_NBYTES = 2**20
 _OK = frozenset({200, 206})
 
 
@@ -78,12 +79,26 @@ class Direct:
     def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
         """Fill ``views`` from ``begin`` on; how many bytes there were, fewer where the object is shorter."""
         asked = {"Range": f"bytes={begin}-{begin + sum(map(len, views)) - 1}"}
-        raw = self._send("GET", Request(path, _GET), asked, None).raw
-        try:
+        with self._answer(path, asked) as raw:
             return sum(_fill(raw, view) for view in views)
+
+    def read_rest(self, path: str, begin: int, max_nbytes: int) -> tuple[int, bytes]:
+        """The size of an object, and its bytes from ``begin`` on; none if they are more than ``max_nbytes``."""
+        with self._answer(path, {"Range": f"bytes={begin}-"}) as raw:
+            # The size of the object, not what this answer says of itself: it may have been cut short and look whole.
+            total = _TOTAL.search(raw.headers.get("Content-Range", ""))
+            nbytes = int(total[1]) - begin if total else int(raw.headers["Content-Length"])
+            data = memoryview(bytearray(nbytes if nbytes <= max_nbytes else 0))
+            return begin + nbytes, bytes(data[: _fill(raw, data)])
+
+    @contextlib.contextmanager
+    def _answer(self, path: str, headers: dict[str, str]) -> Generator[Any]:
+        raw = self._send("GET", Request(path, _GET), headers, None).raw
+        try:
+            yield raw
         finally:
-            # A connection with bytes left on it is of no use to the next one.
-            raw.drain_conn() if raw.length_remaining == 0 else raw.close()
+            if not raw._fp.isclosed():  # noqa: SLF001 - a connection with bytes left on it is of no use to the next one
+                raw.close()
             raw.release_conn()
 
     def _send(self, method: str, request: Request, headers: dict[str, str], body: memoryview | None) -> Any:
@@ -112,11 +127,8 @@ class Direct:
 
 
 def _fill(raw: Any, view: memoryview) -> int:
-    at = 0
-    while at < len(view):
-        data = raw.read(min(_READ_NBYTES, len(view) - at))
-        if not data:
-            break
-        view[at : at + len(data)] = data
-        at += len(data)
+    """From the socket straight into memory: urllib3 itself would copy what it reads twice."""
+    body, at = raw._fp, 0  # noqa: SLF001 - http.client's response, which has what urllib3 lacks
+    while at < len(view) and (count := body.readinto(view[at:])):
+        at += count
     return at

@@ -102,9 +102,7 @@ class ObjectStore:
 
     def get(self, key: str, *, max_nbytes: int) -> bytes:
         """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""
-        nbytes = self._size("get", key)
-        check_limit(self._where(key), nbytes, max_nbytes)
-        return self._range("get", key, 0, nbytes)
+        return self._rest("get", key, 0, max_nbytes)[1]
 
     def read(self, key: str, begin: int, end: int) -> bytes:
         """See :meth:`Store.read <dcpsvc.storage.base.Store.read>`."""
@@ -124,6 +122,10 @@ class ObjectStore:
         if found < wanted:
             check_end(where, self._size("read", key), begin + wanted)
             raise _cut_short("read", where, found, wanted)
+
+    def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
+        """See :class:`RestReadingStore <dcpsvc.storage.base.RestReadingStore>`."""
+        return self._rest("read", key, begin, max_nbytes)
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`; lists that prefix only, and never from a cache."""
@@ -153,6 +155,17 @@ class ObjectStore:
         path = self._path(operation, key)
         with self._translated(operation, key):
             return self._wire.size(path)
+
+    def _rest(self, operation: str, key: str, begin: int, max_nbytes: int) -> tuple[int, bytes]:
+        path = self._path(operation, key)
+        with self._translated(operation, key):
+            nbytes, data = self._wire.read_rest(path, begin, max_nbytes)
+        if operation == "get":
+            check_limit(self._where(key), nbytes, max_nbytes)
+        wanted = nbytes - begin if nbytes - begin <= max_nbytes else 0
+        if len(data) < wanted:
+            raise _cut_short(operation, self._where(key), len(data), wanted)
+        return nbytes, data
 
     def _range(self, operation: str, key: str, begin: int, end: int) -> bytes:
         path, where = self._path(operation, key), self._where(key)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import ProvingStore, read_into
+from dcpsvc.storage.base import ProvingStore, read_into, read_rest, stream
 from dcpsvc.storage.conflict import holds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from dcpsvc.storage.base import Entry, Store
@@ -155,6 +155,14 @@ class RetryingStore:
     def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
         """See :meth:`ScatteringStore.read_into <dcpsvc.storage.base.ScatteringStore.read_into>`."""
         self._retry.run(lambda: read_into(self._store, key, begin, views))
+
+    def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+        """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`; after a failure ``look`` sees all anew."""
+        return self._retry.run(lambda: stream(self._store, key, begin, end, look))
+
+    def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
+        """See :class:`RestReadingStore <dcpsvc.storage.base.RestReadingStore>`."""
+        return self._retry.run(lambda: read_rest(self._store, key, begin, max_nbytes=max_nbytes))
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""

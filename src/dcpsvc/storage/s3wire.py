@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import threading
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.storage.bodysum import candidates
@@ -30,6 +31,7 @@ _CALL_S = 180.0
 _SLOWEST_NBYTES_PER_S = 2**20
 _MAX_CREATE_NBYTES = 32 * 2**20
 _PRECONDITION_FAILED = 412
+_NO_SUCH_RANGE = 416
 _CONNECTIONS = 32
 _ENDLESS = 10**9
 
@@ -57,6 +59,18 @@ def s3_options(options: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     return {**options, "config_kwargs": config, "use_listings_cache": False}
 
 
+@functools.cache
+def _service_models() -> Any:
+    """What botocore knows about S3. Reading it takes a tenth of a second and more; once a process is enough."""
+    return import_module("aiobotocore.session").AioSession().get_component("data_loader")
+
+
+def _session() -> Any:
+    session = import_module("aiobotocore.session").AioSession()
+    session.register_component("data_loader", _service_models())
+    return session
+
+
 class S3Wire(BlobWire):
     """Conditional PUT, one LIST a listing, parts that the server proves, and a limit on every call."""
 
@@ -66,6 +80,8 @@ class S3Wire(BlobWire):
         super().__init__(fs)
         # s3fs's own loop around botocore's would multiply every timeout by five.
         fs.retries = 1
+        if fs.session is None and not fs.kwargs:
+            fs.session = _session()
         self._limits, self._stop = limits, stop
         self._pace = Pace(limits, pause=stop.wait)
         self._checksum: tuple[BodySum | None] | None = None
@@ -120,6 +136,18 @@ class S3Wire(BlobWire):
                 return self._direct.read_into(path, begin, views)
             except Exception as err:  # every library below has an error tree of its own
                 raise from_remote_error("read", f"s3://{path}", err) from err
+
+    def read_rest(self, path: str, begin: int, max_nbytes: int) -> tuple[int, bytes]:
+        """See :class:`Wire`."""
+        if self._direct is None:
+            return super().read_rest(path, begin, max_nbytes)
+        try:
+            return self._direct.read_rest(path, begin, max_nbytes)
+        except Exception as err:
+            answer = answer_of(err)
+            if answer and answer.status == _NO_SUCH_RANGE:
+                return self.size(path), b""
+            raise
 
     def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
         """See :class:`Wire`; here FileNotFoundError means that there is no such bucket, so it is raised."""

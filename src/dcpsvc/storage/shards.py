@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
+from dcpsvc.errors import CorruptShardError, StoreError
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES
-from dcpsvc.storage.base import read_into
 from dcpsvc.storage.oserror import local_file_error
+from dcpsvc.storage.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
 
+T = TypeVar("T")
+
 _READ_NBYTES = 32 << 20
-_PROVE_NBYTES = 1 << 20
-"""Stays in the processor's cache between the copy and the checksum."""
+_TAIL_NBYTES = 1 << 19
+"""Of a body's end, where the JSON documents are."""
 
 
 class VerifiedShard:
@@ -33,7 +35,8 @@ class VerifiedShard:
 
     def __init__(self, stores: Sequence[Store], record: ShardRecord) -> None:
         self.record = record
-        self._sources = [_Source(store, record) for store in stores]
+        self._all = tuple(Source(store, record) for store in stores)
+        self._sources = list(self._all)
         self._lock = threading.Lock()
 
     def read(self, begin: int, end: int) -> memoryview:
@@ -64,19 +67,55 @@ class VerifiedShard:
             StoreError: Likewise.
         """
         self._check_range(begin, begin + sum(map(len, views)))
+        self._first(lambda source: source.read_into(begin, views))
+
+    def _first(self, read: Callable[[Source], T]) -> T:
+        """What the nearest store gives that has it intact."""
         while True:
             source = self._sources[0]
             try:
-                source.read_into(begin, views)
+                return read(source)
             except (CorruptShardError, StoreError):
                 if not self._has_another(source):
                     raise
-            else:
-                return
 
     def _check_range(self, begin: int, end: int) -> None:
         if end > self.record.body_nbytes:
             raise CorruptShardError(self.record.path, f"bytes {begin}..{end} are beyond its {self.record.body_nbytes}")
+
+    @property
+    def near(self) -> bool:
+        """Whether a store before the last has it, and of the right size. Asks no more than that."""
+        return any(source.whole for source in self._all[:-1])
+
+    @property
+    def nbytes_read(self) -> tuple[int, int]:
+        """From the stores before the last, and from the last; what was refused is counted too."""
+        return sum(source.nbytes_read for source in self._all[:-1]), self._all[-1].nbytes_read
+
+    def table(self) -> bytes:
+        """The block table; raises as :meth:`read` does."""
+        return self._first(lambda source: source.table())
+
+    def adopt(self, table: bytes) -> None:
+        """Take a table that somebody else has read.
+
+        Raises:
+            CorruptShardError: It is not the one that the manifest means.
+        """
+        for source in self._all:
+            source.adopt(table)
+
+    def check(self, begin: int, view: memoryview) -> None:
+        """Compare whole blocks that somebody else has read with the table.
+
+        Raises:
+            CorruptShardError: They are not what was written.
+        """
+        if bad := digest.mismatches([view], begin // BLOCK_NBYTES, self.table()):
+            raise CorruptShardError(
+                self.record.path, f"block {bad[0]}, passed on by another rank, is not what was read"
+            )
 
     @property
     def cached(self) -> bool:
@@ -85,9 +124,8 @@ class VerifiedShard:
 
     def prove(self, begin: int, end: int) -> None:
         """Read whole blocks, and keep nothing; raises as :meth:`read` does."""
-        scratch = memoryview(bytearray(min(_PROVE_NBYTES, end - begin)))
-        for at in range(begin, end, len(scratch) or 1):
-            self.read_into(at, [scratch[: end - at]])
+        self._check_range(begin, end)
+        self._first(lambda source: source.prove(begin, end))
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Ranges that cover the body, each a size that is good to read at once."""
@@ -107,12 +145,17 @@ class VerifiedShard:
                 progress(end - begin)
 
     def documents(self) -> dict[str, Any]:
-        """The JSON documents of this shard."""
+        """The JSON documents of this shard: its beginning, and its end with the block table, in one request each."""
         body, path = self.record.body_nbytes, self.record.path
-        head = bytes(self.read(0, shardfile.header_nbytes(path, bytes(self.read(0, min(8, body))), body)))
-        return shardfile.documents(path, bytes(self.read(*shardfile.objects_range(path, head, body))))
+        low = max(0, body - _TAIL_NBYTES) // BLOCK_NBYTES * BLOCK_NBYTES
+        tail = self._first(lambda source: source.read_tail(low))
+        head = tail if not low else self.read(0, min(BLOCK_NBYTES, body))
+        length = shardfile.header_nbytes(path, bytes(head[:8]), body)
+        header = bytes(head[:length] if length <= len(head) else self.read(0, length))
+        begin, end = shardfile.objects_range(path, header, body)
+        return shardfile.documents(path, bytes(tail[begin - low :] if begin >= low else self.read(begin, end)))
 
-    def _has_another(self, source: _Source) -> bool:
+    def _has_another(self, source: Source) -> bool:
         """Leave a store that failed for the next one, if there is one. Several threads may come here at once."""
         with self._lock:
             if source is self._sources[-1]:
@@ -120,37 +163,6 @@ class VerifiedShard:
             if source is self._sources[0]:
                 del self._sources[0]
             return True
-
-
-class _Source:
-    """The shard as one store has it."""
-
-    def __init__(self, store: Store, record: ShardRecord) -> None:
-        self.store, self._record = store, record
-        self._table: bytes | None = None
-
-    def read_into(self, begin: int, views: Sequence[memoryview]) -> None:
-        """Proven bytes of the body, whole blocks."""
-        path, first = self._record.path, begin // BLOCK_NBYTES
-        try:
-            if self._table is None:
-                self._table = self._read_table()  # by several threads, perhaps: none waits for another's store
-            read_into(self.store, path, begin, views)
-        except StoreNotFoundError as err:
-            raise CorruptShardError(path, f"the file is missing ({self.store.url})") from err
-        if bad := digest.mismatches(views, first, self._table):
-            at = bad[0] * BLOCK_NBYTES
-            reason = f"bytes {at}..{min(at + BLOCK_NBYTES, self._record.body_nbytes)} do not match their checksum"
-            raise CorruptShardError(path, f"{reason} ({self.store.url})")
-
-    def _read_table(self) -> bytes:
-        path, nbytes = self._record.path, self._record.nbytes
-        if (size := self.store.size(path)) != nbytes:
-            raise CorruptShardError(path, f"has {size} bytes, the manifest says {nbytes} ({self.store.url})")
-        table = self.store.read(path, self._record.body_nbytes, nbytes)
-        if digest.digest(table) != self._record.digest:
-            raise CorruptShardError(path, f"its block table does not match the manifest ({self.store.url})")
-        return table
 
 
 class LocalCheck:

@@ -69,6 +69,10 @@ class Wire(Protocol):
         """Fill ``views`` with the bytes from ``begin`` on; how many there were."""
         ...
 
+    def read_rest(self, path: str, begin: int, max_nbytes: int) -> tuple[int, bytes]:
+        """The size of an object, and its bytes from ``begin`` on; no bytes if they are more than ``max_nbytes``."""
+        ...
+
     def size(self, path: str) -> int:
         """Bytes of an object; FileNotFoundError where there is none."""
         ...
@@ -156,6 +160,11 @@ class BlobWire:
             view[: len(part)] = part
             at += len(part)
         return at
+
+    def read_rest(self, path: str, begin: int, max_nbytes: int) -> tuple[int, bytes]:
+        """See :class:`Wire`; in two requests."""
+        nbytes = self.size(path)
+        return nbytes, self.read(path, begin, nbytes) if 0 < nbytes - begin <= max_nbytes else b""
 
     def size(self, path: str) -> int:
         """See :class:`Wire`."""

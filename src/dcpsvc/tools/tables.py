@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcpsvc.tools.progress import size
+from dcpsvc.progress import size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

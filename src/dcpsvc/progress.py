@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
+
+Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Is told how many bytes there are to do, and gives what to call with each number of bytes just done."""
 
 EVERY_S = 10.0
 """Between two lines where nobody watches: a log must not fill with them."""
@@ -45,7 +48,7 @@ class Lines:
     """
 
     def __init__(
-        self, what: str, total_nbytes: int, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self, what: str, total_nbytes: int, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._what, self._total, self._say, self._clock = what, total_nbytes, say, clock
         self._began = self._said = clock()
@@ -67,18 +70,33 @@ class Lines:
 
 
 @contextmanager
-def shown(what: str, total_nbytes: int, *, quiet: bool = False) -> Generator[Callable[[int], None]]:
-    """Give what to call with each number of bytes just done. Everything goes to stderr.
+def unseen(total_nbytes: int) -> Generator[Callable[[int], None]]:
+    """For whom nobody watches: a :data:`Watch`."""
+    del total_nbytes
+    yield lambda _: None
+
+
+@contextmanager
+def shown(
+    what: str, total_nbytes: int, *, quiet: bool = False, say: Callable[[str], object] | None = None
+) -> Generator[Callable[[int], None]]:
+    """Give what to call with each number of bytes just done, from any thread.
 
     Args:
         what: What is done, such as ``verified``.
         total_nbytes: All there is to do.
         quiet: Say nothing at all.
+        say: Where lines go instead of stderr, if that is no terminal.
     """
-    console = Console(stderr=True)
     if quiet:
         yield lambda _: None
         return
+    if say is not None and not sys.stderr.isatty():
+        yield Lines(what, total_nbytes, say).advance
+        return
+    from rich.console import Console  # takes longer to load than a small checkpoint
+
+    console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines(what, total_nbytes, lambda line: console.print(line, highlight=False, soft_wrap=True)).advance
         return

@@ -1,0 +1,156 @@
+"""Who reads what for whom, when several ranks need the same bytes: a pure function, the same on every rank.
+
+A rank whose node holds a shard on its own disk reads what it needs there. Everybody else gets each byte once: from a
+rank that holds the shard, if there is one; else one of those who need it reads it from the run root, and passes it on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+UNIT_NBYTES = 4 << 20
+"""Small enough that all ranks have some to read in each round."""
+
+ROUND_NBYTES = 64 << 20
+"""Passed on in one round, all ranks together; no rank holds more of it."""
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one rank brings.
+
+    Attributes:
+        has: Shards that its node holds, by the rank that wrote them.
+        needs: Of each shard, ranges of whole blocks, ascending.
+    """
+
+    has: frozenset[int]
+    needs: Mapping[int, Sequence[Range]]
+
+    def to_json(self) -> Any:
+        """For the others."""
+        return [sorted(self.has), [[shard, list(runs)] for shard, runs in sorted(self.needs.items())]]
+
+    @classmethod
+    def from_json(cls, said: Any) -> Ask:
+        """What :meth:`to_json` gave."""
+        has, needs = said
+        return cls(frozenset(has), {shard: [(begin, end) for begin, end in runs] for shard, runs in needs})
+
+
+class Unit(NamedTuple):
+    """Some blocks of a shard that one rank reads for others.
+
+    Attributes:
+        shard: By the rank that wrote it.
+        begin: First byte.
+        end: The first byte after it.
+        reader: Who reads it.
+        receivers: Who gets it.
+        from_root: The reader has it from the run root.
+    """
+
+    shard: int
+    begin: int
+    end: int
+    reader: int
+    receivers: tuple[int, ...]
+    from_root: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.end - self.begin
+
+
+def allot(asks: Sequence[Ask], body_nbytes: Mapping[int, int]) -> list[Unit]:
+    """What is passed on, in the order of the files. Readers of one range take turns, so each reads as much.
+
+    Args:
+        asks: Of all ranks, in their order.
+        body_nbytes: Of each shard.
+    """
+    units: list[Unit] = []
+    turns: dict[tuple[int, ...], Iterator[int]] = {}
+    for shard in sorted({shard for ask in asks for shard in ask.needs}):
+        holders = tuple(rank for rank, ask in enumerate(asks) if shard in ask.has)
+        lacking = {
+            rank: ask.needs[shard] for rank, ask in enumerate(asks) if shard in ask.needs and rank not in holders
+        }
+        for begin, end, ranks in _together(lacking):
+            if not holders and len(ranks) == 1:
+                continue  # nobody else needs it
+            readers = holders or ranks
+            turn = turns.setdefault(readers, itertools.cycle(readers))
+            for at in range(begin, min(end, body_nbytes[shard]), UNIT_NBYTES):
+                reader = next(turn)
+                receivers = tuple(rank for rank in ranks if rank != reader)
+                until = min(at + UNIT_NBYTES, end, body_nbytes[shard])
+                units.append(Unit(shard, at, until, reader, receivers, not holders))
+    return units
+
+
+def rounds(units: Iterable[Unit]) -> Iterator[list[Unit]]:
+    """The units in groups of bounded size."""
+    group: list[Unit] = []
+    nbytes = 0
+    for unit in units:
+        if group and nbytes + unit.nbytes > ROUND_NBYTES:
+            yield group
+            group, nbytes = [], 0
+        group.append(unit)
+        nbytes += unit.nbytes
+    if group:
+        yield group
+
+
+def alone(ask: Ask, rank: int, units: Iterable[Unit]) -> dict[int, list[Range]]:
+    """What of its needs a rank reads without the others: all but what it passes on or is given."""
+    shared: dict[int, list[Range]] = defaultdict(list)
+    for unit in units:
+        if rank in unit.receivers or (unit.reader == rank and unit.shard not in ask.has):
+            shared[unit.shard].append((unit.begin, unit.end))
+    left = {shard: list(_without(runs, shared[shard])) for shard, runs in ask.needs.items()}
+    return {shard: runs for shard, runs in left.items() if runs}
+
+
+def _together(needs: Mapping[int, Sequence[Range]]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Ranges that the same ranks need, ascending."""
+    events: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+    for rank, runs in needs.items():
+        for begin, end in runs:
+            events[begin].append((rank, True))
+            events[end].append((rank, False))
+    who: set[int] = set()
+    places = sorted(events)
+    for at, until in itertools.pairwise(places):
+        for rank, begins in events[at]:
+            (who.add if begins else who.discard)(rank)
+        if who:
+            yield at, until, tuple(sorted(who))
+
+
+def _without(runs: Iterable[Range], taken: Sequence[Range]) -> Iterator[Range]:
+    """Ascending ranges, less others that ascend."""
+    rest = iter(taken)
+    hole = next(rest, None)
+    for low, high in runs:
+        at = low
+        while hole is not None and hole[0] < high:
+            if hole[1] > at:
+                if hole[0] > at:
+                    yield at, hole[0]
+                at = hole[1]
+            if hole[1] > high:
+                break
+            hole = next(rest, None)
+        if at < high:
+            yield at, high

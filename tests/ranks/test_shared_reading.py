@@ -1,0 +1,177 @@
+"""Ranks that need the same bytes of a checkpoint get them from each other: the run root gives each byte once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dcpsvc.format import keys
+from dcpsvc.ranks.exchange import Exchange
+from dcpsvc.ranks.rendezvous import LostPeerError
+from dcpsvc.storage.posix import PosixStore
+from tests.ranks.harness import die, raised_by, run_ranks, values
+from tests.ranks.models import Training, checkpointer, flip_byte
+
+WORLD, WIDTH, DEPTH = 3, 700, 5
+MIB = 1 << 20
+DOCUMENTS_NBYTES = 5 * MIB
+"""At most so much each rank reads by itself: beginning and end of its own shard and of rank 0's."""
+
+
+class Far(PosixStore):
+    """A run root that is no disk of this machine: what is read from it counts."""
+
+    cached = False
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.given_out = {}
+
+    def read(self, key, begin, end):
+        self.note(key, end - begin)
+        return super().read(key, begin, end)
+
+    def read_into(self, key, begin, views):
+        self.note(key, sum(map(len, views)))
+        super().read_into(key, begin, views)
+
+    def stream(self, key, begin, end, look):
+        raise AssertionError("nothing far is read only to be proven")
+
+    def note(self, key, nbytes):
+        if key.startswith(keys.DATA):
+            rank = keys.rank_of(key)
+            self.given_out[rank] = self.given_out.get(rank, 0) + nbytes
+
+
+def save(rank, world, folder, kind):
+    training = Training(kind, rank, width=WIDTH, depth=DEPTH)
+    training.train(2)
+    with checkpointer(folder / "run", training.state, local=folder / f"node-{rank}") as ckpt:
+        ckpt.save(2).wait(60)
+    return training.fingerprint()
+
+
+def resume(rank, world, folder, kind, meddle=None):
+    training = Training(kind, rank, width=WIDTH, depth=DEPTH, seed=5)
+    store, told = Far(folder / "run"), []
+    with checkpointer(
+        folder, training.state, store=store, local=folder / f"node-{rank}", save_last=False, on_event=told.append,
+        sync_timeout_s=5.0 if meddle else 20.0,
+    ) as ckpt:  # fmt: skip
+        store.given_out.clear()
+        if meddle and rank == 1:
+            meddle()
+        raised = raised_by(ckpt.resume)
+        if raised:
+            return {"raised": raised}
+    detail = next(event.detail for event in told if event.name == "resumed")
+    return {"raised": None, "prints": training.fingerprint(), "root": store.given_out, "detail": detail}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def kept(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp(f"saved-{request.param}")
+    prints = values(run_ranks(WORLD, save, folder, request.param))
+    return folder, request.param, prints[0]
+
+
+@pytest.fixture
+def saved(kept, tmp_path):
+    shutil.copytree(kept[0], tmp_path / "job")
+    return tmp_path / "job", *kept[1:]
+
+
+def resumed(saved, meddle=None, world=WORLD):
+    """Of each rank what it read from the root, by shard; and what it said."""
+    folder, kind, prints = saved
+    found = values(run_ranks(world, resume, folder, kind, meddle, timeout_s=55.0))
+    for rank in found:
+        assert rank["raised"] is None
+        assert rank["prints"] == prints
+    return [rank["root"] for rank in found], found[0]["detail"]
+
+
+def shard_nbytes(saved):
+    shards = sorted(Path(saved[0], "run", "data").rglob("*.safetensors"))
+    return [path.stat().st_size for path in shards]
+
+
+def empty_disks(saved, *nodes):
+    for node in nodes:
+        shutil.rmtree(saved[0] / f"node-{node}")
+
+
+@pytest.mark.parametrize("world", [WORLD, 2])
+def test_on_empty_disks_the_root_gives_each_byte_once(saved, world):
+    empty_disks(saved, 0, 1, 2)
+    taken, detail = resumed(saved, world=world)
+    whole, given = sum(shard_nbytes(saved)), sum(nbytes for root in taken for nbytes in root.values())
+    assert whole - MIB <= given <= whole + world * DOCUMENTS_NBYTES
+    assert "from other ranks" in detail
+    assert "from the run root" in detail
+
+
+def test_what_the_disk_of_one_node_holds_is_not_read_from_the_root(saved):
+    empty_disks(saved, 0, 2)
+    taken, detail = resumed(saved)
+    assert not any(root.get(1) for root in taken)
+    assert "from local disks" in detail
+
+
+def test_when_every_node_has_its_own_shard_the_root_gives_documents_only(saved):
+    taken, _ = resumed(saved)
+    assert not taken[0]
+    assert all(set(root) <= {0} and root.get(0, 0) <= DOCUMENTS_NBYTES // 2 for root in taken)
+
+
+def test_a_damaged_shard_on_the_disk_of_a_peer_comes_from_the_root(saved):
+    empty_disks(saved, 0, 2)
+    (shard,) = (saved[0] / "node-1").rglob("*.safetensors")
+    flip_byte(shard)
+    taken, _ = resumed(saved)
+    assert any(root.get(1) for root in taken)
+
+
+def flip_what_goes_out():
+    def swap(self, outgoing, incoming, true=Exchange.swap):
+        for parcel in outgoing[:1]:
+            parcel.view[7] ^= 1
+        true(self, outgoing, incoming)
+
+    Exchange.swap = swap
+
+
+def die_in_the_middle():
+    Exchange.swap = lambda *_: die()
+
+
+def fail_to_connect():
+    def renew(self, generation):
+        raise LostPeerError("no way")
+
+    Exchange.renew = renew
+
+
+def test_a_block_that_is_damaged_on_its_way_is_refused_and_every_rank_reads_by_itself(saved):
+    empty_disks(saved, 0, 1, 2)
+    taken, detail = resumed(saved, flip_what_goes_out)
+    assert "from other ranks" not in detail
+    if saved[1] == "ddp":
+        assert sum(nbytes for root in taken for nbytes in root.values()) > 3 * sum(shard_nbytes(saved))
+
+
+def test_a_rank_that_cannot_share_leaves_all_to_themselves(saved):
+    empty_disks(saved, 0, 1, 2)
+    _, detail = resumed(saved, fail_to_connect)
+    assert "from other ranks" not in detail
+
+
+def test_a_rank_killed_while_sharing_is_named_by_the_others(saved):
+    empty_disks(saved, 0, 1, 2)
+    one, victim, other = run_ranks(WORLD, resume, saved[0], saved[1], die_in_the_middle, timeout_s=55.0)
+    assert victim.signal
+    for rank in (one, other):
+        assert rank.value["raised"].type == "RestoreFailedError"
+        assert rank.value["raised"]["missing"] == [1]
+        assert not rank.value["raised"]["changed"]

@@ -1,0 +1,98 @@
+"""Who reads what for whom: all that is needed arrives once, the root gives each byte once, and all read as much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcpsvc import allotment
+from dcpsvc.allotment import ROUND_NBYTES, UNIT_NBYTES, Ask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+BLOCK = 1 << 20
+BODIES = {0: 20 * BLOCK - 17, 1: 3 * BLOCK, 2: 9 * BLOCK + 1}
+
+
+@st.composite
+def runs(draw: st.DrawFn, shard: int) -> list[tuple[int, int]]:
+    """Disjoint ascending ranges of whole blocks, the last cut off where the body ends."""
+    count = -(-BODIES[shard] // BLOCK)
+    edges = sorted(draw(st.sets(st.integers(0, count), max_size=6)))
+    pairs = zip(edges[::2], edges[1::2], strict=False)
+    return [(begin * BLOCK, min(end * BLOCK, BODIES[shard])) for begin, end in pairs]
+
+
+@st.composite
+def an_ask(draw: st.DrawFn) -> Ask:
+    needs = {shard: found for shard in BODIES if (found := draw(runs(shard)))}
+    return Ask(frozenset(draw(st.sets(st.sampled_from(sorted(BODIES))))), needs)
+
+
+asks = st.lists(an_ask(), min_size=1, max_size=5)
+
+
+def blocks(shard: int, ranges: Iterable[tuple[int, int]]) -> Counter[tuple[int, int]]:
+    return Counter((shard, at) for begin, end in ranges for at in range(begin, end, BLOCK))
+
+
+def needed(ask: Ask) -> Counter[tuple[int, int]]:
+    return sum((blocks(shard, found) for shard, found in ask.needs.items()), Counter())
+
+
+@given(asks)
+def test_every_rank_gets_each_block_it_needs_exactly_once_and_no_other(said: list[Ask]) -> None:
+    units = allotment.allot(said, BODIES)
+    for rank, ask in enumerate(said):
+        own = sum((blocks(s, found) for s, found in allotment.alone(ask, rank, units).items()), Counter())
+        for unit in units:
+            if rank in unit.receivers or (rank == unit.reader and unit.from_root):
+                own += blocks(unit.shard, [(unit.begin, unit.end)])
+        assert own == needed(ask)
+
+
+@given(asks)
+def test_the_root_gives_each_block_once_and_none_that_a_node_holds(said: list[Ask]) -> None:
+    units = allotment.allot(said, BODIES)
+    held = frozenset[int]().union(*(ask.has for ask in said))
+    from_root: Counter[tuple[int, int]] = Counter()
+    for rank, ask in enumerate(said):
+        for shard, found in allotment.alone(ask, rank, units).items():
+            if shard not in ask.has:
+                from_root += blocks(shard, found)
+    for unit in units:
+        assert unit.receivers
+        assert unit.reader not in unit.receivers
+        assert unit.from_root == (unit.shard not in held)
+        if unit.from_root:
+            from_root += blocks(unit.shard, [(unit.begin, unit.end)])
+        else:
+            assert unit.shard in said[unit.reader].has
+    assert from_root == Counter({block: 1 for ask in said for block in needed(ask) if block[0] not in held})
+
+
+@given(asks)
+def test_what_goes_over_the_wire_comes_back_as_it_was(said: list[Ask]) -> None:
+    assert [Ask.from_json(ask.to_json()) for ask in said] == said
+
+
+@given(asks)
+def test_rounds_are_bounded_and_keep_the_order(said: list[Ask]) -> None:
+    units = allotment.allot(said, BODIES)
+    groups = list(allotment.rounds(units))
+    assert [unit for group in groups for unit in group] == units
+    assert all(sum(unit.nbytes for unit in group) <= ROUND_NBYTES for group in groups)
+
+
+def test_ranks_that_need_the_same_read_about_as_much_each() -> None:
+    body = 300 * BLOCK
+    units = allotment.allot([Ask(frozenset(), {0: [(0, body)]})] * 7, {0: body})
+    read = Counter[int]()
+    for unit in units:
+        read[unit.reader] += unit.nbytes
+    assert sum(read.values()) == body
+    assert max(read.values()) - min(read.values()) <= UNIT_NBYTES
