@@ -64,7 +64,7 @@ def checkpoint(world):
         records.append(
             ShardRecord(rank=rank, path=ATTEMPT.shard(rank), nbytes=nbytes, body_nbytes=body, digest="ab" * 16)
         )
-    tensors = {name: Tensor("F32", shape, tuple(chunks[name])) for name, shape, _ in state()}
+    tensors = {name: Tensor.of("F32", shape, chunks[name]) for name, shape, _ in state()}
     manifest = Manifest(
         run_id="r1", step=1, attempt="1-cafecafe-0", created="2026-01-31T23:59:59Z", shards=tuple(records),
         layout=LayoutRef(digest="01" * 16, nbytes=99),
