@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from dcpsvc.storage.cargo import Carried
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from dcpsvc.storage.cargo import Cargo
 
 
 class Entry(NamedTuple):
@@ -93,25 +97,8 @@ class Store(Protocol):
 class ProvingStore(Protocol):
     """A store whose server may compare checksums of its own with those that came with the bytes."""
 
-    def put_proven(
-        self,
-        key: str,
-        path: Path,
-        *,
-        check: Callable[[int, memoryview], None],
-        progress: Callable[[int], None] | None = None,
-    ) -> bool:
-        """Like :meth:`Store.put_file`; True if the server has proven that it holds the bytes that ``check`` has seen.
-
-        After False nothing is known: read it back.
-
-        Args:
-            key: Where to.
-            path: A file that nobody changes meanwhile.
-            check: Called with the offset and the bytes of each part before they are sent, from any thread; raises if
-                they are not what they should be. Parts begin at multiples of a MiB.
-            progress: As there.
-        """
+    def carry(self, key: str, cargo: Cargo) -> Carried:
+        """Like :meth:`Store.put_file`, and says how it got there and whether that is proven."""
         ...
 
 
@@ -122,6 +109,19 @@ class ScatteringStore(Protocol):
     def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
         """Fill ``views``, one after the other, with the bytes from ``begin`` on; see :meth:`Store.read`."""
         ...
+
+
+def carry(store: Store, key: str, cargo: Cargo) -> Carried:
+    """See :class:`ProvingStore`; on a store that proves nothing, :meth:`Store.put_file`."""
+    if isinstance(store, ProvingStore):
+        return store.carry(key, cargo)
+    store.put_file(key, cargo.path, progress=cargo.progress)
+    return Carried(proven=False)
+
+
+def copies(store: Store) -> bool:
+    """Whether :class:`~dcpsvc.storage.cargo.Earlier` objects are of any use to it."""
+    return bool(getattr(store, "copies", False))
 
 
 def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -> None:

@@ -105,6 +105,21 @@ class VerifiedShard:
             if progress:
                 progress(end - begin)
 
+    def table(self) -> bytes:
+        """The block table, from the first store that has it as the manifest says.
+
+        Raises:
+            CorruptShardError: None has.
+            StoreError: As in :meth:`read`.
+        """
+        while True:
+            source = self._sources[0]
+            try:
+                return source.table()
+            except (CorruptShardError, StoreError):
+                if not self._has_another(source):
+                    raise
+
     def documents(self) -> dict[str, Any]:
         """The JSON documents of this shard."""
         body, path = self.record.body_nbytes, self.record.path
@@ -132,15 +147,20 @@ class _Source:
         """Proven bytes of the body, whole blocks."""
         path, first = self._record.path, begin // BLOCK_NBYTES
         try:
-            if self._table is None:
-                self._table = self._read_table()  # by several threads, perhaps: none waits for another's store
+            table = self.table()
             read_into(self.store, path, begin, views)
         except StoreNotFoundError as err:
             raise CorruptShardError(path, f"the file is missing ({self.store.url})") from err
-        if bad := digest.mismatches(views, first, self._table):
+        if bad := digest.mismatches(views, first, table):
             at = bad[0] * BLOCK_NBYTES
             reason = f"bytes {at}..{min(at + BLOCK_NBYTES, self._record.body_nbytes)} do not match their checksum"
             raise CorruptShardError(path, f"{reason} ({self.store.url})")
+
+    def table(self) -> bytes:
+        """The block table, proven by the record."""
+        if self._table is None:
+            self._table = self._read_table()  # by several threads, perhaps: none waits for another's store
+        return self._table
 
     def _read_table(self) -> bytes:
         path, nbytes = self._record.path, self._record.nbytes
@@ -166,14 +186,20 @@ class LocalCheck:
         Raises:
             CorruptShardError: They are not what was written.
         """
-        body, table = view[: max(self._record.body_nbytes - begin, 0)], self._known_table()
+        body, table = view[: max(self._record.body_nbytes - begin, 0)], self.table()
         if bad := digest.mismatches([body], begin // BLOCK_NBYTES, table):
             raise CorruptShardError(self._record.path, f"block {bad[0]} of {self._path} does not match its checksum")
         at = begin + len(body) - self._record.body_nbytes
         if bytes(view[len(body) :]) != table[at : at + len(view) - len(body)]:
             raise CorruptShardError(self._record.path, f"the block table of {self._path} changed while it was read")
 
-    def _known_table(self) -> bytes:
+    def table(self) -> bytes:
+        """The file's block table, proven by the record.
+
+        Raises:
+            CorruptShardError: It is not what was written.
+            StoreError: The file cannot be read.
+        """
         with self._lock:
             if not self._table:
                 try:
