@@ -96,7 +96,7 @@ class Sender:
     def _send_parts(self, path: str, file: Outgoing, cargo: Cargo, nbytes: int) -> Carried:
         earlier = cargo.earlier
         spans = cut(nbytes, self.limits.part_nbytes, earlier.runs if earlier else ())
-        upload = (self._cut_short(path) if cargo.may_have_begun else None) or self._begin(path)
+        upload = (self._cut_short(path, len(spans)) if cargo.may_have_begun else None) or self._begin(path)
         upload.source = earlier.key if earlier else ""
         work = Work(spans, cargo.progress)
         try:
@@ -115,7 +115,7 @@ class Sender:
     def _begin(self, path: str) -> _Upload:
         return _Upload(path, self.control.begin(path, **(self.checksum.upload if self.checksum else {})))
 
-    def _cut_short(self, path: str) -> _Upload | None:
+    def _cut_short(self, path: str, count: int) -> _Upload | None:
         """The upload to this very object that never ended. Without the right to look for one there is none."""
         bucket, _, key = path.partition("/")
         try:
@@ -126,18 +126,17 @@ class Sender:
         except Exception as err:  # noqa: BLE001 - whatever it is: then all is sent
             _log.info("event=unfinished_unknown bucket=%s key=%s error=%s", bucket, key, type(err).__name__)
             return None
-        chosen = next((upload for upload in reversed(uploads) if self._fits(upload)), None)
+        chosen = next((upload for upload in reversed(uploads) if self._fits(upload, count)), None)
         for upload in uploads:
             if upload is not chosen:
                 self.control.abort(path, upload.id)
         return chosen
 
-    def _fits(self, upload: _Upload) -> bool:
-        """Whether it was begun with our kind of checksum: a server takes no other one later."""
+    def _fits(self, upload: _Upload, count: int) -> bool:
+        """Whether the object can be made of it: servers take one kind of checksum, and Ceph no part too many."""
         wanted = {self.checksum.field} - {""} if self.checksum else set[str]()
-        kinds = [{name for name in part if name.startswith("Checksum")} - {"ChecksumType"}
-                 for part in upload.arrived.values()]  # fmt: skip
-        return bool(kinds) and all(kind == wanted for kind in kinds)
+        kinds = [{name for name in part if name.startswith("Checksum")} for part in upload.arrived.values()]
+        return bool(kinds) and max(upload.arrived) <= count and all(kind == wanted for kind in kinds)
 
     def _carry(self, upload: _Upload, file: Outgoing, work: Work) -> None:
         def carry(_: int) -> None:
