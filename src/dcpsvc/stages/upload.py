@@ -9,6 +9,7 @@ from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef
 from dcpsvc.storage.base import carry, copies
 from dcpsvc.storage.cargo import Cargo
+from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.shards import LocalCheck, VerifiedShard
 from dcpsvc.storage.unchanged import unchanged
 
@@ -82,16 +83,14 @@ def put_layout(store: Store, data: bytes) -> LayoutRef:
         CorruptShardError: What the store gives back is not what was sent.
     """
     reference = LayoutRef(digest=digest(data), nbytes=len(data))
+    if holds(store, reference.path, data):
+        return reference
     store.create(reference.path, data)
-    if not _holds(store, reference, data):
+    if not holds(store, reference.path, data):
         store.put(reference.path, data)
-        if not _holds(store, reference, data):
+        if not holds(store, reference.path, data):
             raise CorruptShardError(reference.path, "does not read back as it was written")
     return reference
-
-
-def _holds(store: Store, reference: LayoutRef, data: bytes) -> bool:
-    return store.size(reference.path) == len(data) and store.read(reference.path, 0, len(data)) == data
 
 
 def discard(stores: Sequence[Store], key: str) -> None:
