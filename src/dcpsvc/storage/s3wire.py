@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _SLOWEST_NBYTES_PER_S = 2**20
 _MAX_CREATE_NBYTES = 32 * 2**20
 _PRECONDITION_FAILED = 412
+_REFUSED = frozenset({400, 401, 403})
 _CONNECTIONS = 32
 _ENDLESS = 10**9
 
@@ -111,6 +112,19 @@ class S3Wire(BlobWire):
                 return self._direct.read_into(path, begin, views)
             except Exception as err:  # every library below has an error tree of its own
                 raise from_remote_error("read", f"s3://{path}", err) from err
+
+    def size(self, path: str) -> int:
+        """See :class:`Wire`."""
+        try:
+            return super().size(path)
+        except FileNotFoundError:
+            raise
+        except Exception as err:
+            # The answer to a HEAD has no body, so it cannot say why; that to a GET has one.
+            answer = answer_of(err)
+            if answer and answer.status in _REFUSED:
+                self._fs.cat_file(path, start=0, end=1, **self._within(0))
+            raise
 
     def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
         """See :class:`Wire`; here FileNotFoundError means that there is no such bucket, so it is raised."""
