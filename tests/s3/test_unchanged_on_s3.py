@@ -125,17 +125,29 @@ def test_an_earlier_shard_that_rotted_at_the_server_is_noticed_and_only_what_is_
         faults.says(501, "NotImplemented"),
         faults.says(403, "AccessDenied"),
         faults.says(503, "SlowDown"),
-        faults.tells_another_etag,
         faults.resets_in_the_answer,
     ],
-    ids=["cannot copy", "may not read", "busy", "encrypts", "breaks off"],
+    ids=["cannot copy", "may not read", "busy", "breaks off"],
 )
-def test_a_server_that_copies_nothing_or_proves_nothing_gets_all_of_it(
+def test_a_server_that_copies_nothing_gets_all_of_it(
     store: Store, between: Proxy, shard: Path, truth: Truth, fault: Fault
 ) -> None:
     between.spoil(COPIES, fault, 1000)
     carried = upload_shard(store, RECORD, shard, KNOWN)
     assert (carried.proven, carried.copied_nbytes) == (True, 0)
+    assert truth() == ({BEFORE: EARLIER, AFTER: CONTENT}, 0)
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["a checksum", "nothing"])
+def test_a_server_whose_etags_are_no_checksums_is_believed_only_if_it_tells_one(
+    store: Store, between: Proxy, shard: Path, truth: Truth, *, tells: bool
+) -> None:
+    between.spoil(COPIES, faults.tells_another_etag, 1000)
+    if not tells:
+        between.spoil("^GET .*uploadId", faults.says(403, "AccessDenied"), 1000)
+    carried = upload_shard(store, RECORD, shard, KNOWN)
+    assert carried.proven
+    assert (carried.copied_nbytes > 0) is tells
     assert truth() == ({BEFORE: EARLIER, AFTER: CONTENT}, 0)
 
 

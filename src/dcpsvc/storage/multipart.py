@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dcpsvc.storage.s3control import Control
 
 _COPY_TRIES = 3
+_MAX_DOUBTS = 3
 _log = logging.getLogger(__name__)
 
 
@@ -47,12 +48,20 @@ class _Upload:
         id: As the server calls it.
         arrived: What it has of an earlier try, by part number.
         source: An earlier object that it may copy from; empty once that was refused.
+        doubts: Parts of it that were not what they should be.
     """
 
     path: str
     id: str
     arrived: Mapping[int, Mapping[str, Any]] = field(default_factory=dict[int, "Mapping[str, Any]"])
     source: str = ""
+    doubts: int = 0
+
+    def doubt(self, there: Mapping[str, Any] | None) -> None:
+        """A part that was not what it should be, if there was one. Several: nothing of that kind can be proven."""
+        self.doubts += there is not None
+        if self.doubts > _MAX_DOUBTS:
+            self.source = ""
 
 
 @dataclass(slots=True)
@@ -152,6 +161,7 @@ class Sender:
         if not self._proves(there, body, value):
             there, how = self._copied(upload, span), How.COPIED
         if there is None or not self._proves(there, body, value):
+            upload.doubt(there)
             where = {"UploadId": upload.id, "PartNumber": span.number}
             there, how = {"ETag": self._put(Request(upload.path, "upload_part", where), body, value)}, How.SENT
         return Part(span.number, len(body), str(there["ETag"]), value), how
@@ -163,7 +173,7 @@ class Sender:
         if self.checksum and (theirs := there.get(self.checksum.field)):
             return bool(theirs == value)
         # Where the server encrypts this is no checksum, and fits nothing.
-        return str(there["ETag"]).strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
+        return str(there.get("ETag", "")).strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
 
     def _copied(self, upload: _Upload, span: Span) -> Mapping[str, Any] | None:
         """What the server says of its own copy; None if it makes none."""
@@ -176,11 +186,18 @@ class Sender:
                 return self.control.copy(upload.path, upload.id, span, source)
 
         try:
-            return self.retry(tries=_COPY_TRIES).run(attempt)
+            return self._with_checksum(upload, span, self.retry(tries=_COPY_TRIES).run(attempt))
         except StoreError as err:  # the earlier object was deleted, or may not be read; or the server cannot do it
             _log.info("event=not_copied key=%s because=%s", upload.path, err)
             upload.source = ""
             return None
+
+    def _with_checksum(self, upload: _Upload, span: Span, there: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Ceph tells it only when asked; that takes less than to make an MD5 of the bytes."""
+        if self.checksum and self.checksum.field and self.checksum.field not in there:
+            with contextlib.suppress(Exception):  # whoever may not ask makes the MD5
+                return self.control.part(upload.path, upload.id, span.number) or there
+        return there
 
     def _read(self, file: Outgoing, span: Span, buffer: bytearray) -> tuple[memoryview, str]:
         body = file.part(span, buffer)

@@ -66,7 +66,7 @@ class Control:
             )
         except Exception as err:  # every library below has an error tree of its own
             raise from_remote_error("put_file", f"s3://{path}", err) from err
-        return dict(answer["CopyPartResult"])
+        return dict(answer.get("CopyPartResult") or {})  # nothing, where the server knows no copying
 
     def unfinished(self, path: str) -> Iterator[Mapping[str, Any]]:
         """Multipart uploads to objects whose path begins so."""
@@ -77,6 +77,11 @@ class Control:
         """What a multipart upload has so far."""
         for page in self._pages("list_parts", path, ("PartNumberMarker",), {"UploadId": upload_id}):
             yield from page.get("Parts") or []
+
+    def part(self, path: str, upload_id: str, number: int) -> Mapping[str, Any]:
+        """What a multipart upload has as one part; empty if it has none."""
+        found = self._call("list_parts", path, UploadId=upload_id, PartNumberMarker=number - 1, MaxParts=1)
+        return next((dict(part) for part in found.get("Parts") or [] if part["PartNumber"] == number), {})
 
     def _pages(
         self, operation: str, path: str, markers: Sequence[str], parameters: Mapping[str, object]
