@@ -153,6 +153,12 @@ def says(status: int, code: str) -> Fault:
     return fault
 
 
+def says_nothing(spoiler: Spoiler) -> None:
+    """As if all were well, with an empty answer: a server that does not know what it was asked for."""
+    spoiler.body()
+    spoiler.tell(200, [], b"")
+
+
 def resets_in_the_request(spoiler: Spoiler) -> None:
     """The connection breaks when half of the body has gone up."""
     spoiler.rfile.read(spoiler.length // 2)

@@ -126,8 +126,9 @@ def test_an_earlier_shard_that_rotted_at_the_server_is_noticed_and_only_what_is_
         faults.says(403, "AccessDenied"),
         faults.says(503, "SlowDown"),
         faults.resets_in_the_answer,
+        faults.says_nothing,
     ],
-    ids=["cannot copy", "may not read", "busy", "breaks off"],
+    ids=["cannot copy", "may not read", "busy", "breaks off", "does not know"],
 )
 def test_a_server_that_copies_nothing_gets_all_of_it(
     store: Store, between: Proxy, shard: Path, truth: Truth, fault: Fault

@@ -114,7 +114,7 @@ class Sender:
         except BaseException as err:
             self.control.abort(path, upload.id)
             # A server that copies, and then does not make an object of it.
-            if not (isinstance(err, StoreError) and work.is_done and work.nbytes.keys() > {How.SENT}):
+            if not (isinstance(err, StoreError) and work.is_done and work.nbytes.keys() - {How.SENT}):
                 raise
             _log.warning("event=sent_whole key=%s because=%s", path, err)
             return self._send_parts(path, file, replace(_without_help(cargo), progress=None), nbytes)
