@@ -3,9 +3,14 @@
     python -m benchmarks.bench_upload --rounds 5 --out benchmarks/results/upload.json
 
 One file of 1 GiB, and 64 of 16 MiB, eight at a time. dcpsvc checksums every MiB before it sends it and has the server
-prove every part; the others send. Parts of 16 MiB and eight requests at once for all. Systems take turns,
-so that what the machine does besides meets all of them. Wanted beside dcpsvc: boto3, obstore, s3torchconnector, crc32c;
-what is not installed is left out.
+prove every part; the others send. Parts of 16 MiB and eight requests at once for all. Systems take turns, so that what
+the machine does besides meets all of them. Wanted beside dcpsvc: boto3, obstore, s3torchconnector, crc32c; what is not
+installed is left out.
+
+Then the file with half of it unchanged since an earlier one, at the speed of the server and over a link of 64 MiB/s.
+
+Last: what a training loop of one thread, in the same process, loses while the file is uploaded again and again. Ours
+also with a limit on the rate, for on a small machine the server itself takes the rest of the processor.
 """
 
 import functools
@@ -14,6 +19,7 @@ import resource
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
@@ -33,24 +39,26 @@ OURS = "dcpsvc"
 class Ours:
     """What the uploader does with a shard."""
 
-    def __init__(self, options, bucket, kinds=None):
+    def __init__(self, options, bucket, kinds=None, nbytes_per_s=None):
         from dcpsvc.config import Limits
         from dcpsvc.storage import bodysum
         from dcpsvc.storage.objectstore import ObjectStore
 
-        self.store = ObjectStore(f"s3://{bucket}/ours", options, limits=Limits(concurrency=AT_ONCE, part_nbytes=PART))
+        limits = Limits(concurrency=AT_ONCE, part_nbytes=PART, nbytes_per_s=nbytes_per_s)
+        self.store = ObjectStore(f"s3://{bucket}/ours", options, limits=limits)
         if kinds:
             self.store._wire._checksum = (kinds(bodysum)(),)  # noqa: SLF001 - there is no option to be slower
 
-    def put(self, path, key):
+    def put(self, path, key, earlier=None):
         from dcpsvc.format import digest
+        from dcpsvc.storage.cargo import Cargo
 
         tables = {}
 
         def check(begin, view):
             tables[begin] = digest.table(view)
 
-        if not self.store.put_proven(key, path, check=check):
+        if not self.store.carry(key, Cargo(path=path, check=check, earlier=earlier)).proven:
             raise SystemExit("the server proves nothing")
 
 
@@ -143,6 +151,7 @@ class Fsspec:
 
 SYSTEMS = {
     OURS: Ours,
+    "dcpsvc, CRC32": functools.partial(Ours, kinds=lambda module: module.crc32),
     "dcpsvc, MD5": functools.partial(Ours, kinds=lambda module: module.Md5),
     "s3fs": S3fs,
     "boto3": Boto3,
@@ -195,10 +204,78 @@ def measure(options, bucket, paths, rounds, names):
             empty(options, bucket)
     nbytes = sum(path.stat().st_size for path in paths)
     rows = [row(name, runs[1:], nbytes) for name, runs in taken.items()]
-    best = max(row["mib_per_s"] for row in rows if row["system"] not in {OURS, "dcpsvc, MD5"})
+    best = max(row["mib_per_s"] for row in rows if not row["system"].startswith(OURS))
     for each in rows:
         each["of_best_peer"] = each["mib_per_s"] / best
     return rows + [{"system": name, "skipped": reason[:200]} for name, reason in skipped.items()]
+
+
+def half_unchanged(options, bucket, path, rounds, nbytes_per_s=None):
+    """The same file in full, and with its second half at the server already."""
+    from dcpsvc.storage.cargo import Earlier
+
+    system, nbytes = Ours(options, bucket, nbytes_per_s=nbytes_per_s), path.stat().st_size
+    system.put(path, "earlier")
+    earlier = Earlier("earlier", ((nbytes // 2, nbytes),))
+    taken = {"all is sent": [], "half is copied by the server": []}
+    for round_ in range(rounds + 1):
+        for name, known in zip(taken, (None, earlier), strict=True):
+            began = time.perf_counter()
+            system.put(path, f"{round_}", known)
+            taken[name].append(time.perf_counter() - began)
+            system.store.delete(f"{round_}")
+    medians = {name: statistics.median(runs[1:]) for name, runs in taken.items()}
+    whole = medians["all is sent"]
+    return [
+        {"system": name, "seconds": seconds, "mib_per_s": nbytes / MIB / seconds, "of_sending": seconds / whole}
+        for name, seconds in medians.items()
+    ]
+
+
+def training(systems, path, rounds):
+    """Steps a second of a loop of one thread, alone and beside uploads, by turns."""
+    loop, rows = Loop(), []
+    for name, system in systems.items():
+        ratios = []
+        for round_ in range(rounds):
+            alone = loop.steps_per_s()
+            over = threading.Event()
+            sender = threading.Thread(target=_upload_until, args=(system, path, over, round_))
+            sender.start()
+            beside = loop.steps_per_s()
+            over.set()
+            sender.join()
+            ratios.append(alone / beside)
+        rows.append({"system": name, "slower_by": statistics.median(ratios) - 1.0, "of_rounds": sorted(ratios)})
+    return rows
+
+
+def _upload_until(system, path, over, round_):
+    count = 0
+    while not over.is_set():
+        system.put(path, f"training-{round_}-{count % 2}")
+        count += 1
+
+
+class Loop:
+    """Steps of a small model, about 10 ms each."""
+
+    def __init__(self):
+        import torch
+
+        torch.set_num_threads(1)
+        self.model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8)))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.batch = torch.randn(64, 512)
+
+    def steps_per_s(self, seconds=4.0):
+        count, began = 0, time.perf_counter()
+        while (took := time.perf_counter() - began) < seconds:
+            self.model(self.batch).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            count += 1
+        return count / took
 
 
 def row(name, runs, nbytes):
@@ -212,6 +289,11 @@ def row(name, runs, nbytes):
 
 
 def draw(result, console):
+    for title, rows in result.get("beside", {}).items():
+        console.print(f"\n{title}")
+        for each in rows:
+            told = "  ".join(f"{name} {value:.2f}" for name, value in each.items() if isinstance(value, float))
+            console.print(f"{each['system']:30}{told}", highlight=False)
     for title, rows in result["settings"].items():
         console.print(f"\n{title}")
         console.print(f"{'system':26}{'MiB/s':>8}{'of the best other':>20}{'CPU s/GiB':>12}", highlight=False)
@@ -242,11 +324,28 @@ def main():
                 paths = make_files(folder, options.mib * MIB, count)
                 chosen = [name for name in names if count == 1 or name not in ONLY_WHOLE]
                 result["settings"][title] = measure(storage_options, bucket, paths, options.rounds, chosen)
+                if count == 1:
+                    result["beside"] = beside(storage_options, bucket, paths[0], options.rounds)
                 for path in paths:
                     path.unlink()
         write(options, result, functools.partial(draw, result))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def beside(options, bucket, path, rounds):
+    """What only concerns ours."""
+    try:
+        systems = {OURS: Ours(options, bucket), "dcpsvc, 64 MiB/s": Ours(options, bucket, nbytes_per_s=64 * MIB)}
+        if util.find_spec("boto3"):
+            systems["boto3"] = Boto3(options, bucket)
+        return {
+            "half unchanged": half_unchanged(options, bucket, path, rounds),
+            "half unchanged, over 64 MiB/s": half_unchanged(options, bucket, path, rounds, 64 * MIB),
+            "training while uploading": training(systems, path, rounds),
+        }
+    finally:
+        empty(options, bucket)
 
 
 def make_files(folder, nbytes, count):

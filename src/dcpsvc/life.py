@@ -29,6 +29,7 @@ from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.recovery import known_shard
 from dcpsvc.retention import Retention
 from dcpsvc.stages import ack, commit, upload
 from dcpsvc.state import dcp_quirks
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
     from dcpsvc.settling import OpenRun
+    from dcpsvc.storage.cargo import Carried
 
 T = TypeVar("T")
 
@@ -59,6 +61,7 @@ class Life:
         self._layouts: dict[str, bytes] = {}
         self.abandoned = threading.Event()
         self._previous: Save | None = None
+        self._committed: upload.Known | None = None
         self._replaced_by = ""
         self._sync = Meeting(options.sync_timeout_s)
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
@@ -238,22 +241,30 @@ class Life:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
         given_up = functools.partial(self._why_given_up, save)
-        replaced = self._within(functools.partial(self._carry, record, layout), given_up)  # one deadline for all of it
-        if replaced is not None:
-            return replaced
+        carried = self._within(functools.partial(self._carry, record, layout), given_up)  # one deadline for all of it
+        if isinstance(carried, RankFailure):
+            return carried
         save.pending.timings.upload_s = time.perf_counter() - began
-        self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s)
+        save.pending.timings.copied_nbytes = carried.copied_nbytes
+        detail = f"copied={carried.copied_nbytes}" if carried.copied_nbytes else ""
+        self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s, detail=detail)
         return record
 
-    def _carry(self, record: ShardRecord, layout: Any) -> RankFailure | None:
+    def _carry(self, record: ShardRecord, layout: Any) -> Carried | RankFailure:
         """This rank's files to the run root, unless that has another owner by now."""
         epoch, remote = self._run.settled.epoch, self._run.remote
         if self._job.coordinates and (theirs := fence.successor(remote, epoch)):
             return RankFailure(self._job.rank, "upload", FencedError.__name__, fence.replaced(epoch, theirs))
-        upload.upload_shard(remote, record, self._run.local_path / record.path)
+        carried = upload.upload_shard(remote, record, self._run.local_path / record.path, self._known())
         if self._job.coordinates:
             upload.put_layout(remote, layout)
-        return None
+        return carried
+
+    def _known(self) -> upload.Known | None:
+        """This rank's shard of the newest commit: retention lets that one stay."""
+        if self._committed is None and (newest := self.catalog.newest) is not None:
+            self._committed = known_shard(self._run, self.catalog.attempts[newest], self._job.rank)
+        return self._committed
 
     def _acked_remote(self, save: Save, manifest: Manifest | RankFailure) -> Manifest:
         """Every shard is durable and proven at the run root; nothing is a checkpoint yet."""
@@ -266,6 +277,7 @@ class Life:
 
     def _finish(self, save: Save, manifest: Manifest) -> None:
         self.catalog.add(manifest)
+        self._committed = upload.Known(manifest.shards[self._job.rank], [self._run.local])
         save.pending.timings.commit_lag_s = save.elapsed_s()
         detail = f"world_size={manifest.world_size} root={self._run.remote.url}"
         self._emit(Point.COMMITTED, save, nbytes=manifest.nbytes, seconds=save.elapsed_s(), detail=detail)

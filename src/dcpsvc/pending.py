@@ -24,6 +24,7 @@ class Timings:
         commit_lag_s: From the call to the commit.
         nbytes: Of the whole checkpoint, all ranks.
         shard_nbytes: Of this rank's shard.
+        copied_nbytes: Of it, what the run root copied from the checkpoint before instead of having it sent.
     """
 
     blocked_s: float = 0.0
@@ -36,6 +37,7 @@ class Timings:
     commit_lag_s: float = 0.0
     nbytes: int = 0
     shard_nbytes: int = 0
+    copied_nbytes: int = 0
 
 
 class PendingSave:

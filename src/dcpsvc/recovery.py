@@ -26,6 +26,7 @@ from dcpsvc.format.keys import Attempt
 from dcpsvc.format.manifest import LayoutRef
 from dcpsvc.ranks.rendezvous import RefusalError
 from dcpsvc.stages import commit, discover, retain, upload
+from dcpsvc.storage.base import copies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,17 @@ T = TypeVar("T")
 
 _OF_A_MEETING = 0.9
 """A rank that is too slow says so before the others take it for missing."""
+
+
+def known_shard(tiers: Tiers, attempt: Attempt, rank: int) -> upload.Known | None:
+    """A rank's shard of a checkpoint, to compare the next one with; None if that is no use, or nobody can say."""
+    if not copies(tiers.remote):
+        return None
+    for store in (tiers.local, tiers.remote):
+        with contextlib.suppress(FormatError, StoreError):
+            shards = discover.read_manifest(store, attempt).shards
+            return upload.Known(shards[rank], [tiers.local]) if rank < len(shards) else None
+    return None
 
 
 def holdings(tiers: Tiers) -> list[dict[str, Any]]:
@@ -73,14 +85,18 @@ def _journal(tiers: Tiers) -> dict[Attempt, int]:
 
 
 def plans(
-    held: Sequence[Sequence[dict[str, Any]]], candidates: Sequence[Attempt], world_size: int
+    held: Sequence[Sequence[dict[str, Any]]],
+    candidates: Sequence[Attempt],
+    world_size: int,
+    newest: Attempt | None = None,
 ) -> list[dict[str, Any]]:
-    """Who carries which shard of each candidate. Coordinator; pure.
+    """Who carries which shard of each candidate, and the commit it came after. Coordinator; pure.
 
     A rank carries its own shard if it sees it; the others are spread over those that see them. A shard that lies on no
     disk may be at the run root already: somebody looks.
     """
     made: list[dict[str, Any]] = []
+    before = list(newest) if newest else None
     for attempt in candidates:
         mine = [(rank, one) for rank, holding in enumerate(held) for one in holding if one["attempt"] == [*attempt]]
         journals = [(rank, one["world_size"]) for rank, one in mine if one["world_size"]]
@@ -91,7 +107,7 @@ def plans(
                     holders.setdefault(shard, []).append(rank)
             journal, size = journals[0]
             carriers = [_carrier(shard, holders.get(shard, []), world_size) for shard in range(size)]
-            made.append({"attempt": list(attempt), "journal": journal, "carriers": carriers})
+            made.append({"attempt": list(attempt), "journal": journal, "carriers": carriers, "newest": before})
     return made
 
 
@@ -137,7 +153,8 @@ class Recovery:
                 raise CorruptShardError(record.path, f"is no shard of {attempt}")
             if carrier == self._job.rank:
                 path = self._tiers.local_path / record.path
-                upload.ensure_shard(self._tiers.remote, record, path)
+                known = known_shard(self._tiers, Attempt(*plan["newest"]), record.rank) if plan["newest"] else None
+                upload.ensure_shard(self._tiers.remote, record, path, known)
         if plan["journal"] == self._job.rank:
             self._carry_layout(manifest.layout)
 

@@ -124,7 +124,7 @@ def _claim(job: Job, tiers: Tiers, held: list[list[dict[str, Any]]]) -> dict[str
     return {
         "epoch": list(epoch),
         "dead": [list(attempt) for attempt in sorted(dead)],
-        "plans": plans(held, newest_first, job.world_size),
+        "plans": plans(held, newest_first, job.world_size, max(committed, key=lambda one: one.step, default=None)),
     }
 
 

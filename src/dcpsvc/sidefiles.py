@@ -15,7 +15,6 @@ import secrets
 import socket
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -23,16 +22,16 @@ from typing import TYPE_CHECKING, TypeVar
 from dcpsvc.errors import CheckpointGoneError, ConfigError, FormatError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys, sidefiles
 from dcpsvc.policies import is_name
+from dcpsvc.storage.threads import each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.format.sidefiles import Pin
     from dcpsvc.storage.base import Store
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 logger = logging.getLogger("dcpsvc")
@@ -232,14 +231,6 @@ class SideFiles:
             logger.warning("a pin is damaged, and honoured all the same: %s", err)
             return what
         return _told(what, about)
-
-
-def each(work: Callable[[S], T], items: Sequence[S], at_once: int) -> list[T]:
-    """What ``work`` gives for each, in order, some at a time; the first error is raised."""
-    if at_once == 1 or len(items) <= 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(at_once, thread_name_prefix="dcpsvc-reader") as pool:
-        return list(pool.map(work, items))
 
 
 def _read_record(store: Store, key: str) -> Mapping[str, float] | None:

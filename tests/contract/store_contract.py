@@ -14,6 +14,7 @@ import pytest
 
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.storage.base import ProvingStore, read_into
+from dcpsvc.storage.cargo import Cargo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,7 +162,11 @@ class StoreContract:
         source, seen = local_file(tmp_path, self.big_nbytes), dict[int, bytes]()
         if not isinstance(store, ProvingStore):
             return
-        if store.put_proven("data/step/x", source, check=lambda begin, view: seen.update({begin: bytes(view)})):
+
+        def see(begin: int, view: memoryview) -> None:
+            seen[begin] = bytes(view)
+
+        if store.carry("data/step/x", Cargo(path=source, check=see)).proven:
             assert b"".join(seen[begin] for begin in sorted(seen)) == source.read_bytes()
             assert all(begin % MIB == 0 for begin in seen)
 
@@ -170,7 +175,7 @@ class StoreContract:
                     raise CorruptShardError("data/step/y", "rotted")
 
             with pytest.raises(CorruptShardError):
-                store.put_proven("data/step/y", source, check=fail)
+                store.carry("data/step/y", Cargo(path=source, check=fail))
         assert reopen().list("") == [("data/step/x", self.big_nbytes)]
 
     def test_an_object_that_is_not_there_is_not_found(self, store: Store) -> None:

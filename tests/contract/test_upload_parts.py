@@ -12,6 +12,7 @@ from store_contract import MIB, local_file
 from dcpsvc.config import Limits
 from dcpsvc.errors import CorruptShardError, StoreAccessError, StoreError, StoreUnavailableError
 from dcpsvc.stages.upload import upload_shard
+from dcpsvc.storage.cargo import Cargo, unchecked
 from dcpsvc.storage.objectstore import ObjectStore
 from dcpsvc.storage.open import open_store
 from tests.unit.one_shard import KEY, make_shard
@@ -46,8 +47,8 @@ def make(server: ScriptedS3) -> Make:
     return lambda **limits: ObjectStore("s3://bucket/run", server.options(), limits=small(**limits))
 
 
-def nothing(begin: int, view: memoryview) -> None:
-    """Any bytes will do."""
+def is_proven(store: ObjectStore, key: str, path: Path, check: Callable[[int, memoryview], None] = unchecked) -> bool:
+    return store.carry(key, Cargo(path=path, check=check)).proven
 
 
 def on_parts(server: ScriptedS3, fault: Fault, count: int) -> None:
@@ -68,7 +69,7 @@ def test_a_server_that_compares_checksums_is_believed(server: ScriptedS3, make: 
     source = local_file(tmp_path, SIZE)
     seen: list[tuple[int, int]] = []
     store = make()
-    assert store.put_proven("data/s/x", source, check=lambda begin, view: seen.append((begin, len(view)))) is True
+    assert is_proven(store, "data/s/x", source, lambda begin, view: seen.append((begin, len(view)))) is True
     assert server.objects == {"run/data/s/x": source.read_bytes()}
     assert sorted(seen) == [(at, min(5 * MIB, SIZE - at)) for at in range(0, SIZE, 5 * MIB)]
 
@@ -76,7 +77,7 @@ def test_a_server_that_compares_checksums_is_believed(server: ScriptedS3, make: 
 def test_a_server_that_ignores_checksums_is_not(server: ScriptedS3, make: Make, tmp_path: Path) -> None:
     server.compares_md5 = False
     source = local_file(tmp_path, SIZE)
-    assert make().put_proven("data/s/x", source, check=nothing) is False
+    assert is_proven(make(), "data/s/x", source) is False
     assert server.objects == {"run/data/s/x": source.read_bytes()}
 
 
@@ -116,7 +117,7 @@ def test_a_part_that_fails_in_passing_is_sent_again_and_the_others_are_not(
 ) -> None:
     source = local_file(tmp_path, SIZE)
     on_parts(server, fault, 2)
-    assert make().put_proven("data/s/x", source, check=nothing) is True
+    assert is_proven(make(), "data/s/x", source) is True
     assert server.objects == {"run/data/s/x": source.read_bytes()}
     parts = [line for line in server.requests if "partNumber" in line]
     assert len(parts) <= PARTS + 2
@@ -189,7 +190,7 @@ def test_a_completion_whose_answer_was_lost_counts(server: ScriptedS3, make: Mak
         handler.close_connection = True
 
     server.faults.extend([completes_and_dies] * 100)
-    assert make().put_proven("data/s/x", source, check=nothing) is True
+    assert is_proven(make(), "data/s/x", source) is True
     assert server.objects == {"run/data/s/x": source.read_bytes()}
     assert len([line for line in server.requests if line.startswith("POST") and "uploadId" in line]) == 2
 
@@ -225,5 +226,5 @@ def test_encryption_asked_for_is_sent_with_the_object(server: ScriptedS3, make: 
         handler.truthful()
 
     server.faults.extend([listens] * 100)
-    assert store.put_proven("data/s/x", local_file(tmp_path, SIZE), check=nothing) is True
+    assert is_proven(store, "data/s/x", local_file(tmp_path, SIZE)) is True
     assert asked == ["AES256"]

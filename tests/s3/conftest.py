@@ -21,8 +21,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 pytest.register_assert_rewrite("store_contract")
 
+from tests.s3.spoiling import Proxy  # noqa: E402
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SCRIPTS = Path(__file__).parent / "ceph"
 PORTS_BESIDE = (0, 1, 100, 101, 102, 103)
@@ -91,6 +93,43 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.stop("KILL")
         # 20 GB of a sparse file; pytest would keep three of them.
         shutil.rmtree(data)
+
+
+@pytest.fixture
+def between(s3_server: Server) -> Iterator[Proxy]:
+    with Proxy(s3_server.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def run_root(s3_server: Server) -> str:
+    return f"s3://{s3_server.bucket}/{uuid.uuid4().hex}/run"
+
+
+@pytest.fixture
+def options(s3_server: Server, between: Proxy) -> dict[str, object]:
+    return {
+        **s3_server.storage_options,
+        "endpoint_url": between.endpoint,
+        "config_kwargs": {"read_timeout": 2, "connect_timeout": 2},
+    }
+
+
+@pytest.fixture
+def truth(s3_server: Server, run_root: str) -> Callable[[], tuple[dict[str, bytes], int]]:
+    """What a stranger sees below the run root: objects, and unfinished uploads."""
+    client, prefix = s3_server.client(), run_root.removeprefix(f"s3://{s3_server.bucket}/") + "/"
+
+    def look() -> tuple[dict[str, bytes], int]:
+        found = client.list_objects_v2(Bucket=s3_server.bucket, Prefix=prefix).get("Contents", [])
+        objects = {
+            item["Key"].removeprefix(prefix): client.get_object(Bucket=s3_server.bucket, Key=item["Key"])["Body"].read()
+            for item in found
+        }
+        uploads = client.list_multipart_uploads(Bucket=s3_server.bucket, Prefix=prefix).get("Uploads", [])
+        return objects, len(uploads)
+
+    return look
 
 
 def empty_and_remove(server: Server) -> None:

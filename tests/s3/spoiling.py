@@ -22,7 +22,7 @@ class Proxy(ThreadingHTTPServer):
     """Passes every request on, unless :meth:`spoil` says otherwise.
 
     Attributes:
-        seen: Every request, as ``PUT /bucket/key?query``.
+        seen: Every request, as ``PUT /bucket/key?query``; one that copies ends in `` copy``.
         spoiled: Those that met a fault.
         body_nbytes: Of all bodies that came and went.
     """
@@ -72,6 +72,11 @@ class Proxy(ThreadingHTTPServer):
                     return entry[1]
         return None
 
+    def calm(self) -> None:
+        """Spoil nothing more."""
+        with self._lock:
+            self._plan.clear()
+
     @property
     def left(self) -> int:
         """Faults that nobody has met yet."""
@@ -86,7 +91,8 @@ class Spoiler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def handle_request(self) -> None:
-        fault = self.server.fault_for(f"{self.command} {self.path}")
+        copy = " copy" if self.headers.get("x-amz-copy-source") else ""
+        fault = self.server.fault_for(f"{self.command} {self.path}{copy}")
         (fault or passes)(self)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request  # noqa: N815  as http.server has it
@@ -147,6 +153,12 @@ def says(status: int, code: str) -> Fault:
     return fault
 
 
+def says_nothing(spoiler: Spoiler) -> None:
+    """As if all were well, with an empty answer: a server that does not know what it was asked for."""
+    spoiler.body()
+    spoiler.tell(200, [], b"")
+
+
 def resets_in_the_request(spoiler: Spoiler) -> None:
     """The connection breaks when half of the body has gone up."""
     spoiler.rfile.read(spoiler.length // 2)
@@ -176,6 +188,33 @@ def stalls(spoiler: Spoiler) -> None:
     spoiler.body()
     spoiler.server.over.wait(20)
     spoiler.close_connection = True
+
+
+def holds_until(free: threading.Event) -> Fault:
+    """Nothing comes back, and nothing goes on, until the event is set; then the connection ends."""
+
+    def fault(spoiler: Spoiler) -> None:
+        spoiler.body()
+        free.wait(60)
+        spoiler.close_connection = True
+
+    return fault
+
+
+def does_first(what: Callable[[], object]) -> Fault:
+    """Something happens at the server, then the request passes."""
+
+    def fault(spoiler: Spoiler) -> None:
+        what()
+        passes(spoiler)
+
+    return fault
+
+
+def tells_another_etag(spoiler: Spoiler) -> None:
+    """As servers do that encrypt: an ETag that is no checksum."""
+    status, headers, body = spoiler.ask(spoiler.body())
+    spoiler.tell(status, headers, re.sub(rb"[0-9a-f]{32}", b"0123456789abcdef" * 2, body))
 
 
 def ends_early(spoiler: Spoiler) -> None:

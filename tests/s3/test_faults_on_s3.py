@@ -22,17 +22,16 @@ from dcpsvc.storage.objectstore import ObjectStore
 from dcpsvc.storage.open import open_store
 from dcpsvc.storage.shards import VerifiedShard
 from tests.s3 import spoiling as faults
-from tests.s3.spoiling import Proxy
 from tests.unit.one_shard import KEY, make_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from conftest import Server
 
     from dcpsvc.storage.base import Store
-    from tests.s3.spoiling import Fault
+    from tests.s3.spoiling import Fault, Proxy
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 
@@ -40,26 +39,6 @@ PART = 5 * MIB
 CONTENT, RECORD = make_shard(4 * PART - 1000)
 PARTS = "^PUT .*partNumber"
 READS = "^GET .*rank-"
-
-
-@pytest.fixture
-def between(s3_server: Server) -> Iterator[Proxy]:
-    with Proxy(s3_server.endpoint) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def run_root(s3_server: Server) -> str:
-    return f"s3://{s3_server.bucket}/{uuid.uuid4().hex}/run"
-
-
-@pytest.fixture
-def options(s3_server: Server, between: Proxy) -> dict[str, object]:
-    return {
-        **s3_server.storage_options,
-        "endpoint_url": between.endpoint,
-        "config_kwargs": {"read_timeout": 2, "connect_timeout": 2},
-    }
 
 
 @pytest.fixture
@@ -73,23 +52,6 @@ def shard(tmp_path: Path) -> Path:
     path = tmp_path / "shard"
     path.write_bytes(CONTENT)
     return path
-
-
-@pytest.fixture
-def truth(s3_server: Server, run_root: str) -> Callable[[], tuple[dict[str, bytes], int]]:
-    """What a stranger sees below the run root: objects, and unfinished uploads."""
-    client, prefix = s3_server.client(), run_root.removeprefix(f"s3://{s3_server.bucket}/") + "/"
-
-    def look() -> tuple[dict[str, bytes], int]:
-        found = client.list_objects_v2(Bucket=s3_server.bucket, Prefix=prefix).get("Contents", [])
-        objects = {
-            item["Key"].removeprefix(prefix): client.get_object(Bucket=s3_server.bucket, Key=item["Key"])["Body"].read()
-            for item in found
-        }
-        uploads = client.list_multipart_uploads(Bucket=s3_server.bucket, Prefix=prefix).get("Uploads", [])
-        return objects, len(uploads)
-
-    return look
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,15 @@ KEY = Attempt(7, "cafe-0").shard(0)
 DOCUMENTS = {"sched": {"last_epoch": 7}, "rng@0": [1, 2, 3]}
 
 
-def make_shard(numel: int) -> tuple[bytes, ShardRecord]:
+def make_shard(numel: int, key: str = KEY, data: bytes | None = None) -> tuple[bytes, ShardRecord]:
+    """A file of one tensor, and its record; the step in the header is that of the key."""
     placement = shardfile.place([Piece("w", "U8", (numel,), (0,), (numel,))])
     objects = json.dumps(DOCUMENTS).encode()
-    body = shardfile.header(placement, len(objects), {}) + random.Random(0).randbytes(numel) + objects
+    head = shardfile.header(placement, len(objects), {"path": key})
+    body = head + (random.Random(0).randbytes(numel) if data is None else data) + objects
     table = digest.table(memoryview(body))
     content = body + table
-    record = ShardRecord(rank=0, path=KEY, nbytes=len(content), body_nbytes=len(body), digest=digest.digest(table))
+    record = ShardRecord(rank=0, path=key, nbytes=len(content), body_nbytes=len(body), digest=digest.digest(table))
     return content, record
 
 

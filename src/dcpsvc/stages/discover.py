@@ -21,6 +21,7 @@ from dcpsvc.errors import (
 from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
 from dcpsvc.sidefiles import SideFiles
+from dcpsvc.storage.threads import each
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -225,7 +226,7 @@ def listing(store: Store, notes: SideFiles | None = None, *, at_once: int = READ
     layouts = {entry.key: entry.nbytes for entry in store.list(keys.LAYOUTS)}
     manifests, fenced = _manifests(store)
     describe = functools.partial(_describe, store, sizes=sizes, layouts=layouts)
-    found = sidefiles.each(describe, manifests, at_once)
+    found = each(describe, manifests, at_once)
     metrics = notes.metrics({checkpoint.key: checkpoint.metrics for checkpoint in found})
     found = [replace(checkpoint, metrics=_shown(metrics[checkpoint.key])) for checkpoint in found]
     found += [_incomplete(attempt, "a newer job had taken the run root over", sizes) for attempt in fenced]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef
-from dcpsvc.storage.base import ProvingStore
+from dcpsvc.storage.base import carry, copies
+from dcpsvc.storage.cargo import Cargo
+from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.shards import LocalCheck, VerifiedShard
+from dcpsvc.storage.unchanged import unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,28 +19,37 @@ if TYPE_CHECKING:
 
     from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
+    from dcpsvc.storage.cargo import Carried
 
 
-def upload_shard(store: Store, record: ShardRecord, path: Path) -> None:
+class Known(NamedTuple):
+    """A committed shard that may have much in common with the next one.
+
+    Attributes:
+        record: What its manifest says about it.
+        nearer: Where its block table may be read before the run root is asked.
+    """
+
+    record: ShardRecord
+    nearer: Sequence[Store]
+
+
+def upload_shard(store: Store, record: ShardRecord, path: Path, known: Known | None = None) -> Carried:
     """Put the file under its key. Durable and proven when this returns.
 
     Every block is compared with the record before it is sent, and every part by the server when it arrives; what no
-    server has compared is read back once.
+    server has compared is read back once. What is unchanged since ``known`` the server may copy, with the same proof:
+    the new shard stands by itself.
 
     Raises:
         StoreError: The store does not take it.
         CorruptShardError: The file, or what the store gives back, is not what was written.
     """
-    if isinstance(store, ProvingStore):
-        if store.put_proven(record.path, path, check=LocalCheck(record, path)):
-            return
-    else:
-        store.put_file(record.path, path)
-    VerifiedShard([store], record).verify()
+    return _carry(store, record, path, known)
 
 
-def ensure_shard(store: Store, record: ShardRecord, path: Path) -> None:
-    """Like :func:`upload_shard`, but sends nothing if the whole shard is there already.
+def ensure_shard(store: Store, record: ShardRecord, path: Path, known: Known | None = None) -> None:
+    """Like :func:`upload_shard`, but sends nothing if the whole shard is there already, and no part that is there.
 
     Raises:
         StoreError: The store does not take it, or the file is neither there nor here.
@@ -49,7 +61,19 @@ def ensure_shard(store: Store, record: ShardRecord, path: Path) -> None:
             return
     except (StoreNotFoundError, CorruptShardError):  # not there, or not whole
         pass
-    upload_shard(store, record, path)
+    _carry(store, record, path, known, may_have_begun=True)
+
+
+def _carry(
+    store: Store, record: ShardRecord, path: Path, known: Known | None, *, may_have_begun: bool = False
+) -> Carried:
+    check, earlier = LocalCheck(record, path), None
+    if known and copies(store):
+        earlier = unchanged(record, check.table(), known.record, [*known.nearer, store])
+    carried = carry(store, record.path, Cargo(path=path, check=check, earlier=earlier, may_have_begun=may_have_begun))
+    if not carried.proven:
+        VerifiedShard([store], record).verify()
+    return carried
 
 
 def put_layout(store: Store, data: bytes) -> LayoutRef:
@@ -59,16 +83,14 @@ def put_layout(store: Store, data: bytes) -> LayoutRef:
         CorruptShardError: What the store gives back is not what was sent.
     """
     reference = LayoutRef(digest=digest(data), nbytes=len(data))
+    if holds(store, reference.path, data):
+        return reference
     store.create(reference.path, data)
-    if not _holds(store, reference, data):
+    if not holds(store, reference.path, data):
         store.put(reference.path, data)
-        if not _holds(store, reference, data):
+        if not holds(store, reference.path, data):
             raise CorruptShardError(reference.path, "does not read back as it was written")
     return reference
-
-
-def _holds(store: Store, reference: LayoutRef, data: bytes) -> bool:
-    return store.size(reference.path) == len(data) and store.read(reference.path, 0, len(data)) == data
 
 
 def discard(stores: Sequence[Store], key: str) -> None:

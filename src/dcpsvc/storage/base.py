@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from dcpsvc.storage.cargo import Carried
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from dcpsvc.storage.cargo import Cargo
 T = TypeVar("T")
 
 STREAM_NBYTES = 1 << 20
@@ -97,25 +100,8 @@ class Store(Protocol):
 class ProvingStore(Protocol):
     """A store whose server may compare checksums of its own with those that came with the bytes."""
 
-    def put_proven(
-        self,
-        key: str,
-        path: Path,
-        *,
-        check: Callable[[int, memoryview], None],
-        progress: Callable[[int], None] | None = None,
-    ) -> bool:
-        """Like :meth:`Store.put_file`; True if the server has proven that it holds the bytes that ``check`` has seen.
-
-        After False nothing is known: read it back.
-
-        Args:
-            key: Where to.
-            path: A file that nobody changes meanwhile.
-            check: Called with the offset and the bytes of each part before they are sent, from any thread; raises if
-                they are not what they should be. Parts begin at multiples of a MiB.
-            progress: As there.
-        """
+    def carry(self, key: str, cargo: Cargo) -> Carried:
+        """Like :meth:`Store.put_file`, and says how it got there and whether that is proven."""
         ...
 
 
@@ -160,6 +146,19 @@ def read_rest(store: Store, key: str, begin: int, *, max_nbytes: int) -> tuple[i
         return store.read_rest(key, begin, max_nbytes=max_nbytes)
     nbytes = store.size(key)
     return nbytes, store.read(key, begin, nbytes) if 0 < nbytes - begin <= max_nbytes else b""
+
+
+def carry(store: Store, key: str, cargo: Cargo) -> Carried:
+    """See :class:`ProvingStore`; on a store that proves nothing, :meth:`Store.put_file`."""
+    if isinstance(store, ProvingStore):
+        return store.carry(key, cargo)
+    store.put_file(key, cargo.path, progress=cargo.progress)
+    return Carried(proven=False)
+
+
+def copies(store: Store) -> bool:
+    """Whether :class:`~dcpsvc.storage.cargo.Earlier` objects are of any use to it."""
+    return bool(getattr(store, "copies", False))
 
 
 def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -> None:

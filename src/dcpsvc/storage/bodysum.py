@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import zlib
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 class BodySum(Protocol):
     """One kind of checksum."""
 
+    field: str
+    """Where answers have it, in botocore's words; empty: nowhere."""
+
     upload: Mapping[str, str]
-    """What to say about it when a multipart upload begins, in botocore's words."""
+    """What to say about it when a multipart upload begins, likewise."""
 
     def of(self, body: Buffer) -> str:
         """The checksum, as the server wants to hear it."""
@@ -43,6 +47,7 @@ class BodySum(Protocol):
 class Md5:
     """``Content-MD5``: checked by every server, and half a core for each 300 MiB/s."""
 
+    field = ""
     upload: Mapping[str, str] = {}
 
     def of(self, body: Buffer) -> str:
@@ -68,19 +73,22 @@ class Md5:
         return {}
 
 
-class Crc32c:
-    """``x-amz-checksum-crc32c``: costs next to nothing, where the server compares it (AWS, Ceph from 20 on)."""
+class Crc:
+    """``x-amz-checksum-crc32`` and its kin: cheap, where the server compares it (AWS, Ceph from 20 on).
 
-    upload: Mapping[str, str] = {"ChecksumAlgorithm": "CRC32C"}
+    Args:
+        name: As S3 calls it.
+        crc: Of bytes, continued from that of the bytes before.
+    """
 
-    def __init__(self) -> None:
-        # By name: it is an extra, and published without types.
-        self._crc: Any = import_module("crc32c").crc32c
+    def __init__(self, name: str, crc: Callable[[Buffer, int], int]) -> None:
+        self.field, self._name, self._crc = f"Checksum{name}", name, crc
+        self.upload: Mapping[str, str] = {"ChecksumAlgorithm": name}
         self._shifts: dict[int, list[int]] = {}
 
     def of(self, body: Buffer) -> str:
         """See :class:`BodySum`."""
-        return _text(int(self._crc(body)).to_bytes(4, "big"))
+        return _text(self._crc(body, 0).to_bytes(4, "big"))
 
     def parameters(self, value: str) -> dict[str, str]:
         """See :class:`BodySum`."""
@@ -88,20 +96,20 @@ class Crc32c:
 
     def headers(self, value: str) -> dict[str, str]:
         """See :class:`BodySum`."""
-        return {"x-amz-checksum-crc32c": value, "x-amz-sdk-checksum-algorithm": "CRC32C"}
+        return {f"x-amz-checksum-{self._name.lower()}": value, "x-amz-sdk-checksum-algorithm": self._name}
 
     def listed(self, value: str) -> dict[str, str]:
         """See :class:`BodySum`."""
-        return {"ChecksumCRC32C": value}
+        return {self.field: value}
 
     def whole(self, parts: Sequence[tuple[str, int]]) -> Mapping[str, frozenset[str]]:
         """See :class:`BodySum`: of all bytes, or of the checksums of the parts. Servers differ."""
         values = [base64.b64decode(value) for value, _ in parts]
-        composite = f"{_text(int(self._crc(b''.join(values))).to_bytes(4, 'big'))}-{len(parts)}"
+        composite = f"{_text(self._crc(b''.join(values), 0).to_bytes(4, 'big'))}-{len(parts)}"
         total = 0
         for value, (_, nbytes) in zip(values, parts, strict=True):
             total = self._append(total, int.from_bytes(value, "big"), nbytes)
-        return {"ChecksumCRC32C": frozenset({composite, _text(total.to_bytes(4, "big"))})}
+        return {self.field: frozenset({composite, _text(total.to_bytes(4, "big"))})}
 
     def _append(self, first: int, second: int, nbytes: int) -> int:
         """The checksum of two pieces from those of each, where the second has ``nbytes``."""
@@ -112,7 +120,7 @@ class Crc32c:
     def _shift(self, nbytes: int) -> list[int]:
         """What that many zeros do to a checksum: linear, so a matrix of bits, one number a column."""
         result = [1 << bit for bit in range(32)]
-        power = [int(self._crc(b"\0", column)) ^ int(self._crc(b"\0", 0)) for column in result]
+        power = [self._crc(b"\0", column) ^ self._crc(b"\0", 0) for column in result]
         while nbytes:
             if nbytes & 1:
                 result = [_times(power, column) for column in result]
@@ -130,9 +138,20 @@ def _times(matrix: list[int], vector: int) -> int:
     return total
 
 
+def crc32() -> Crc:
+    """Of the standard library."""
+    return Crc("CRC32", zlib.crc32)
+
+
+def crc32c() -> Crc:
+    """By an instruction of the processor; the package is an extra, and published without types."""
+    module: Any = import_module("crc32c")
+    return Crc("CRC32C", module.crc32c)
+
+
 def candidates() -> list[BodySum]:
     """Kinds that can be computed here, cheapest first."""
-    return [Crc32c(), Md5()] if util.find_spec("crc32c") else [Md5()]
+    return [crc32c() if util.find_spec("crc32c") else crc32(), Md5()]
 
 
 def _text(value: bytes) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from dcpsvc.config import Limits
 from dcpsvc.errors import StoreNotFoundError, StoreUnavailableError
 from dcpsvc.storage.base import Entry
+from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.names import check_key, check_prefix, is_temp, redact
 from dcpsvc.storage.oserror import local_file_error
@@ -20,6 +22,8 @@ from dcpsvc.storage.wire import open_wire
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
+
+    from dcpsvc.storage.cargo import Carried
 
 
 class ObjectStore:
@@ -63,6 +67,11 @@ class ObjectStore:
         """Whether the protocol can do it; only a probe can tell whether the server does (Swift's S3 does not)."""
         return self._wire.atomic_create
 
+    @property
+    def copies(self) -> bool:
+        """Whether the protocol can copy a part of one object into another."""
+        return self._wire.copies
+
     def create(self, key: str, data: bytes) -> bool:
         """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`; at most 32 MiB."""
         path = self._path("create", key)
@@ -78,27 +87,19 @@ class ObjectStore:
 
     def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
         """See :meth:`Store.put_file <dcpsvc.storage.base.Store.put_file>`."""
-        self.put_proven(key, path, check=_unchecked, progress=progress)
+        self.carry(key, Cargo(path=path, progress=progress))
 
-    def put_proven(
-        self,
-        key: str,
-        path: Path,
-        *,
-        check: Callable[[int, memoryview], None],
-        progress: Callable[[int], None] | None = None,
-    ) -> bool:
-        """See :meth:`ProvingStore.put_proven <dcpsvc.storage.base.ProvingStore.put_proven>`."""
+    def carry(self, key: str, cargo: Cargo) -> Carried:
+        """See :meth:`ProvingStore.carry <dcpsvc.storage.base.ProvingStore.carry>`."""
         target, where = self._path("put_file", key), self._where(key)
-        nbytes = _local_size(where, path)
-        sent = _Sent(progress)
+        nbytes = _local_size(where, cargo.path)
+        if earlier := cargo.earlier:
+            cargo = replace(cargo, earlier=earlier._replace(key=self._path("put_file", earlier.key)))
         with self._translated("put_file", key):
-            proven = self._wire.put_file(target, path, nbytes, sent.upto, check)
-        if not proven:
+            carried = self._wire.put_file(target, cargo, nbytes)
+        if not carried.proven:
             check_length("put_file", where, self._size("put_file", key), nbytes)
-        # Some file systems copy without reporting anything.
-        sent.upto(nbytes)
-        return proven
+        return carried
 
     def get(self, key: str, *, max_nbytes: int) -> bytes:
         """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""
@@ -210,22 +211,6 @@ class ObjectStore:
 def _cut_short(operation: str, where: str, found: int, wanted: int) -> StoreUnavailableError:
     """The object has the bytes, and the answer had not."""
     return StoreUnavailableError(operation, where, f"{found} bytes came where {wanted} were expected")
-
-
-def _unchecked(begin: int, view: memoryview) -> None:
-    """Any bytes will do."""
-
-
-class _Sent:
-    """Turns "so many bytes are gone" into "so many more"."""
-
-    def __init__(self, progress: Callable[[int], None] | None) -> None:
-        self._progress, self._nbytes = progress, 0
-
-    def upto(self, nbytes: int) -> None:
-        more, self._nbytes = nbytes - self._nbytes, max(nbytes, self._nbytes)
-        if self._progress and more > 0:
-            self._progress(more)
 
 
 def _local_size(where: str, path: Path) -> int:

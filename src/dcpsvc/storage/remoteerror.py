@@ -62,6 +62,20 @@ _CODES: dict[str, tuple[type[StoreError], str]] = {
     "AuthorizationHeaderMalformed": (StoreError, "the server expects another region; set region_name"),
 }
 
+_DENIED = frozenset({"", "AccessDenied", "403"})
+_NEEDS = {
+    "create": "s3:PutObject",
+    "put": "s3:PutObject, and no policy that forbids plain overwriting",
+    "put_file": "s3:PutObject and s3:AbortMultipartUpload",
+    "get": "s3:GetObject, and s3:ListBucket to hear that an object is missing",
+    "read": "s3:GetObject, and s3:ListBucket to hear that an object is missing",
+    "size": "s3:GetObject, and s3:ListBucket to hear that an object is missing",
+    "list": "s3:ListBucket",
+    "delete": "s3:DeleteObject",
+    "remove_unfinished": "s3:ListBucketMultipartUploads and s3:AbortMultipartUpload",
+}
+"""What an operation takes on S3, for whoever may not do it."""
+
 _STATUSES: dict[int, tuple[type[StoreError], str]] = {
     401: (StoreAccessError, "the server wants other credentials"),
     403: (StoreAccessError, "access denied; these credentials may not do that here"),
@@ -84,7 +98,7 @@ _TYPES: dict[str, tuple[type[StoreError], str]] = {
     "ProfileNotFound": (StoreAccessError, "the named credentials profile does not exist"),
     "CredentialRetrievalError": (StoreAccessError, "the credentials cannot be fetched"),
     "SSLError": (StoreError, "the server's certificate is not trusted, or it does not speak TLS"),
-    "EndpointConnectionError": (StoreUnavailableError, "the endpoint cannot be reached"),
+    "EndpointConnectionError": (StoreUnavailableError, "the endpoint cannot be reached; is endpoint_url right?"),
     "ConnectTimeoutError": (StoreUnavailableError, "the endpoint did not accept a connection in time"),
     "ProxyConnectionError": (StoreUnavailableError, "the proxy cannot be reached"),
     "ReadTimeoutError": (StoreUnavailableError, "the server did not answer in time"),
@@ -112,6 +126,9 @@ def from_remote_error(operation: str, where: str, err: Exception, secrets: Itera
         return err
     if meaning := _meaning(err):
         kind, reason = meaning
+        answer = answer_of(err)
+        if where.startswith("s3") and kind is StoreAccessError and answer and answer.code in _DENIED:
+            reason = f"{reason}; it takes {_NEEDS.get(operation, 'a right they lack')}"
         return kind(operation, where, reason)
     if isinstance(err, OSError):
         return from_os_error(operation, where, err)

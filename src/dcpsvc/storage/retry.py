@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import ProvingStore, read_into, read_rest, stream
+from dcpsvc.storage.base import carry, copies, read_into, read_rest, stream
+from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dcpsvc.storage.base import Entry, Store
+    from dcpsvc.storage.cargo import Carried
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -102,6 +105,11 @@ class RetryingStore:
         """The inner store's, if it has such a thing."""
         return bool(getattr(self._store, "cached", False))
 
+    @property
+    def copies(self) -> bool:
+        """Likewise."""
+        return copies(self._store)
+
     def create(self, key: str, data: bytes) -> bool:
         """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`.
 
@@ -125,24 +133,12 @@ class RetryingStore:
 
     def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
         """See :meth:`Store.put_file <dcpsvc.storage.base.Store.put_file>`; no byte is reported twice."""
-        reported = _Reported(progress)
-        self._retry.run(lambda: self._store.put_file(key, path, progress=reported.attempt()))
+        self.carry(key, Cargo(path=path, progress=progress))
 
-    def put_proven(
-        self,
-        key: str,
-        path: Path,
-        *,
-        check: Callable[[int, memoryview], None],
-        progress: Callable[[int], None] | None = None,
-    ) -> bool:
-        """See :meth:`ProvingStore.put_proven <dcpsvc.storage.base.ProvingStore.put_proven>`."""
-        store = self._store
-        if not isinstance(store, ProvingStore):
-            self.put_file(key, path, progress=progress)
-            return False
-        reported = _Reported(progress)
-        return self._retry.run(lambda: store.put_proven(key, path, check=check, progress=reported.attempt()))
+    def carry(self, key: str, cargo: Cargo) -> Carried:
+        """See :meth:`ProvingStore.carry <dcpsvc.storage.base.ProvingStore.carry>`."""
+        reported = _Reported(cargo.progress)
+        return self._retry.run(lambda: carry(self._store, key, replace(cargo, progress=reported.attempt())))
 
     def get(self, key: str, *, max_nbytes: int) -> bytes:
         """See :meth:`Store.get <dcpsvc.storage.base.Store.get>`."""

@@ -16,22 +16,22 @@ from dcpsvc.storage.names import temp_name
 from dcpsvc.storage.pace import Pace
 from dcpsvc.storage.remoteerror import answer_of, from_remote_error
 from dcpsvc.storage.retry import Retry
+from dcpsvc.storage.s3control import CONTROL_S, Control
 from dcpsvc.storage.wire import BlobWire, files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
-    from pathlib import Path
 
     from dcpsvc.config import Limits
     from dcpsvc.storage.bodysum import BodySum
+    from dcpsvc.storage.cargo import Cargo, Carried
 
-_CALL_S = 180.0
-"""No S3 call may take longer, not even with a server that accepts a connection and then says nothing."""
 _SLOWEST_NBYTES_PER_S = 2**20
 _MAX_CREATE_NBYTES = 32 * 2**20
 _PRECONDITION_FAILED = 412
 _NO_SUCH_RANGE = 416
+_REFUSED = frozenset({400, 401, 403})
 _CONNECTIONS = 32
 _ENDLESS = 10**9
 
@@ -75,6 +75,7 @@ class S3Wire(BlobWire):
     """Conditional PUT, one LIST a listing, parts that the server proves, and a limit on every call."""
 
     atomic_create = True
+    copies = True
 
     def __init__(self, fs: Any, options: Mapping[str, Any], limits: Limits, stop: threading.Event) -> None:
         super().__init__(fs)
@@ -90,6 +91,7 @@ class S3Wire(BlobWire):
         endpoint = options.get("endpoint_url") or client.get("endpoint_url")
         extra = {*(options.get("s3_additional_kwargs") or {}), *(fs.req_kw or {})}
         self._extra = bool(extra)
+        self._control = Control(fs)
         self._direct: Direct | None = None
         if not extra & _ONLY_BY_S3FS:
             self._direct = Direct(fs, options["config_kwargs"], endpoint_url=endpoint, verify=client.get("verify"))
@@ -108,24 +110,14 @@ class S3Wire(BlobWire):
             raise
         return True
 
-    def put_file(
-        self,
-        path: str,
-        source: Path,
-        nbytes: int,
-        sent: Callable[[int], None],
-        check: Callable[[int, memoryview], None],
-    ) -> bool:
+    def put_file(self, path: str, cargo: Cargo, nbytes: int) -> Carried:
         """See :class:`Wire`."""
         # What is said about a new object (encryption, storage class) s3fs adds, and not to a signed URL.
         if self._direct is None or (self._extra and nbytes <= self._limits.part_nbytes):
-            return super().put_file(path, source, nbytes, sent, check)
+            return super().put_file(path, cargo, nbytes)
         checksum = self._proving(self._direct, path)
         retry = functools.partial(Retry, tries=_ENDLESS, deadline_s=self._limits.patience_s, stop=self._stop)
-        Sender(self._fs, self._direct, self._pace, self._limits, retry, checksum).send(
-            path, source, nbytes, sent, check
-        )
-        return checksum is not None
+        return Sender(self._control, self._direct, self._pace, self._limits, retry, checksum).send(path, cargo, nbytes)
 
     def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
         """See :class:`Wire`."""
@@ -149,6 +141,19 @@ class S3Wire(BlobWire):
                 return self.size(path), b""
             raise
 
+    def size(self, path: str) -> int:
+        """See :class:`Wire`."""
+        try:
+            return super().size(path)
+        except FileNotFoundError:
+            raise
+        except Exception as err:
+            # The answer to a HEAD has no body, so it cannot say why; that to a GET has one.
+            answer = answer_of(err)
+            if answer and answer.status in _REFUSED:
+                self._fs.cat_file(path, start=0, end=1, **self._within(0))
+            raise
+
     def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
         """See :class:`Wire`; here FileNotFoundError means that there is no such bucket, so it is raised."""
         if prefix:
@@ -159,20 +164,10 @@ class S3Wire(BlobWire):
 
     def remove_unfinished(self, root: str, before: str) -> None:
         """See :class:`Wire`: multipart uploads below the run root that began before that object was written."""
-        bucket, _, prefix = f"{root}/".partition("/")
-        limit: datetime = self._call("head_object", Bucket=bucket, Key=before.partition("/")[2])["LastModified"]
-        for upload in self._unfinished(bucket, prefix):
+        limit: datetime = self._control.head(before)["LastModified"]
+        for upload in self._control.unfinished(f"{root}/"):
             if upload["Initiated"] < limit:
-                self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-
-    def _unfinished(self, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
-        marker: dict[str, str] = {}
-        while True:
-            page = self._call("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
-            yield from page.get("Uploads") or []
-            if not page.get("IsTruncated"):
-                return
-            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                self._control.abort(f"{root.partition('/')[0]}/{upload['Key']}", str(upload["UploadId"]))
 
     def _proving(self, direct: Direct, path: str) -> BodySum | None:
         """The cheapest checksum that this server compares; found out once."""
@@ -196,8 +191,5 @@ class S3Wire(BlobWire):
         self._fs.rm_file(place, **self._within(0))
         return False
 
-    def _call(self, operation: str, **parameters: object) -> Any:
-        return self._fs.call_s3(operation, **parameters, **self._within(0))
-
     def _within(self, nbytes: int) -> dict[str, Any]:
-        return {"timeout": _CALL_S + nbytes / _SLOWEST_NBYTES_PER_S}
+        return {"timeout": CONTROL_S + nbytes / _SLOWEST_NBYTES_PER_S}

@@ -179,14 +179,20 @@ class LocalCheck:
         Raises:
             CorruptShardError: They are not what was written.
         """
-        body, table = view[: max(self._record.body_nbytes - begin, 0)], self._known_table()
+        body, table = view[: max(self._record.body_nbytes - begin, 0)], self.table()
         if bad := digest.mismatches([body], begin // BLOCK_NBYTES, table):
             raise CorruptShardError(self._record.path, f"block {bad[0]} of {self._path} does not match its checksum")
         at = begin + len(body) - self._record.body_nbytes
         if bytes(view[len(body) :]) != table[at : at + len(view) - len(body)]:
             raise CorruptShardError(self._record.path, f"the block table of {self._path} changed while it was read")
 
-    def _known_table(self) -> bytes:
+    def table(self) -> bytes:
+        """The file's block table, proven by the record.
+
+        Raises:
+            CorruptShardError: It is not what was written.
+            StoreError: The file cannot be read.
+        """
         with self._lock:
             if not self._table:
                 try:

@@ -12,14 +12,15 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from dcpsvc.storage.cargo import Carried
 from dcpsvc.storage.names import temp_name
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from dcpsvc.config import Limits
+    from dcpsvc.storage.cargo import Cargo
 
 _S3 = frozenset({"s3", "s3a"})
 _WHOLE_PUT = frozenset({"abfs", "abfss", "adl", "az", "gcs", "gs", "oci", "oss", "tos"})
@@ -30,6 +31,7 @@ class Wire(Protocol):
     """What an object store needs of an fsspec file system. Every method may raise anything."""
 
     atomic_create: bool
+    copies: bool
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a new object; False if there is one."""
@@ -39,25 +41,13 @@ class Wire(Protocol):
         """Write an object, all or nothing."""
         ...
 
-    def put_file(
-        self,
-        path: str,
-        source: Path,
-        nbytes: int,
-        sent: Callable[[int], None],
-        check: Callable[[int, memoryview], None],
-    ) -> bool:
+    def put_file(self, path: str, cargo: Cargo, nbytes: int) -> Carried:
         """Write a file's bytes, all or nothing.
 
         Args:
             path: Where to.
-            source: The file.
+            cargo: The file; ``earlier`` names a path.
             nbytes: Its size.
-            sent: Hears how many bytes are gone in total.
-            check: See :meth:`ProvingStore.put_proven <dcpsvc.storage.base.ProvingStore.put_proven>`.
-
-        Returns:
-            Whether the server has proven that it has the bytes that ``check`` has seen.
         """
         ...
 
@@ -117,6 +107,7 @@ class BlobWire:
     """Objects that appear whole when their upload ends: no directories, no renames."""
 
     atomic_create = False
+    copies = False
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -134,18 +125,12 @@ class BlobWire:
         """See :class:`Wire`."""
         self._fs.pipe_file(path, data, **self._within(len(data)))
 
-    def put_file(
-        self,
-        path: str,
-        source: Path,
-        nbytes: int,
-        sent: Callable[[int], None],
-        check: Callable[[int, memoryview], None],
-    ) -> bool:
+    def put_file(self, path: str, cargo: Cargo, nbytes: int) -> Carried:
         """See :class:`Wire`; proves nothing."""
-        del check
-        self._fs.put_file(str(source), path, callback=_callback(sent), **self._within(nbytes))
-        return False
+        sent = _Sent(cargo.progress)
+        self._fs.put_file(str(cargo.path), path, callback=_callback(sent.upto), **self._within(nbytes))
+        sent.upto(nbytes)  # some copy without reporting anything
+        return Carried(proven=False)
 
     def read(self, path: str, begin: int, end: int) -> bytes:
         """See :class:`Wire`."""
@@ -202,17 +187,10 @@ class FileWire(BlobWire):
         with self._aside(path) as temp:
             self._fs.pipe_file(temp, data)
 
-    def put_file(
-        self,
-        path: str,
-        source: Path,
-        nbytes: int,
-        sent: Callable[[int], None],
-        check: Callable[[int, memoryview], None],
-    ) -> bool:
+    def put_file(self, path: str, cargo: Cargo, nbytes: int) -> Carried:
         """See :class:`Wire`."""
         with self._aside(path) as temp:
-            return super().put_file(temp, source, nbytes, sent, check)
+            return super().put_file(temp, cargo, nbytes)
 
     def read(self, path: str, begin: int, end: int) -> bytes:
         """See :class:`Wire`."""
@@ -272,6 +250,18 @@ def files(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
     for name, info in found.items():
         if info["type"] != "directory":
             yield name, int(info["size"])
+
+
+class _Sent:
+    """Turns "so many bytes are gone" into "so many more"."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress, self._nbytes = progress, 0
+
+    def upto(self, nbytes: int) -> None:
+        more, self._nbytes = nbytes - self._nbytes, max(nbytes, self._nbytes)
+        if self._progress and more > 0:
+            self._progress(more)
 
 
 def _callback(sent: Callable[[int], None]) -> object:
