@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from dcpsvc.commandline import checking, exporting, looking, mending, noting
+from dcpsvc.commandline import checking, clearing, exporting, looking, mending, noting
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     EXIT_NOT_LIVE,
@@ -62,6 +62,7 @@ for _command in (
     mending.promote_command,
     noting.pin_command,
     noting.unpin_command,
+    clearing.gc_command,
 ):
     cli.add_command(_command)
 

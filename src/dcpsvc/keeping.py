@@ -3,10 +3,10 @@
 ::
 
     notes = SideFiles(store)
-    found = discover.listing(store, notes)
+    found = discover.look(store, notes)
     plan = keeping.plan(store, found, notes)
-    for checkpoint in found:
-        print(checkpoint.step, plan.keep.get(checkpoint.key) or plan.remove.get(checkpoint.key, ""))
+    for one in found:
+        print(one.checkpoint.step, plan.keep.get(one.checkpoint.key) or plan.remove.get(one.checkpoint.key, ""))
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.policies import Keep
     from dcpsvc.sidefiles import SideFiles
-    from dcpsvc.stages.discover import Checkpoint
+    from dcpsvc.stages.discover import Seen
     from dcpsvc.storage.base import Store
 
 logger = logging.getLogger("dcpsvc")
@@ -59,17 +59,17 @@ class Plan:
 
 def plan(
     store: Store,
-    checkpoints: Sequence[Checkpoint],
+    found: Sequence[Seen],
     notes: SideFiles,
     rule: Keep | None = None,
     *,
     now_s: float | None = None,
 ) -> Plan:
-    """Why each of ``checkpoints`` is there. What the live job has in use beside that, only the job knows.
+    """Why each checkpoint is there. What the live job has in use beside that, only the job knows.
 
     Args:
         store: The run root.
-        checkpoints: As :func:`~dcpsvc.stages.discover.listing` gave them; what is no checkpoint is left out.
+        found: As :func:`~dcpsvc.stages.discover.look` gave them; what is no checkpoint is left out.
         notes: As the listing used it.
         rule: None takes what the newest start of the job has recorded; a policy that cannot be read back keeps all.
         now_s: Seconds since 1970; None is now.
@@ -77,9 +77,16 @@ def plan(
     text, known = (str(rule), rule) if rule is not None else recorded(store)
     pins = notes.pins(time.time() if now_s is None else now_s)
     commits = [
-        Commit(step=c.step, key=c.key, created=c.created, metrics=c.metrics, pins=pins.get(c.key, ()))
-        for c in checkpoints
-        if c.state == "committed"
+        Commit(
+            step=one.checkpoint.step,
+            key=one.checkpoint.key,
+            created=one.checkpoint.created,
+            metrics=one.checkpoint.metrics,
+            pins=pins.get(one.checkpoint.key, ()),
+            needs=needs(one.manifest),
+        )
+        for one in found
+        if one.counts and one.manifest is not None
     ]
     decision = decide(known or Everything(), commits, protected={})
     if known is None:
@@ -105,7 +112,7 @@ def commits_of(manifests: Sequence[Manifest], notes: SideFiles, now_s: float) ->
             created=datetime.fromisoformat(found.created),
             metrics=metrics[found.key],
             pins=pins.get(found.key, ()),
-            needs=_needs(found),
+            needs=needs(found),
         )
         for found in manifests
     ]
@@ -133,7 +140,7 @@ def _recorded(store: Store) -> list[Epoch]:
     return [epoch for entry in store.list(keys.POLICIES) if (epoch := keys.policy_of(entry.key)) is not None]
 
 
-def _needs(found: Manifest) -> frozenset[Hashable]:
+def needs(found: Manifest) -> frozenset[Attempt]:
     """Other checkpoints in whose folders files of this one lie."""
     owners = {keys.attempt_of(shard.path) for shard in found.shards if not shard.path.startswith(found.key.data)}
     return frozenset(owner for owner in owners if owner is not None)

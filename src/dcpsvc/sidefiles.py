@@ -159,6 +159,7 @@ def forget(store: Store, attempt: Attempt) -> None:
     for prefix in (attempt.metrics, attempt.pins):
         for entry in store.list(prefix):
             store.delete(entry.key)
+    store.delete(attempt.lineage)
 
 
 def beside(store: Store) -> set[Attempt]:

@@ -81,10 +81,14 @@ class Store(Protocol):
         """Remove an object, durably; no error where there is none."""
         ...
 
-    def remove_unfinished(self, before: str) -> None:
-        """Remove what writers that were killed left invisible, if it is older than the object ``before``.
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
+        """Remove what writers that were killed left invisible; says how many such things there were.
 
         The store's own clock counts. Whoever still writes such a thing gets an error.
+
+        Args:
+            before: Only what is older than the object of this key, or than this time, in seconds since 1970.
+            dry_run: Only count.
         """
         ...
 
@@ -116,6 +120,15 @@ class ProvingStore(Protocol):
 
 
 @runtime_checkable
+class DatingStore(Protocol):
+    """A store that knows when an object was written."""
+
+    def written_s(self, key: str) -> float | None:
+        """Seconds since 1970, by the store's clock; None if it cannot tell. StoreNotFoundError where there is none."""
+        ...
+
+
+@runtime_checkable
 class ScatteringStore(Protocol):
     """A store that reads straight into memory of the caller."""
 
@@ -133,3 +146,8 @@ def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -
     for view in views:
         view[:] = data[: len(view)]
         data = data[len(view) :]
+
+
+def written_s(store: Store, key: str) -> float | None:
+    """See :class:`DatingStore`; None on a store that cannot tell."""
+    return store.written_s(key) if isinstance(store, DatingStore) else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import ProvingStore, read_into
+from dcpsvc.storage.base import ProvingStore, read_into, written_s
 from dcpsvc.storage.conflict import holds
 
 if TYPE_CHECKING:
@@ -168,9 +168,13 @@ class RetryingStore:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
         self._retry.run(lambda: self._store.delete(key))
 
-    def remove_unfinished(self, before: str) -> None:
+    def written_s(self, key: str) -> float | None:
+        """See :meth:`DatingStore.written_s <dcpsvc.storage.base.DatingStore.written_s>`; None if it cannot tell."""
+        return self._retry.run(lambda: written_s(self._store, key))
+
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
-        self._retry.run(lambda: self._store.remove_unfinished(before))
+        return self._retry.run(lambda: self._store.remove_unfinished(before, dry_run=dry_run))
 
 
 class _Patience:

@@ -129,13 +129,19 @@ class S3Wire(BlobWire):
         else:
             yield from files(self._fs.find(root, detail=True, **self._within(0)))
 
-    def remove_unfinished(self, root: str, before: str) -> None:
-        """See :class:`Wire`: multipart uploads below the run root that began before that object was written."""
+    def written_s(self, path: str) -> float:
+        """See :class:`Wire`."""
+        bucket, _, key = path.partition("/")
+        written: datetime = self._call("head_object", Bucket=bucket, Key=key)["LastModified"]
+        return written.timestamp()
+
+    def remove_unfinished(self, root: str, before_s: float, *, dry_run: bool) -> int:
+        """See :class:`Wire`: multipart uploads below the run root that began before that time."""
         bucket, _, prefix = f"{root}/".partition("/")
-        limit: datetime = self._call("head_object", Bucket=bucket, Key=before.partition("/")[2])["LastModified"]
-        for upload in self._unfinished(bucket, prefix):
-            if upload["Initiated"] < limit:
-                self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        found = [one for one in self._unfinished(bucket, prefix) if one["Initiated"].timestamp() < before_s]
+        for upload in () if dry_run else found:
+            self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        return len(found)
 
     def _unfinished(self, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
         marker: dict[str, str] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -81,7 +82,11 @@ class Wire(Protocol):
         """Remove an object; FileNotFoundError is a fine answer where there is none."""
         ...
 
-    def remove_unfinished(self, root: str, before: str) -> None:
+    def written_s(self, path: str) -> float | None:
+        """When an object was written, by the server's clock, in seconds since 1970; None if it does not say."""
+        ...
+
+    def remove_unfinished(self, root: str, before_s: float, *, dry_run: bool) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
         ...
 
@@ -175,9 +180,18 @@ class BlobWire:
         """See :class:`Wire`."""
         self._fs.rm_file(path, **self._within(0))
 
-    def remove_unfinished(self, root: str, before: str) -> None:
+    def written_s(self, path: str) -> float | None:
+        """See :class:`Wire`."""
+        try:
+            written = self._fs.modified(path)
+        except NotImplementedError:
+            return None
+        return written.timestamp() if isinstance(written, datetime) else None
+
+    def remove_unfinished(self, root: str, before_s: float, *, dry_run: bool) -> int:
         """See :class:`Wire`; nothing: how such servers name what is unfinished, fsspec does not say."""
-        del root, before
+        del root, before_s, dry_run
+        return 0
 
     def _within(self, nbytes: int) -> dict[str, Any]:
         """Options that bound one call."""

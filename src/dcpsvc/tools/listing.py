@@ -14,7 +14,7 @@ from dcpsvc.policies import Everything
 from dcpsvc.reading import at_once
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover
-from dcpsvc.stages.discover import Checkpoint
+from dcpsvc.stages.discover import Checkpoint, Seen
 from dcpsvc.storage.posix import PosixStore
 from dcpsvc.tools import showing
 
@@ -61,8 +61,9 @@ def rows(store: Store, local_path: Path | None = None, why: Why | None = None) -
         why: Why a commit is kept; None asks the policy that the run has recorded, and the pins.
     """
     notes = SideFiles(store, readers=at_once(store))
-    found = discover.listing(store, notes, at_once=at_once(store))
-    why = why or _recorded(store, found, notes)
+    seen = discover.look(store, notes, at_once=at_once(store))
+    why = why or _recorded(store, seen, notes)
+    found = [one.checkpoint for one in seen]
     here = _local_manifests(local_path)
     known = {checkpoint.key for checkpoint in found if checkpoint.state == "committed"}
     newest = max((attempt.step for attempt in known), default=-1)
@@ -72,7 +73,7 @@ def rows(store: Store, local_path: Path | None = None, why: Why | None = None) -
     return sorted(listed, key=lambda row: row.checkpoint.step)
 
 
-def _recorded(store: Store, found: Sequence[Checkpoint], notes: SideFiles) -> Why:
+def _recorded(store: Store, found: Sequence[Seen], notes: SideFiles) -> Why:
     plan = keeping.plan(store, found, notes)
     if plan.policy in {"", str(Everything())}:  # that all are kept is not worth a column
         pins = notes.pins(time.time())
