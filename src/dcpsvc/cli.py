@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from dcpsvc.commandline import checking, clearing, exporting, looking, mending, noting
+from dcpsvc.commandline import checking, clearing, exporting, looking, mending, noting, transferring
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     EXIT_NOT_LIVE,
@@ -54,7 +54,8 @@ for _command in (
     looking.verify_command,
     looking.diff_command,
     looking.du_command,
-    looking.fetch_command,
+    transferring.fetch_command,
+    transferring.cp_command,
     looking.report_command,
     checking.doctor_command,
     exporting.export_command,
