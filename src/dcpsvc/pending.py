@@ -125,6 +125,7 @@ class Statistics:
         nbytes: Committed, all ranks.
         newest: Newest committed step; None if there is none.
         resumed_from: Step that was loaded; None on a fresh run.
+        retries: Calls to stores that were made again, in this process since the Checkpointer was opened.
     """
 
     accepted: int
@@ -136,3 +137,4 @@ class Statistics:
     nbytes: int
     newest: int | None
     resumed_from: int | None
+    retries: int = 0

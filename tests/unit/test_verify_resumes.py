@@ -95,7 +95,7 @@ def test_a_journal_of_other_manifests_another_place_or_another_day_is_not_believ
     killed(root, 3)
     (journal,) = cache.iterdir()
     lines = journal.read_text()
-    for old, new in (('"t": 1', '"t": 0.1'), ("step-000000000001", "step-000000000009"), ('"shard": "', '"shard": "0')):
+    for old, new in (('"t": 1', '"t": '), ("step-000000000001", "step-000000000009"), ('"shard": "', '"shard": "0')):
         journal.write_text(lines.replace(old, new))
         assert read_again(root) > 2, new
     journal.write_text(lines)
@@ -123,14 +123,14 @@ def test_lines_that_were_cut_short_or_are_none_say_nothing(root, cache):
 
 def test_large_shards_go_on_in_the_middle(tmp_path):
     folder = tmp_path / "big"
-    with dcpsvc.Checkpointer(folder / "root", {"x": torch.zeros(80 << 20)}, local=folder / "local") as ckpt:
+    with dcpsvc.Checkpointer(folder / "root", {"x": torch.zeros(20 << 20)}, local=folder / "local") as ckpt:
         ckpt.save(1).wait(60)
     store = Counting(folder / "root")
     (attempt,) = verifying.commits(store, None)
     manifest = verifying.discover.read_manifest(store, attempt)
     journal = Journal(store.url, resume=False)
     journal.path.parent.mkdir(parents=True)
-    line = {"shard": _name(manifest, manifest.shards[0]), "upto": 256 << 20, "t": time.time()}
+    line = {"shard": _name(manifest, manifest.shards[0]), "upto": 64 << 20, "t": time.time()}
     journal.path.write_text(json.dumps(line) + "\n")
     begins: list[int] = []
 
@@ -140,7 +140,7 @@ def test_large_shards_go_on_in_the_middle(tmp_path):
             super().read_into(key, begin, views)
 
     assert verify(Begins(folder / "root"), resume=True)[0].intact
-    assert min(begins) == 256 << 20
+    assert min(begins) == 64 << 20
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(root, tmp_path, monkeypatch, caplog):

@@ -86,7 +86,7 @@ def cp_command(
       dcpsvc cp s3://bucket/runs/exp42 s3://archive/runs/exp42
       dcpsvc cp /scratch/exp42 s3://bucket/runs/exp42 500 1000 -o endpoint_url=http://127.0.0.1:9000
     """
-    source = open_store(root, options)
+    source = open_store(root, options if "://" in root else ())  # a directory takes none
     target = stores.open_store(root2, parse(choices["to_options"] or (options if "://" in root2 else ())))
     if source.url == target.url:
         raise DestinationError(target.url, "is the same place")

@@ -21,6 +21,22 @@ class Entry(NamedTuple):
     nbytes: int
 
 
+class Credentials(NamedTuple):
+    """How a client of a store proves who it is, as far as it says.
+
+    Attributes:
+        kind: Where they come from, such as ``env`` or ``iam-role``.
+        ends_s: When they end, in seconds since 1970; None if they do not, or do not say.
+        renewed: The client gets new ones by itself.
+        temporary: They end some time.
+    """
+
+    kind: str
+    ends_s: float | None
+    renewed: bool
+    temporary: bool
+
+
 class Store(Protocol):
     """A durable place for one run root."""
 
@@ -116,6 +132,15 @@ class ProvingStore(Protocol):
                 they are not what they should be. Parts begin at multiples of a MiB.
             progress: As there.
         """
+        ...
+
+
+@runtime_checkable
+class SigningStore(Protocol):
+    """A store whose requests are signed."""
+
+    def credentials(self) -> Credentials | None:
+        """What with; None if it does not say. Asks nobody but the client."""
         ...
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
+    from dcpsvc.storage.base import Credentials
+
 
 class ObjectStore:
     """Objects behind an fsspec URL, such as ``s3://bucket/run``.
@@ -142,6 +144,11 @@ class ObjectStore:
         path = self._path("delete", key)
         with contextlib.suppress(StoreNotFoundError), self._translated("delete", key):
             self._wire.delete(path)
+
+    def credentials(self) -> Credentials | None:
+        """See :meth:`SigningStore.credentials <dcpsvc.storage.base.SigningStore.credentials>`."""
+        with self._translated("credentials", ""):
+            return self._wire.credentials()
 
     def written_s(self, key: str) -> float | None:
         """See :meth:`DatingStore.written_s <dcpsvc.storage.base.DatingStore.written_s>`."""

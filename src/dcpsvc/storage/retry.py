@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import ProvingStore, read_into, written_s
+from dcpsvc.storage.base import ProvingStore, SigningStore, read_into, written_s
 from dcpsvc.storage.conflict import holds
+from dcpsvc.storage.tries import count_one
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from dcpsvc.storage.base import Entry, Store
+    from dcpsvc.storage.base import Credentials, Entry, Store
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -168,6 +169,10 @@ class RetryingStore:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
         self._retry.run(lambda: self._store.delete(key))
 
+    def credentials(self) -> Credentials | None:
+        """See :meth:`SigningStore.credentials <dcpsvc.storage.base.SigningStore.credentials>`; None if it has none."""
+        return self._store.credentials() if isinstance(self._store, SigningStore) else None
+
     def written_s(self, key: str) -> float | None:
         """See :meth:`DatingStore.written_s <dcpsvc.storage.base.DatingStore.written_s>`; None if it cannot tell."""
         return self._retry.run(lambda: written_s(self._store, key))
@@ -227,5 +232,6 @@ class _Reported:
 
 
 def _log_retry(state: tenacity.RetryCallState) -> None:
+    count_one()
     error = state.outcome.exception() if state.outcome else None
     _log.warning("event=store_retry attempt=%d wait_s=%.2f error=%s", state.attempt_number, state.upcoming_sleep, error)

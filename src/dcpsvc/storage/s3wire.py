@@ -8,6 +8,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc.storage.base import Credentials
 from dcpsvc.storage.bodysum import candidates
 from dcpsvc.storage.direct import Direct, Request
 from dcpsvc.storage.multipart import Sender
@@ -41,6 +42,9 @@ _S3_CONFIG: Mapping[str, object] = {
     # Of calls that carry no data; RetryingStore goes around the call.
     "retries": {"mode": "standard", "total_max_attempts": 4},
 }
+
+_RENEWED = frozenset({"assume-role", "assume-role-with-web-identity", "container-role", "custom-process", "iam-role"})
+"""Sources of temporary credentials that botocore asks again before they end."""
 
 _REFUSED_SUM = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "ChecksumMismatch"})
 """What servers say to bytes that do not match the checksum that came with them."""
@@ -128,6 +132,20 @@ class S3Wire(BlobWire):
             yield from files(self._fs.find(root, prefix=prefix, detail=True, **self._within(0)))
         else:
             yield from files(self._fs.find(root, detail=True, **self._within(0)))
+
+    def credentials(self) -> Credentials | None:
+        """See :class:`Wire`."""
+        self._fs.connect()
+        found = self._fs.s3._request_signer._credentials  # noqa: SLF001 - botocore has no other way to ask
+        if found is None:
+            return None
+        ends = getattr(found, "_expiry_time", None)
+        return Credentials(
+            kind=str(found.method or "given"),
+            ends_s=None if ends is None else ends.timestamp(),
+            renewed=found.method in _RENEWED,
+            temporary=ends is not None or bool(found.token),
+        )
 
     def written_s(self, path: str) -> float:
         """See :class:`Wire`."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dcpsvc.config import Limits
+    from dcpsvc.storage.base import Credentials
 
 _S3 = frozenset({"s3", "s3a"})
 _WHOLE_PUT = frozenset({"abfs", "abfss", "adl", "az", "gcs", "gs", "oci", "oss", "tos"})
@@ -80,6 +81,10 @@ class Wire(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove an object; FileNotFoundError is a fine answer where there is none."""
+        ...
+
+    def credentials(self) -> Credentials | None:
+        """What the client signs with; None where it does not say."""
         ...
 
     def written_s(self, path: str) -> float | None:
@@ -179,6 +184,10 @@ class BlobWire:
     def delete(self, path: str) -> None:
         """See :class:`Wire`."""
         self._fs.rm_file(path, **self._within(0))
+
+    def credentials(self) -> Credentials | None:
+        """See :class:`Wire`."""
+        return None
 
     def written_s(self, path: str) -> float | None:
         """See :class:`Wire`."""
