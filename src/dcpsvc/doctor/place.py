@@ -94,8 +94,8 @@ def _race(store: Store, key: str) -> int:
     return sum(told)
 
 
-def credentials(store: Store, save_s: float | None, now_s: float) -> Finding | None:
-    """How long the store will believe who we are; None where that is no question, or the client does not say.
+def credentials(store: Store, save_s: float | None, now_s: float) -> list[Finding]:
+    """How long the store will believe who we are; nothing where that is no question.
 
     Args:
         store: The run root.
@@ -104,21 +104,21 @@ def credentials(store: Store, save_s: float | None, now_s: float) -> Finding | N
     """
     found = store.credentials() if isinstance(store, SigningStore) else None
     if found is None:
-        return None
+        return []
     if not found.temporary or found.renewed:
         how = "renewed by the client before they end" if found.temporary else "do not end by themselves"
-        return ok("credentials", f"{found.kind}: {how}")
+        return [ok("credentials", f"{found.kind}: {how}")]
     remedy = "use a role that is renewed (instance, pod, or assume_role in a profile), or longer-lived keys"
     if found.ends_s is None:
         said = f"{found.kind}: temporary, and nobody says when they end"
-        return Finding(name="credentials", verdict=Verdict.NOTE, found=said, remedy=remedy)
+        return [Finding(name="credentials", verdict=Verdict.NOTE, found=said, remedy=remedy)]
     left_s = found.ends_s - now_s
     said = f"{found.kind}: {f'end in {duration(left_s)}' if left_s > 0 else 'have ended'}"
-    if left_s <= (save_s or 0.0):
-        return Finding(name="credentials", verdict=Verdict.FAIL, found=f"{said}, before a save is done", remedy=remedy)
-    if left_s < _LONG_S:
-        return Finding(name="credentials", verdict=Verdict.WARN, found=f"{said}; a job dies with them", remedy=remedy)
-    return ok("credentials", said)
+    if left_s >= _LONG_S:
+        return [ok("credentials", said)]
+    dies = left_s <= (save_s or 0.0)
+    verdict, what = (Verdict.FAIL, "before a save is done") if dies else (Verdict.WARN, "and a job dies with them")
+    return [Finding(name="credentials", verdict=verdict, found=f"{said}, {what}", remedy=remedy)]
 
 
 def shared(store: Store, theirs: str, expected: bytes) -> Finding:
