@@ -142,7 +142,8 @@ def _recorded(store: Store) -> list[Epoch]:
 
 def needs(found: Manifest) -> frozenset[Attempt]:
     """Other checkpoints in whose folders files of this one lie."""
-    owners = {keys.attempt_of(shard.path) for shard in found.shards if not shard.path.startswith(found.key.data)}
+    own = found.key.data
+    owners = {keys.attempt_of(shard.path) for shard in found.shards if not shard.path.startswith(own)}
     return frozenset(owner for owner in owners if owner is not None)
 
 

@@ -310,7 +310,8 @@ def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:
 
 def _without_manifest(entries: Iterable[Entry], manifests: set[Attempt]) -> list[Checkpoint]:
     sizes = {entry.key: entry.nbytes for entry in entries}
-    attempts = {attempt for key in sizes if (attempt := keys.attempt_below(key)) is not None}
+    folders = {key[: key.rfind("/") + 1] for key in sizes}
+    attempts = {attempt for folder in folders if (attempt := keys.attempt_below(folder)) is not None}
     return [_incomplete(attempt, "no manifest: it was never committed", sizes) for attempt in attempts - manifests]
 
 

@@ -189,13 +189,13 @@ class PosixStore:
         return Path(os.path.realpath(self._root))
 
     def _locate(self, operation: str, key: str, parts: tuple[str, ...]) -> Path:
-        root = self._real_root()
-        parent = Path(os.path.realpath(root.joinpath(*parts[:-1])))
-        if not parent.is_relative_to(root):
+        root = os.path.realpath(self._root)
+        parent = os.path.realpath("/".join((root, *parts[:-1])))
+        if parent != root and not parent.startswith(root.rstrip("/") + "/"):
             raise StoreObjectError(
                 operation, self._where(key), f"a symbolic link leads out of the run root, to {parent}"
             )
-        return parent / parts[-1]
+        return Path(parent, parts[-1])
 
     def _where(self, key: str) -> str:
         return f"{self._root}/{key}"

@@ -57,6 +57,21 @@ class Retry:
 
     def run(self, call: Callable[[], T]) -> T:
         """What ``call`` gives in the end; its last error if there is no end."""
+        try:  # by far the most calls succeed, and many of them cost less than making ready for another try
+            return call()
+        except StoreError as err:
+            if not err.transient:
+                raise
+            first = [err]
+
+        def once_more() -> T:
+            if first:
+                raise first.pop()
+            return call()
+
+        return self._patiently(once_more)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
         patience = _Patience(self._clock, self._tries, self._deadline_s, self._stop)
 
         def pause(seconds: float) -> None:
