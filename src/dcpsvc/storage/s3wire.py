@@ -147,11 +147,11 @@ class S3Wire(BlobWire):
             temporary=ends is not None or bool(found.token),
         )
 
-    def written_s(self, path: str) -> float:
+    def written_s(self, path: str) -> float | None:
         """See :class:`Wire`."""
         bucket, _, key = path.partition("/")
-        written: datetime = self._call("head_object", Bucket=bucket, Key=key)["LastModified"]
-        return written.timestamp()
+        written: datetime | None = self._call("head_object", Bucket=bucket, Key=key).get("LastModified")
+        return None if written is None else written.timestamp()
 
     def remove_unfinished(self, root: str, before_s: float, *, dry_run: bool) -> int:
         """See :class:`Wire`: multipart uploads below the run root that began before that time."""

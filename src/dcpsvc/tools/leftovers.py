@@ -175,7 +175,7 @@ class _Look:
             unfinished, remarks = 0, (*self._plan.remarks, f"unfinished uploads cannot be seen: {err}")
         return Leftovers(
             policy=self._plan.policy,
-            keep={one: why for one, why in self._plan.keep.items() if one not in gone},
+            keep={one: why for one, why in sorted(self._plan.keep.items()) if one not in gone},
             doomed=tuple(sorted(doomed, key=lambda one: (one.attempt.step, one.attempt.epoch))),
             loose=tuple(self._loose(gone, users)),
             unfinished=unfinished,
