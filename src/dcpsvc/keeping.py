@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from dcpsvc.decision import Decision, decide
 from dcpsvc.errors import FormatError, StoreNotFoundError
 from dcpsvc.format import keys, policy
 from dcpsvc.format.keys import Attempt
-from dcpsvc.policies import Everything
+from dcpsvc.policies import Best, Everything
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -49,12 +50,16 @@ class Plan:
         keep: Why each checkpoint stays.
         remove: Why it may go, oldest first.
         remarks: What is odd about the policy, a sentence each.
+        rules: The rules that keep each checkpoint, as they read, and ``pinned``; empty if it stays for another reason.
+        best: Those that a :class:`~dcpsvc.policies.Best` keeps.
     """
 
     policy: str
     keep: dict[Attempt, str]
     remove: dict[Attempt, str]
     remarks: tuple[str, ...] = ()
+    rules: dict[Attempt, tuple[str, ...]] = field(default_factory=dict["Attempt", tuple[str, ...]])
+    best: frozenset[Attempt] = frozenset()
 
 
 def plan(
@@ -93,7 +98,23 @@ def plan(
         unknown = f"the policy {text} is not one of dcpsvc's own" if text else "no policy is recorded"
         decision = Decision({commit.key: ", ".join((*commit.pins, unknown)) for commit in commits}, {})
     remarks = () if known is None else tuple(known.remarks(commits).values())
-    return Plan(text, _attempts(decision.keep), _attempts(decision.remove), remarks)
+    rules, best = _by_rule(known, commits)
+    return Plan(text, _attempts(decision.keep), _attempts(decision.remove), remarks, rules, best)
+
+
+def _by_rule(rule: Keep | None, commits: Sequence[Commit]) -> tuple[dict[Attempt, tuple[str, ...]], frozenset[Attempt]]:
+    found: defaultdict[Hashable, list[str]] = defaultdict(list)
+    best: set[Hashable] = set()
+    for part in () if rule is None else rule.parts():
+        kept = part.reasons(commits)
+        best |= kept.keys() if isinstance(part, Best) else set()
+        for key in kept:
+            found[key].append(str(part))
+    for commit in commits:
+        if commit.pins:
+            found[commit.key].append("pinned")
+    named = {key: tuple(rules) for key, rules in found.items() if isinstance(key, Attempt)}
+    return named, frozenset(key for key in best if isinstance(key, Attempt))
 
 
 def commits_of(manifests: Sequence[Manifest], notes: SideFiles, now_s: float) -> list[Commit]:

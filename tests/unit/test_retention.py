@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -31,8 +32,6 @@ from dcpsvc.tiers import Tiers
 from tests.unit.turns import MEETING, RUN_ID, Killed, Place, manifest, put_shards, solo
 
 if TYPE_CHECKING:
-    import pytest
-
     from dcpsvc.format.keys import Attempt
     from dcpsvc.storage.base import Entry
 
@@ -489,5 +488,5 @@ class History(RuleBasedStateMachine):
         self.resumed = resumed
 
 
-TestHistory = History.TestCase
+TestHistory = pytest.mark.timeout(300)(History.TestCase)
 TestHistory.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

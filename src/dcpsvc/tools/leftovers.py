@@ -219,7 +219,7 @@ class _Look:
                 self._spared[str(attempt)] = "the next start on this node finishes its upload"
             elif (attempt in self._marked and attempt.step <= self._newest) or self._is_old(self._keys_of(attempt)):
                 seen = self._seen.get(attempt)
-                yield attempt, "its deletion broke off" if seen is None else seen.checkpoint.reason
+                yield attempt, "only notes are left of it" if seen is None else seen.checkpoint.reason
             else:
                 self._spared[str(attempt)] = (
                     "too young: it may be on its way, or be finished from the disks of its nodes"
