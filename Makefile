@@ -10,10 +10,10 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check --no-input --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test simulate bench peers check fmt clean
+.PHONY: help venv integrations demo test simulate bench peers check fmt clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## train, kill, resume, on this machine (ARGS="...")
 	@$(BIN)/dcpsvc demo $(ARGS)
@@ -52,6 +52,15 @@ clean: ## back to a fresh clone: drop .venv, caches and build output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(READY) ## the environment the other targets use: .venv
+
+# Tests with libraries that are not there are skipped. Where the index lacks one, the others come all the same.
+integrations: $(READY) ## the libraries that the tests of the integrations need, as far as they can be had
+	@timeout 180 $(PIP) install -e '.[integrations]' -c constraints.txt 2>.venv/integrations.log || { \
+	  [ $$? -ne 124 ] || { echo "the index is too slow: tests of integrations are skipped"; exit 0; }; \
+	  for extra in lightning peft transformers; do \
+	    timeout 90 $(PIP) install -e ".[$$extra]" -c constraints.txt 2>.venv/integrations.log || \
+	      { echo "$$extra cannot be installed, its tests are skipped:"; tail -n 1 .venv/integrations.log; }; \
+	  done; }
 
 # Costs nothing while pyproject.toml and constraints.txt stay the same.
 $(READY): pyproject.toml constraints.txt

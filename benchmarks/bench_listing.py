@@ -72,7 +72,7 @@ def _put(place, key, data):
 
 def _with_reasons(store):
     notes = SideFiles(store, readers=discover.READERS)
-    plan = keeping.plan(store, discover.listing(store, notes), notes, RULE)
+    plan = keeping.plan(store, discover.look(store, notes), notes, RULE)
     return len(plan.keep) + len(plan.remove)
 
 

@@ -4,17 +4,19 @@ The map of the house, in the order data flows through it:
 
 ==================  =====================================================================
 checkpointer        the facade a training loop talks to
-config, policies    options; when to save and what to keep: values
+config, policies    options; when to save, and the rules of what to keep: values
 opening, resuming   all ranks reach the run; all ranks load one checkpoint
 reader, sharing     what a rank needs of it, and who reads what for whom
 saving, laststep    a save begins on the training thread; the last step is not lost
 blueprint, arenas   what a structure needs once: who writes what and where; memory to copy it into
 uploader, life      the background thread; one save up to its commit: the order of the stages
-retention, catalog  what is deleted after a commit; what is known to be committed
-decision, keeping   why a checkpoint stays or goes; the same for a run root from outside
+commits, decision   a checkpoint as the rules see it; what stays and what goes, and why: pure
+keeping             the same for a run root from outside, by the policy that a job has recorded
+retention, catalog  a job's round of deletions after each commit; what is known to be committed
 sidefiles, marking  metrics that come late, and pins: beside a checkpoint, by anybody
 divergence          noticing that a training went wrong, and tagging what it saves
-stages/             stage shard ack upload commit retain, discover restore; none knows another
+stages/             stage shard ack upload commit retain, discover restore; none knows another;
+                    retain is the only way anything is deleted, by a job and by ``dcpsvc gc``
 state/              modules, optimizers and values as named tensors and JSON, and back
 ranks/              meetings on the c10d store, our own gloo group, agreed extra saves
 storage/            where bytes endure: posix, memory, any fsspec URL

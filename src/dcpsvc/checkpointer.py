@@ -33,6 +33,8 @@ from dcpsvc.format.keys import MAX_STEP
 from dcpsvc.guarding import Guard
 from dcpsvc.laststep import LastStep
 from dcpsvc.life import Life
+from dcpsvc.observing import Observers
+from dcpsvc.observing.runlog import RunLog
 from dcpsvc.opening import join, open_run
 from dcpsvc.pending import StepOutcome
 from dcpsvc.ranks.proposals import SAVE, STOP
@@ -50,10 +52,11 @@ from dcpsvc.storage.open import open_store
 from dcpsvc.uploader import Uploader
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, MutableMapping
+    from collections.abc import Callable, Collection, Mapping, MutableMapping
     from concurrent.futures import Future
     from types import TracebackType
 
+    from dcpsvc.events import Event
     from dcpsvc.pending import PendingSave, Statistics
     from dcpsvc.storage.base import Store
 
@@ -99,7 +102,7 @@ class Checkpointer:
         )
         remote = open_store(root, self._options.storage_options, limits=self._options.limits)
         self._job = join(remote.url, self._options.sync_timeout_s)
-        self._events = Events(rank=self._job.rank, observer=self._options.on_event)
+        self._events = Events(rank=self._job.rank, observer=_observer(self._options, remote))
         try:
             self._run = open_run(self._job, remote, self._options.local_dir, self._options)
         except BaseException:  # whatever it is, no thread stays behind
@@ -349,6 +352,11 @@ class Checkpointer:
         """0, or 75 (EX_TEMPFAIL) if the job was asked to stop before its end: for ``sys.exit()``."""
         return self._steering.exit_code
 
+    @property
+    def stop_reason(self) -> str:
+        """Why all ranks were asked to stop, for people; empty if they were not."""
+        return self._steering.stopping
+
     def statistics(self) -> Statistics:
         """Counters so far. Any thread."""
         return self._standing.statistics()
@@ -422,3 +430,10 @@ class Checkpointer:
             self.close()
         except (DcpsvcError, RuntimeError) as err:
             logging.getLogger("dcpsvc").error("at exit: %s", err)  # noqa: TRY400 - nobody reads a traceback here
+
+
+def _observer(options: Options, remote: Store) -> Callable[[Event], None] | None:
+    if not options.run_log:
+        return options.on_event
+    log = RunLog(remote)
+    return log if options.on_event is None else Observers(log, options.on_event)

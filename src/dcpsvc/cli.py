@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from dcpsvc.commandline import checking, exporting, looking, mending, noting
+from dcpsvc.commandline import checking, clearing, exporting, looking, mending, noting, transferring
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     EXIT_NOT_LIVE,
@@ -54,7 +54,8 @@ for _command in (
     looking.verify_command,
     looking.diff_command,
     looking.du_command,
-    looking.fetch_command,
+    transferring.fetch_command,
+    transferring.cp_command,
     looking.report_command,
     checking.doctor_command,
     exporting.export_command,
@@ -62,6 +63,7 @@ for _command in (
     mending.promote_command,
     noting.pin_command,
     noting.unpin_command,
+    clearing.gc_command,
 ):
     cli.add_command(_command)
 

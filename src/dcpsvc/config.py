@@ -140,6 +140,10 @@ class Options:
     total_steps: int | None = None
     """Steps the training will take, if known: to say at the start whether a save will ever be due."""
 
+    run_log: bool = False
+    """Leave a summary of each rank in the run root when the Checkpointer closes: what every save took, and what
+    failed. ``dcpsvc report`` makes a page of it. See :class:`~dcpsvc.observing.runlog.RunLog` for more."""
+
     on_event: Callable[[Event], None] | None = None
     """Called with every life-cycle event of this rank, on whichever thread it happens. Must not block."""
 

@@ -27,6 +27,7 @@
     |   |-- NoValidCheckpointError  commits exist, and every one of them is damaged
     |   `-- RestoreFailedError      a rank could not read, or did not arrive
     |-- CheckpointGoneError         metrics or a pin for a checkpoint that is not there, or being deleted
+    |-- RemovalRefusedError         a checkpoint that must not be deleted: the last one, pinned, in use
     |-- ExportError                 a checkpoint cannot be written in a foreign format
     |-- FormatError                 a file of ours that does not say what it should
     |   |-- ManifestError
@@ -321,6 +322,17 @@ class CheckpointGoneError(DcpsvcError):
 
     def __str__(self) -> str:
         return f"{self.where}: nothing is noted for step {self.step}: {self.reason}"
+
+
+class RemovalRefusedError(DcpsvcError):
+    """A checkpoint must not be deleted: it is the last one, pinned, or another one needs its files. Nothing was."""
+
+    def __init__(self, where: str, step: int, reason: str) -> None:
+        super().__init__(where, step, reason)
+        self.where, self.step, self.reason = where, step, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: step {self.step} is not deleted: it {self.reason}; nothing was deleted"
 
 
 class ExportError(DcpsvcError):

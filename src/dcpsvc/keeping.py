@@ -3,17 +3,18 @@
 ::
 
     notes = SideFiles(store)
-    found = discover.listing(store, notes)
+    found = discover.look(store, notes)
     plan = keeping.plan(store, found, notes)
-    for checkpoint in found:
-        print(checkpoint.step, plan.keep.get(checkpoint.key) or plan.remove.get(checkpoint.key, ""))
+    for one in found:
+        print(one.checkpoint.step, plan.keep.get(one.checkpoint.key) or plan.remove.get(one.checkpoint.key, ""))
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from dcpsvc.decision import Decision, decide
 from dcpsvc.errors import FormatError, StoreNotFoundError
 from dcpsvc.format import keys, policy
 from dcpsvc.format.keys import Attempt
-from dcpsvc.policies import Everything
+from dcpsvc.policies import Best, Everything
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.policies import Keep
     from dcpsvc.sidefiles import SideFiles
-    from dcpsvc.stages.discover import Checkpoint
+    from dcpsvc.stages.discover import Seen
     from dcpsvc.storage.base import Store
 
 logger = logging.getLogger("dcpsvc")
@@ -49,27 +50,31 @@ class Plan:
         keep: Why each checkpoint stays.
         remove: Why it may go, oldest first.
         remarks: What is odd about the policy, a sentence each.
+        rules: The rules that keep each checkpoint, as they read, and ``pinned``; empty if it stays for another reason.
+        best: Those that a :class:`~dcpsvc.policies.Best` keeps.
     """
 
     policy: str
     keep: dict[Attempt, str]
     remove: dict[Attempt, str]
     remarks: tuple[str, ...] = ()
+    rules: dict[Attempt, tuple[str, ...]] = field(default_factory=dict["Attempt", tuple[str, ...]])
+    best: frozenset[Attempt] = frozenset()
 
 
 def plan(
     store: Store,
-    checkpoints: Sequence[Checkpoint],
+    found: Sequence[Seen],
     notes: SideFiles,
     rule: Keep | None = None,
     *,
     now_s: float | None = None,
 ) -> Plan:
-    """Why each of ``checkpoints`` is there. What the live job has in use beside that, only the job knows.
+    """Why each checkpoint is there. What the live job has in use beside that, only the job knows.
 
     Args:
         store: The run root.
-        checkpoints: As :func:`~dcpsvc.stages.discover.listing` gave them; what is no checkpoint is left out.
+        found: As :func:`~dcpsvc.stages.discover.look` gave them; what is no checkpoint is left out.
         notes: As the listing used it.
         rule: None takes what the newest start of the job has recorded; a policy that cannot be read back keeps all.
         now_s: Seconds since 1970; None is now.
@@ -77,16 +82,39 @@ def plan(
     text, known = (str(rule), rule) if rule is not None else recorded(store)
     pins = notes.pins(time.time() if now_s is None else now_s)
     commits = [
-        Commit(step=c.step, key=c.key, created=c.created, metrics=c.metrics, pins=pins.get(c.key, ()))
-        for c in checkpoints
-        if c.state == "committed"
+        Commit(
+            step=one.checkpoint.step,
+            key=one.checkpoint.key,
+            created=one.checkpoint.created,
+            metrics=one.checkpoint.metrics,
+            pins=pins.get(one.checkpoint.key, ()),
+            needs=needs(one.manifest),
+        )
+        for one in found
+        if one.counts and one.manifest is not None
     ]
     decision = decide(known or Everything(), commits, protected={})
     if known is None:
         unknown = f"the policy {text} is not one of dcpsvc's own" if text else "no policy is recorded"
         decision = Decision({commit.key: ", ".join((*commit.pins, unknown)) for commit in commits}, {})
     remarks = () if known is None else tuple(known.remarks(commits).values())
-    return Plan(text, _attempts(decision.keep), _attempts(decision.remove), remarks)
+    rules, best = _by_rule(known, commits)
+    return Plan(text, _attempts(decision.keep), _attempts(decision.remove), remarks, rules, best)
+
+
+def _by_rule(rule: Keep | None, commits: Sequence[Commit]) -> tuple[dict[Attempt, tuple[str, ...]], frozenset[Attempt]]:
+    found: defaultdict[Hashable, list[str]] = defaultdict(list)
+    best: set[Hashable] = set()
+    for part in () if rule is None else rule.parts():
+        kept = part.reasons(commits)
+        best |= kept.keys() if isinstance(part, Best) else set()
+        for key in kept:
+            found[key].append(str(part))
+    for commit in commits:
+        if commit.pins:
+            found[commit.key].append("pinned")
+    named = {key: tuple(rules) for key, rules in found.items() if isinstance(key, Attempt)}
+    return named, frozenset(key for key in best if isinstance(key, Attempt))
 
 
 def commits_of(manifests: Sequence[Manifest], notes: SideFiles, now_s: float) -> list[Commit]:
@@ -105,7 +133,7 @@ def commits_of(manifests: Sequence[Manifest], notes: SideFiles, now_s: float) ->
             created=datetime.fromisoformat(found.created),
             metrics=metrics[found.key],
             pins=pins.get(found.key, ()),
-            needs=_needs(found),
+            needs=needs(found),
         )
         for found in manifests
     ]
@@ -133,9 +161,10 @@ def _recorded(store: Store) -> list[Epoch]:
     return [epoch for entry in store.list(keys.POLICIES) if (epoch := keys.policy_of(entry.key)) is not None]
 
 
-def _needs(found: Manifest) -> frozenset[Hashable]:
+def needs(found: Manifest) -> frozenset[Attempt]:
     """Other checkpoints in whose folders files of this one lie."""
-    owners = {keys.attempt_of(shard.path) for shard in found.shards if not shard.path.startswith(found.key.data)}
+    own = found.key.data
+    owners = {keys.attempt_of(shard.path) for shard in found.shards if not shard.path.startswith(own)}
     return frozenset(owner for owner in owners if owner is not None)
 
 

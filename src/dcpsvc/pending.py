@@ -127,6 +127,7 @@ class Statistics:
         nbytes: Committed, all ranks.
         newest: Newest committed step; None if there is none.
         resumed_from: Step that was loaded; None on a fresh run.
+        retries: Calls to stores that were made again, in this process since the Checkpointer was opened.
     """
 
     accepted: int
@@ -138,3 +139,4 @@ class Statistics:
     nbytes: int
     newest: int | None
     resumed_from: int | None
+    retries: int = 0

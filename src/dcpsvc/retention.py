@@ -1,4 +1,8 @@
-"""Retention after a commit: one decision for all ranks, carried out on both tiers."""
+"""Retention in a job, after each commit: one decision for all ranks, carried out on both tiers.
+
+What stays is said by :mod:`dcpsvc.policies` and :mod:`dcpsvc.decision`; deleting is :mod:`dcpsvc.stages.retain`. Where
+no job lives: ``dcpsvc gc`` (:mod:`dcpsvc.tools.clearing`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from dcpsvc.policies import Everything
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover, retain
-from dcpsvc.stages.retain import Removal
+from dcpsvc.stages.retain import Rate, Removal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +34,6 @@ if TYPE_CHECKING:
     from dcpsvc.policies import Keep
     from dcpsvc.preflight import DiskNeed
     from dcpsvc.ranks.job import Job
-    from dcpsvc.ranks.rendezvous import Clock
     from dcpsvc.save import Save
     from dcpsvc.settling import OpenRun
 
@@ -218,34 +221,6 @@ class Retention:
 
     def _emit(self, save: Save, *, detail: str, level: int | None = None) -> None:
         self._events.emit(Point.RETAINED, step=save.key.step, attempt=save.key.attempt, detail=detail, level=level)
-
-
-class Rate:
-    """Lets so many deletions a second pass, for a share of the time that a commit has; see :class:`retain.Pace`.
-
-    Args:
-        per_s: None: as fast as the store answers.
-        clock: For the pauses.
-    """
-
-    def __init__(self, per_s: float | None, clock: Clock) -> None:
-        self._per_s, self._clock = per_s, clock
-        self._next = self._ends = clock.now()
-
-    def begin(self, seconds: float) -> None:
-        """A round, for so long."""
-        self._ends = self._clock.now() + seconds
-
-    def more(self) -> bool:
-        """See :meth:`retain.Pace.more`."""
-        now_s = self._clock.now()
-        if max(self._next, now_s) > self._ends:
-            return False
-        if self._per_s is not None:
-            if self._next > now_s:
-                self._clock.sleep(self._next - now_s)
-            self._next = max(self._next, now_s) + 1.0 / self._per_s
-        return True
 
 
 def _told(err: Exception) -> str:

@@ -100,10 +100,16 @@ def pin(store: Store, attempt: Attempt, note: str = "") -> None:
 
 def unpin(store: Store, attempt: Attempt) -> int:
     """Take away every pin of a checkpoint, but for leases; says how many there were."""
-    found = [entry.key for entry in store.list(attempt.pins) if (named := keys.pin_of(entry.key)) and named[1] is None]
+    found = pins_of(store, attempt)
     for key in found:
         store.delete(key)
     return len(found)
+
+
+def pins_of(store: Store, attempt: Attempt) -> list[str]:
+    """Keys of the pins of a checkpoint, but for leases."""
+    named = ((entry.key, keys.pin_of(entry.key)) for entry in store.list(attempt.pins))
+    return [key for key, pin in named if pin is not None and pin[1] is None]
 
 
 @dataclass(slots=True)
@@ -158,6 +164,7 @@ def forget(store: Store, attempt: Attempt) -> None:
     for prefix in (attempt.metrics, attempt.pins):
         for entry in store.list(prefix):
             store.delete(entry.key)
+    store.delete(attempt.lineage)
 
 
 def beside(store: Store) -> set[Attempt]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.pending import Statistics
 from dcpsvc.ranks.proposals import SAVE
+from dcpsvc.storage.tries import retries
 
 if TYPE_CHECKING:
     from dcpsvc.announcing import Announcer
@@ -35,6 +36,7 @@ class Standing:
     steering: Steering
     announcer: Announcer
     resumed_from: int | None = None
+    _retried_before: int = field(default_factory=retries)
 
     def statistics(self) -> Statistics:
         """Counters so far."""
@@ -49,6 +51,7 @@ class Standing:
             nbytes=uploader.nbytes,
             newest=self.catalog.newest,
             resumed_from=self.resumed_from,
+            retries=retries() - self._retried_before,
         )
 
     def status(self) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
-from dcpsvc.storage.base import ProvingStore, read_into
+from dcpsvc.storage.base import ProvingStore, read_into, written_s
 from dcpsvc.storage.cargo import Cargo
 
 if TYPE_CHECKING:
@@ -327,3 +328,12 @@ class BrokenStoreContract:
             with pytest.raises(StoreError) as caught:
                 call()
             assert not isinstance(caught.value, StoreNotFoundError)
+
+    def test_who_can_tell_when_an_object_was_written_tells_it_and_what_is_not_there_is_not_found(
+        self, store: Store
+    ) -> None:
+        store.put("manifests/a", b"x")
+        if (date := written_s(store, "manifests/a")) is not None:
+            assert abs(date - time.time()) < 3600
+            with pytest.raises(StoreNotFoundError):
+                written_s(store, "manifests/b")

@@ -297,3 +297,16 @@ def test_what_a_killed_writer_left_goes_and_what_somebody_writes_now_stays(tmp_p
 
     assert not old.parent.exists()
     assert new.exists()
+
+
+def test_what_killed_writers_left_is_counted_and_only_what_is_older_than_a_time_goes(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path)
+    old, new = tmp_path / ".tmp-old", tmp_path / ".tmp-new"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    assert store.remove_unfinished(2000.0, dry_run=True) == 1
+    assert old.exists()
+    assert store.remove_unfinished(2000.0) == 1
+    assert not old.exists()
+    assert new.exists()

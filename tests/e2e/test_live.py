@@ -25,7 +25,7 @@ torch.manual_seed(0)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 1))
 optimizer = torch.optim.AdamW(model.parameters())
 with dcpsvc.Checkpointer(sys.argv[1], {"model": model, "optim": optimizer}, local=sys.argv[1] + "-local") as ckpt:
-    for step in range(ckpt.resume() + 1, 3000):
+    for step in range(ckpt.resume() + 1, 10**9):  # until it is stopped
         model(torch.randn(4, 8)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

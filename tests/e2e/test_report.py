@@ -49,6 +49,8 @@ def many(count: int, ranks: int) -> tuple[list[Row], list[SaveTimes]]:
                 ),
                 ("remote",),
                 reasons,
+                rules=reasons,
+                best=reasons == ("best loss",),
             )
         )  # fmt: skip
         slow = 4.0 if number % 100 == 50 else 1.0
@@ -118,10 +120,19 @@ def test_logs_on_this_machine_are_added_and_counted_once(tmp_path):
     assert data["jobs"]["starts"] == 1
 
 
-def test_reasons_to_keep_become_storage_by_reason(run):
-    data = shown(reporting.report(open_root(run), why=lambda one: ["best loss"] if one.step == 12 else []))
-    assert data["checkpoints"]["kept"][-1] == ["best loss"]
-    assert data["policies"] == {"best loss": data["checkpoints"]["nbytes"][-1]}
+def test_the_recorded_policy_says_what_is_kept_and_best_and_diverged_and_what_each_rule_stores(tmp_path):
+    keep = dcpsvc.Latest(2) | dcpsvc.Best(1, "loss", mode="min")
+    with dcpsvc.Checkpointer(tmp_path / "root", {"x": 1}, local=tmp_path / "local", keep=keep) as ckpt:
+        for step in range(1, 5):
+            ckpt.save(step, metrics={"loss": abs(step - 3.0)}).wait(30)
+    dcpsvc.record_metrics(tmp_path / "root", 4, {"diverged": 1})
+    data = shown(reporting.report(open_root(tmp_path / "root")))
+    found = data["checkpoints"]
+    assert found["step"] == [3, 4]
+    assert found["kept"] == [["latest 1 of 2, best 1 of 1 by loss (0)"], ["newest commit"]]
+    assert (found["best"], found["diverged"]) == ([1, 0], [0, 1])
+    (nbytes, _) = found["nbytes"]
+    assert data["policies"] == {"Latest(2)": nbytes, "Best(1, 'loss', mode='min')": nbytes}
 
 
 def test_a_page_that_cannot_be_written_is_refused_and_leaves_nothing(run, tmp_path):

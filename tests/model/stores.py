@@ -138,9 +138,10 @@ class SimStore:
     def delete(self, key: str) -> None:
         self._do("delete", key, lambda: self._change(key, None))
 
-    def remove_unfinished(self, before: str) -> None:
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """Nothing is visible before it is finished here, and nothing stays: only the call itself can fail."""
-        self._do("list", before, lambda: None)
+        self._do("list", str(before), lambda: None)
+        return 0
 
     # --- inside -------------------------------------------------------------------------------------------------
 

@@ -166,20 +166,21 @@ def train_until_it_diverges(rank, world, root, bad, steps):
             told = math.nan if step >= bad or rank > 0 else loss
             if ckpt.step(step, metrics={"loss": told}).should_stop:
                 break
-    return start, step, ckpt.statistics().newest
+    return start, step, ckpt.statistics().newest, ckpt.exit_code, "divergence" in ckpt.stop_reason
 
 
 def test_a_job_that_diverges_stops_on_all_ranks_at_one_step_and_the_next_start_goes_on_from_before_it(tmp_path):
     root = tmp_path / "run"
     results = values(run_ranks(2, train_until_it_diverges, root, 23, 5000))
     assert results[0] == results[1]
-    start, last, newest = results[0]
+    start, last, newest, *stopped = results[0]
     assert (start, newest) == (0, last)
+    assert stopped == [75, True]
     assert 23 <= last < 5000
     tagged = {c.step: c.diverged for c in dcpsvc.list_checkpoints(root)}
     assert tagged[last]
     assert [step for step, diverged in tagged.items() if not diverged] == [15, 20], "the good ones are not pushed out"
 
     results = values(run_ranks(2, train_until_it_diverges, root, 10**6, 30))
-    assert results == [(20, 30, 30)] * 2
+    assert results == [(20, 30, 30, 0, False)] * 2
     assert dcpsvc.load(root, {"trainer": {}}) == 30

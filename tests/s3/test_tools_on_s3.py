@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,9 @@ import pytest
 import torch
 
 import dcpsvc
+from dcpsvc.format import keys
+from dcpsvc.stages import discover
+from dcpsvc.storage.base import written_s
 from dcpsvc.storage.open import open_store
 
 if TYPE_CHECKING:
@@ -82,3 +87,47 @@ def test_wrong_credentials_are_named_by_the_doctor(s3_server, tmp_path):
     (bad,) = [finding for finding in found["findings"] if finding["name"] == "permissions"]
     assert bad["verdict"] == "fail"
     assert "AWS_ACCESS_KEY_ID" in bad["remedy"]
+
+
+def test_gc_on_s3_removes_what_need_not_stay_and_what_dead_writers_left_half_sent(root, s3_server, tmp_path):
+    store = open_store(root, s3_server.storage_options)
+    first, second = discover.committed(store)
+    client, prefix = s3_server.client(), root.removeprefix(f"s3://{s3_server.bucket}/")
+    client.create_multipart_upload(Bucket=s3_server.bucket, Key=f"{prefix}/data/dead")
+    torn = first.epoch.attempt(1, 5)
+    store.put(torn.shard(0), b"half")
+    store.put("layouts/" + "ab" * 16 + ".json", b"{}")
+    arguments = (root, "--local", tmp_path / "local", "--keep", "latest:1", "--json")
+    young = json.loads(run(s3_server, "gc", "--dry-run", *arguments))
+    assert ([one["step"] for one in young["remove"]], young["unfinished"]) == ([1], 0)
+    threading.Event().wait(1.1)  # the server's clock counts in seconds
+    found = json.loads(run(s3_server, "gc", "--older-than", 0, "--dry-run", *arguments))
+    assert sorted(one["kind"] for one in found["remove"]) == ["attempt", "checkpoint", "layout"]
+    assert found["unfinished"] == 1
+    done = json.loads(run(s3_server, "gc", "--older-than", 0, *arguments))
+    assert (done["nbytes"], done["held"]) == (found["nbytes"], [])
+    assert discover.committed(store) == [second]
+    assert {keys.attempt_below(entry.key) for entry in store.list("data/")} == {second}
+    assert not client.list_multipart_uploads(Bucket=s3_server.bucket, Prefix=prefix).get("Uploads")
+    before = store.list("")
+    assert json.loads(run(s3_server, "gc", "--older-than", 0, *arguments))["remove"] == []
+    assert store.list("") == before
+    run(s3_server, "verify", root)
+
+
+def test_checkpoints_are_copied_from_s3_to_s3_and_to_a_disk_and_back(root, s3_server, tmp_path):
+    run(s3_server, "cp", root, f"{root}-mirror")
+    run(s3_server, "cp", f"{root}-mirror", tmp_path / "disk")
+    run(s3_server, "cp", tmp_path / "disk", f"{root}-back", 2)
+    run(s3_server, "verify", f"{root}-back")
+    assert [one["step"] for one in json.loads(run(s3_server, "ls", f"{root}-back", "--json"))] == [2]
+    copied = json.loads(run(s3_server, "cp", root, f"{root}-mirror", "--json"))
+    assert all(one["found_nbytes"] == one["nbytes"] for one in copied)
+    state = {"model": torch.nn.Linear(1000, 300)}
+    assert dcpsvc.load(f"{root}-back", state, storage_options=s3_server.storage_options) == 2
+
+
+def test_an_object_on_s3_has_a_date(root, s3_server):
+    date = written_s(open_store(root, s3_server.storage_options), "run.json")
+    assert date is not None
+    assert abs(date - time.time()) < 3600

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+import time
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dcpsvc.commandline.common import size_in_bytes, time_in_seconds
-from dcpsvc.doctor import machine, place
+from dcpsvc.doctor import machine, place, rehearsal
 from dcpsvc.doctor.findings import Finding, Verdict, merged, ok, worst
 from dcpsvc.doctor.forecast import Measured, best_interval_s, forecast
-from dcpsvc.errors import StoreAccessError
+from dcpsvc.errors import DcpsvcError, StoreAccessError
+from dcpsvc.storage.base import Credentials, Store
 from dcpsvc.storage.memory import MemoryStore
+from dcpsvc.storage.open import open_store
 from dcpsvc.storage.posix import PosixStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SHM = "/dev/shm"  # noqa: S108 - what is examined
 MEASURED = Measured(shard_nbytes=1 << 30, ranks=4, blocked_s=0.1, local_s=1.0, commit_s=4.0, load_s=2.0)
@@ -283,3 +293,69 @@ def test_times_are_read_as_people_write_them(text, seconds):
 def test_other_sizes_are_refused_with_an_example(text):
     with pytest.raises(Exception, match="write 105GB"):
         size_in_bytes(text)
+
+
+# --- credentials ----------------------------------------------------------------------------------
+
+
+def signed_with(monkeypatch, left_s: float | None, *, token: bool = True) -> Store:
+    """A bucket's client that has its credentials from the environment; nothing is sent."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-nobody")
+    if token:
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "temporary")
+    if left_s is not None:
+        ends = datetime.fromtimestamp(time.time() + left_s, UTC).isoformat()
+        monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", ends)
+    options = {"endpoint_url": "http://127.0.0.1:9", "client_kwargs": {"region_name": "us-east-1"}}
+    return open_store("s3://bucket/run", options)
+
+
+@pytest.mark.parametrize(
+    ("left_s", "token", "verdict", "said"),
+    [
+        (None, False, "ok", "do not end"),
+        (None, True, "note", "nobody says when"),
+        (3 * 86400.0, True, "ok", "end in 7"),
+        (7200.0, True, "warn", "a job dies with them"),
+        (1800.0, True, "fail", "before a save is done"),
+    ],
+)
+def test_credentials_that_end_soon_are_found_before_they_do(monkeypatch, left_s, token, verdict, said):
+    (found,) = place.credentials(signed_with(monkeypatch, left_s, token=token), 2000.0, time.time())
+    assert (found.verdict, said in found.found) == (verdict, True), found
+    assert "of-nobody" not in str(found)
+
+
+def test_a_role_that_is_renewed_is_well_and_a_directory_has_no_credentials():
+    class Role(MemoryStore):
+        def credentials(self) -> Credentials:
+            return Credentials(kind="iam-role", ends_s=time.time() + 60, renewed=True, temporary=True)
+
+    (found,) = place.credentials(Role(uuid.uuid4().hex), 1.0, time.time())
+    assert (found.verdict, found.found) == ("ok", "iam-role: renewed by the client before they end")
+    assert place.credentials(store(), 1.0, time.time()) == []
+
+
+# --- the rehearsal --------------------------------------------------------------------------------
+
+
+def test_a_run_root_that_takes_a_shard_and_never_answers_is_given_up_in_a_time_that_its_size_explains(
+    tmp_path, monkeypatch
+):
+    answer = threading.Event()
+
+    class Stuck(PosixStore):
+        def put_file(self, key: str, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
+            answer.wait()
+            raise StoreAccessError("put_file", key, "too late")
+
+    monkeypatch.setattr(rehearsal, "_SETTLE_S", 1.0)
+    (tmp_path / "root").mkdir()
+    payload = torch.zeros(1000, dtype=torch.int64)
+    try:
+        with pytest.raises(DcpsvcError, match=r"within|after") as raised:
+            rehearsal._save(Stuck(tmp_path / "root"), tmp_path / "local", payload, {}, timeout_s=1.0)
+    finally:
+        answer.set()
+    assert "upload" in str(raised.value)

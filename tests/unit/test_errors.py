@@ -39,6 +39,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "NoSuchStepError": ("/runs/a", 40, (10, 20), "damaged"),
     "NoValidCheckpointError": ("/runs/a", ("step 40: the file is missing",)),
     "RestoreFailedError": ("/runs/a", (FAILURE,), (1,)),
+    "RemovalRefusedError": ("/runs/a", 40, "is the newest checkpoint"),
     "CheckpointGoneError": ("/runs/a", 40, "it is not committed, or deleted"),
     "ExportError": ("/models/a", "the directory is not empty"),
     "FormatError": ("/runs/a/run.json", "not JSON"),

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import dcpsvc
 from dcpsvc import progress
 from dcpsvc.cli import cli
+from dcpsvc.policies import Best, EveryNSteps
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover, retain
 from dcpsvc.tools import listing, numbers, tables
@@ -119,22 +120,23 @@ def test_what_was_deleted_at_the_run_root_does_not_wait_for_an_upload_though_a_d
 
 
 def test_the_reasons_to_keep_a_checkpoint_stand_beside_it(run, capsys):
-    rows = listing.rows(open_root(run.root), why=lambda checkpoint: ["best loss"] if checkpoint.step == 10 else [])
-    assert [row.reasons for row in rows] == [("best loss",), ()]
+    rows = listing.rows(open_root(run.root), rule=Best(1, "loss", "min"))
+    assert [row.reasons for row in rows] == [("best 1 of 1 by loss (2)",), ("newest commit",)]
+    assert [(row.best, row.goes) for row in rows] == [(True, False), (False, False)]
     tables.print_listing(rows)
     header, first, second = capsys.readouterr().out.splitlines()
     assert "kept because" in header
-    assert "best loss" in first
-    assert "best loss" not in second
+    assert "best 1 of 1" in first
+    assert "best 1 of 1" not in second
 
 
 def test_a_long_listing_tells_the_same_plainly(run, capsys):
-    rows = listing.rows(open_root(run.root), why=lambda _: ["latest 2"])
+    rows = listing.rows(open_root(run.root), rule=EveryNSteps(10))
     tables.print_listing(rows * 400)
     header, first, second, *more = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["step", "attempt", "age", "size"]
-    assert first.endswith("remote  committed  latest 2, loss=2")
-    assert second.endswith("remote  committed  latest 2, loss=nan")
+    assert first.endswith("remote  committed  a multiple of 10 steps, loss=2")
+    assert second.endswith("remote  committed  a multiple of 10 steps, loss=nan")
     assert len(more) == 798
 
 

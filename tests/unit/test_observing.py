@@ -10,11 +10,12 @@ import torch
 
 import dcpsvc
 from dcpsvc import Event, Observers, Point, PrometheusMetrics, RunLog, Spans
-from dcpsvc.errors import ConfigError
+from dcpsvc.errors import ConfigError, StoreUnavailableError
 from dcpsvc.observing import runlog
 from dcpsvc.observing.phases import PHASES, SaveTimes, Tracker, stragglers
 from dcpsvc.reading import open_root
 from dcpsvc.storage.memory import MemoryStore
+from dcpsvc.storage.posix import PosixStore
 
 
 def train(folder, observer, steps=(1, 2)):
@@ -117,6 +118,54 @@ def test_an_observer_that_raises_keeps_nothing_from_the_others(tmp_path):
 
     train(tmp_path, Observers(raises, seen.append), steps=(1,))
     assert Point.COMMITTED in [event.name for event in seen]
+
+
+def test_with_run_log_a_run_leaves_its_log_at_its_root_beside_an_observer_of_ones_own(tmp_path):
+    seen: list[Event] = []
+    with dcpsvc.Checkpointer(
+        tmp_path / "root", {"x": 1}, local=tmp_path / "local", run_log=True, on_event=seen.append
+    ) as ckpt:
+        ckpt.save(1).wait(30)
+    assert Point.CLOSED in [event.name for event in seen]
+    assert [save.step for save in runlog.read(open_root(tmp_path / "root"))[0]] == [1]
+
+
+class Flaky(PosixStore):
+    """Each shard is taken at the second try."""
+
+    def __init__(self, root) -> None:
+        super().__init__(root)
+        self._refused: set[str] = set()
+
+    def put_file(self, key, path, *, progress=None):
+        if key not in self._refused:
+            self._refused.add(key)
+            raise StoreUnavailableError("put_file", key, "503 SlowDown")
+        super().put_file(key, path, progress=progress)
+
+
+def test_calls_that_were_made_again_are_counted_in_statistics_and_log(tmp_path):
+    (tmp_path / "root").mkdir()
+    store = Flaky(tmp_path / "root")
+    with dcpsvc.Checkpointer(store, {"x": 1}, local=tmp_path / "local", run_log=True) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step).wait(30)
+        assert ckpt.statistics().retries == 2
+    saves, _ = runlog.read(open_root(tmp_path / "root"))
+    assert [(save.step, save.retries) for save in saves] == [(1, 1), (2, 1)]
+    with dcpsvc.Checkpointer(tmp_path / "root", {"x": 1}, local=tmp_path / "local", save_last=False) as ckpt:
+        assert ckpt.statistics().retries == 0
+
+
+def test_calls_that_were_made_again_are_counted_in_metrics(tmp_path):
+    pytest.importorskip("prometheus_client")
+    path = tmp_path / "metrics.prom"
+    (tmp_path / "root").mkdir()
+    with dcpsvc.Checkpointer(
+        Flaky(tmp_path / "root"), {"x": 1}, local=tmp_path / "local", on_event=PrometheusMetrics(path)
+    ) as ckpt:
+        ckpt.save(1).wait(30)
+    assert 'dcpsvc_store_retries_total{rank="0"} 1.0' in path.read_text()
 
 
 # --- phases ---------------------------------------------------------------------------------------

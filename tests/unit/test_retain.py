@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dcpsvc.errors import StoreUnavailableError
@@ -50,6 +52,16 @@ def test_a_checkpoint_of_which_some_files_are_gone_is_damaged_and_no_debris() ->
     put_checkpoint(place, damaged, world_size=2)
     place.delete(damaged.shard(0))
     assert retain.debris(place, OURS, [damaged]) == []
+
+
+def test_a_checkpoint_all_of_whose_files_are_those_of_another_one_is_no_debris() -> None:
+    place = Place()
+    owner, user = OLDER.attempt(1, 0), OLD.attempt(2, 0)
+    put_checkpoint(place, owner)
+    place.put(user.manifest, replace(manifest(user), shards=manifest(owner).shards).dumps())
+    assert retain.debris(place, OURS, [owner, user]) == []
+    place.delete(owner.shard(0))
+    assert retain.debris(place, OURS, [user]) == [owner, user]
 
 
 def test_a_checkpoint_whose_files_a_listing_does_not_show_yet_is_no_debris() -> None:

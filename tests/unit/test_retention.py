@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,17 +22,16 @@ from dcpsvc.events import Events
 from dcpsvc.format import keys
 from dcpsvc.pending import PendingSave
 from dcpsvc.policies import Best, EveryNSteps, Everything, Keep, Latest
-from dcpsvc.retention import Rate, Retention
+from dcpsvc.retention import Retention
 from dcpsvc.save import Save
 from dcpsvc.settling import OpenRun, settle
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover
+from dcpsvc.stages.retain import Rate
 from dcpsvc.tiers import Tiers
 from tests.unit.turns import MEETING, RUN_ID, Killed, Place, manifest, put_shards, solo
 
 if TYPE_CHECKING:
-    import pytest
-
     from dcpsvc.format.keys import Attempt
     from dcpsvc.storage.base import Entry
 
@@ -231,6 +231,7 @@ def test_the_manifest_goes_first_and_the_tombstone_last() -> None:
         f"delete {old.manifest}",
         f"delete {old.shard(0)}",
         f"delete {record}",
+        f"delete {old.lineage}",
         f"delete {old.tombstone}",
     ]
 
@@ -307,7 +308,7 @@ def test_the_policy_of_each_start_is_recorded_and_those_of_the_last_few_stay() -
 
 def explained(root: Place, rule: Keep | None = None) -> dict[int, str]:
     notes = SideFiles(root)
-    plan = keeping.plan(root, discover.listing(root, notes), notes, rule)
+    plan = keeping.plan(root, discover.look(root, notes), notes, rule)
     assert not plan.keep.keys() & plan.remove.keys()
     return {key.step: why for key, why in (plan.keep | plan.remove).items()}
 
@@ -481,11 +482,11 @@ class History(RuleBasedStateMachine):
         if not hasattr(self, "root") or not self.alive:
             return
         notes = SideFiles(self.root)
-        plan = keeping.plan(self.root, discover.listing(self.root, notes), notes, self.keep, now_s=time.time())
+        plan = keeping.plan(self.root, discover.look(self.root, notes), notes, self.keep, now_s=time.time())
         resumed, self.resumed = self.resumed, None  # which only the job knows
         assert {key.step for key in plan.keep} == self.expected()
         self.resumed = resumed
 
 
-TestHistory = History.TestCase
+TestHistory = pytest.mark.timeout(300)(History.TestCase)
 TestHistory.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class NoRightToAbort(PosixStore):
-    def remove_unfinished(self, before: str) -> None:
-        raise StoreAccessError("remove_unfinished", before, "AccessDenied")
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
+        raise StoreAccessError("remove_unfinished", str(before), "AccessDenied")
 
 
 def test_without_the_right_to_list_unfinished_uploads_old_checkpoints_go_all_the_same_and_it_is_said_once(

@@ -14,6 +14,7 @@ from dcpsvc.errors import DcpsvcError
 from dcpsvc.format import keys, run
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
+from dcpsvc.tools.verifying import AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,16 @@ local_option = click.option(
 )
 
 
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=AT_ONCE,
+    show_default=True,
+    metavar="N",
+    help="Shards read side by side.",
+)
+
+
 def complete_step(context: click.Context, _: click.Parameter, typed: str) -> list[str]:
     """Steps of ROOT that begin with what was typed; none if it cannot be asked."""
     with contextlib.suppress(DcpsvcError, click.ClickException):
@@ -74,9 +85,10 @@ def complete_step(context: click.Context, _: click.Parameter, typed: str) -> lis
     return []
 
 
-def step_argument(*, required: bool = True, name: str = "step") -> Callable[[F], F]:
-    """A step of ROOT; the shell completes it."""
-    return click.argument(name, type=click.IntRange(min=0), required=required, shell_complete=complete_step)
+def step_argument(*, required: bool = True, name: str = "step", nargs: int = 1) -> Callable[[F], F]:
+    """A step of ROOT, or several; the shell completes it."""
+    kind = click.IntRange(min=0)
+    return click.argument(name, type=kind, required=required, nargs=nargs, shell_complete=complete_step)
 
 
 def open_store(root: str, options: tuple[str, ...]) -> Store:

@@ -1,4 +1,4 @@
-"""Commands that look at a run root and change nothing: ls, show, verify, diff, du, fetch, report."""
+"""Commands that look at a run root and change nothing: ls, show, verify, diff, du, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -16,6 +15,7 @@ from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     as_json_option,
     complete_step,
+    jobs_option,
     local_option,
     local_path,
     open_store,
@@ -26,14 +26,6 @@ from dcpsvc.commandline.common import (
 from dcpsvc.stages import discover
 from dcpsvc.tools import listing, showing, tables, verifying
 
-_jobs_option = click.option(
-    "--jobs",
-    type=click.IntRange(1, 256),
-    default=verifying.AT_ONCE,
-    show_default=True,
-    metavar="N",
-    help="Shards read side by side.",
-)
 _attempt_option = click.option("--attempt", help="Which attempt, where a step has several commits.")
 
 
@@ -88,23 +80,32 @@ def show_command(
 @click.command("verify")
 @click.argument("root")
 @step_argument(required=False)
-@_jobs_option
+@jobs_option
+@click.option("--resume", is_flag=True, help="Leave out what a verify of ROOT that was cut short today has proven.")
 @store_options
 @as_json_option
-def verify_command(root: str, step: int | None, jobs: int, options: tuple[str, ...], as_json: bool) -> None:
+def verify_command(
+    root: str, step: int | None, jobs: int, resume: bool, options: tuple[str, ...], as_json: bool
+) -> None:
     r"""Read every byte of the checkpoint of STEP, or of all, and compare it with the manifest.
 
-    Exits with 1 if anything is damaged.
+    Exits with 1 if anything is damaged. How far it is stands in $XDG_CACHE_HOME/dcpsvc until it has come to its end.
 
     \b
     Examples:
       dcpsvc verify s3://bucket/runs/exp42
       dcpsvc verify ./runs/exp42 500 --jobs 16 && echo whole
+      dcpsvc verify s3://bucket/runs/exp42 --resume
     """
+    from dcpsvc.tools.verifyjournal import Journal
+
     store = open_store(root, options)
     attempts = verifying.commits(store, step)
-    with progress.shown("verified", verifying.planned_nbytes(store, attempts), quiet=as_json) as advance:
-        findings = verifying.verify(store, attempts, advance, at_once=jobs)
+    with (
+        Journal(store.url, resume=resume) as journal,
+        progress.shown("verified", verifying.planned_nbytes(store, attempts), quiet=as_json) as advance,
+    ):
+        findings = verifying.verify(store, attempts, advance, at_once=jobs, journal=journal)
     if as_json:
         print_json([asdict(finding) | {"intact": finding.intact} for finding in findings])
     else:
@@ -173,39 +174,6 @@ def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: 
         print_json(found.document())
     else:
         tables.print_usage(found)
-
-
-@click.command("fetch")
-@click.argument("root")
-@step_argument()
-@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
-@_attempt_option
-@_jobs_option
-@store_options
-@as_json_option
-def fetch_command(
-    root: str, step: int, directory: Path, attempt: str | None, options: tuple[str, ...], as_json: bool, **choices: Any
-) -> None:
-    r"""Copy the checkpoint of STEP into DIRECTORY, every byte proven; DIRECTORY is a run root then.
-
-    Begun again, it goes on where it broke off.
-
-    \b
-    Examples:
-      dcpsvc fetch s3://bucket/runs/exp42 500 ./exp42
-      python -c "import dcpsvc; dcpsvc.load('./exp42', {'model': model})"
-    """
-    from dcpsvc.tools import fetching
-
-    store = open_store(root, options)
-    manifest = showing.find(store, step, attempt)
-    with progress.shown("fetched", manifest.nbytes, quiet=as_json) as advance:
-        found = fetching.fetch(store, manifest, directory, advance, at_once=choices["jobs"])
-    if as_json:
-        print_json(asdict(found) | {"step": step, "attempt": manifest.attempt, "directory": str(directory)})
-    else:
-        there = f", of which {progress.size(found.found_nbytes)} lay there" if found.found_nbytes else ""
-        click.echo(f"step {step}: {progress.size(found.nbytes)} in {directory}{there}")
 
 
 @click.command("report")

@@ -152,6 +152,8 @@ def _examine(job: Job, plan: Plan) -> Any:
             f"{root}/run", local, job.rank, nbytes=plan.nbytes, options=plan.options, timeout_s=plan.timeout_s
         )
         findings += more
+        save_s = None if measured is None else measured.commit_s
+        findings += place.credentials(store, save_s, time.time())
     job.meet("doctor/tidy", None, lambda _: None, meeting)
     if job.coordinates and store is not None:
         findings.append(rehearsal.remove(store))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
 from dcpsvc.errors import StoreAccessError, StoreError
+from dcpsvc.progress import duration
+from dcpsvc.storage.base import SigningStore
 
 if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 _RACES, _RACERS = 5, 8
 _LISTING_S, _LOOK_S = 5.0, 0.1
 _MAX_SKEW_S = 1.0
+_LONG_S = 86400.0
 
 _ACCESS = "give this user read, write, list and delete on the run root (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=...)"
 _REACH = "check the path or URL, the network, and -o endpoint_url=..."
@@ -89,6 +92,33 @@ def _race(store: Store, key: str) -> int:
         told = list(threads.map(lambda number: store.create(key, f"racer {number}\n".encode()), range(_RACERS)))
     store.delete(key)
     return sum(told)
+
+
+def credentials(store: Store, save_s: float | None, now_s: float) -> list[Finding]:
+    """How long the store will believe who we are; nothing where that is no question.
+
+    Args:
+        store: The run root.
+        save_s: How long a save took from its call to its commit; None if none did.
+        now_s: Seconds since 1970.
+    """
+    found = store.credentials() if isinstance(store, SigningStore) else None
+    if found is None:
+        return []
+    if not found.temporary or found.renewed:
+        how = "renewed by the client before they end" if found.temporary else "do not end by themselves"
+        return [ok("credentials", f"{found.kind}: {how}")]
+    remedy = "use a role that is renewed (instance, pod, or assume_role in a profile), or longer-lived keys"
+    if found.ends_s is None:
+        said = f"{found.kind}: temporary, and nobody says when they end"
+        return [Finding(name="credentials", verdict=Verdict.NOTE, found=said, remedy=remedy)]
+    left_s = found.ends_s - now_s
+    said = f"{found.kind}: {f'end in {duration(left_s)}' if left_s > 0 else 'have ended'}"
+    if left_s >= _LONG_S:
+        return [ok("credentials", said)]
+    dies = left_s <= (save_s or 0.0)
+    verdict, what = (Verdict.FAIL, "before a save is done") if dies else (Verdict.WARN, "and a job dies with them")
+    return [Finding(name="credentials", verdict=verdict, found=f"{said}, {what}", remedy=remedy)]
 
 
 def shared(store: Store, theirs: str, expected: bytes) -> Finding:

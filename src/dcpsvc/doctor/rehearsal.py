@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _REMEDY = "the lines above say what this needs; nothing of it stays behind"
 _FIRST, _SECOND = 1, 2
+_SETTLE_S, _SLOWEST_NBYTES_PER_S = 60.0, 2**20
+"""A place that takes longer for a small save is no place for a job, and nobody waits for half an hour to hear it."""
 
 
 def rehearse(
@@ -57,16 +59,18 @@ def rehearse(
 
 
 def _save(
-    root: str, local: Path, payload: torch.Tensor, options: Mapping[str, Any], timeout_s: float
+    root: str | Store, local: Path, payload: torch.Tensor, options: Mapping[str, Any], timeout_s: float
 ) -> dict[str, Any]:
     """Two saves: the first one pays for what is made once."""
     state = {"doctor": PerRank(payload)}
+    stage_s = timeout_s + _SETTLE_S + payload.nbytes / _SLOWEST_NBYTES_PER_S
     with Checkpointer(
-        root, state, local=local, storage_options=options, sync_timeout_s=timeout_s, save_last=False, stop_signals=()
-    ) as ckpt:
-        ckpt.save(_FIRST).wait()
+        root, state, local=local, storage_options=options, sync_timeout_s=timeout_s, upload_timeout_s=stage_s,
+        save_last=False, stop_signals=(),
+    ) as ckpt:  # fmt: skip
+        ckpt.save(_FIRST).wait(3 * stage_s)  # to the disk, to the run root, and to hear of both
         pending = ckpt.save(_SECOND)
-        pending.wait()
+        pending.wait(3 * stage_s)
         times = pending.timings
         return {
             "shard_nbytes": times.shard_nbytes,

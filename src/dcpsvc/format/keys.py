@@ -51,6 +51,7 @@ _LAYOUT = re.compile(rf"{LAYOUTS}(?P<digest>[0-9a-f]{{32}})\.json")
 _METRICS = re.compile(rf"{METRICS}{_NAME}/(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})\.json")
 _PIN = re.compile(rf"{PINS}{_NAME}/(?P<token>[0-9a-f]{{8}})(?:\.until-(?P<until>[0-9]{{12}}))?\.json")
 _BESIDE = re.compile(rf"(?:{METRICS}|{PINS}){_NAME}/")
+_LINEAGE = re.compile(rf"{LINEAGE}{_NAME}\.json")
 _POLICY = re.compile(rf"{POLICIES}(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})\.json")
 _EPOCH = re.compile(rf"{EPOCHS}(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})(?P<inherited>\.inherited)?\.json")
 _OF_EPOCH = re.compile(r"(?P<number>[1-9][0-9]{0,7})-(?P<token>[0-9a-f]{8})-[0-9]+")
@@ -186,6 +187,12 @@ def pin_of(key: str) -> tuple[Attempt, int | None] | None:
 def attempt_beside(key: str) -> Attempt | None:
     """The attempt in whose folder of metrics or pins a key lies, whatever the file is called; None elsewhere."""
     match = _BESIDE.match(key)
+    return Attempt(int(match["step"]), match["attempt"]) if match else None
+
+
+def lineage_of(key: str) -> Attempt | None:
+    """The attempt whose origin a note tells; None for other keys."""
+    match = _LINEAGE.fullmatch(key)
     return Attempt(int(match["step"]), match["attempt"]) if match else None
 
 

@@ -61,3 +61,37 @@ def _parse(fields: Fields) -> Keep | None:
         return kind(**{name: value for name, value in fields.items() if name != "rule"})
     except (ConfigError, TypeError) as err:
         raise fields.fail(f"a rule that makes no sense: {err}") from err
+
+
+def parse(text: str) -> Keep:
+    """A policy as people type it: ``latest:3,best:2:loss:min,steps:1000,hours:6,pinned``.
+
+    Raises:
+        ConfigError: It is none, or a rule of it makes no sense.
+    """
+    rules = [_typed(text, *one.strip().split(":")) for one in text.split(",")]
+    return AnyOf(tuple(rules)) if len(rules) > 1 else rules[0]
+
+
+def _typed(text: str, name: str, *given: str) -> Keep:
+    kind, *kinds = _TYPED.get(name, (None,))
+    if kind is None or len(given) != len(kinds):
+        forms = ", ".join(_FORMS)
+        raise ConfigError(f"keep {text!r}: {':'.join((name, *given))!r} is no rule; rules are {forms}")
+    try:
+        values = [convert(value) for convert, value in zip(kinds, given, strict=True)]
+    except ValueError as err:
+        raise ConfigError(f"keep {text!r}: {err}") from err
+    rule: Keep = kind(*values)
+    return rule
+
+
+_TYPED: dict[str, tuple[Any, ...]] = {
+    "all": (Everything,),
+    "latest": (Latest, int),
+    "best": (Best, int, str, str),
+    "steps": (EveryNSteps, int),
+    "hours": (EveryHours, float),
+    "pinned": (Pinned,),
+}
+_FORMS = ("all", "latest:N", "best:K:METRIC:min|max", "steps:N", "hours:H", "pinned")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dcpsvc.events import Point
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from dcpsvc.events import Event
 
@@ -49,6 +49,7 @@ class SaveTimes:
         nbytes: Of this rank's shard; None if it was not written.
         outcome: ``committed``, ``failed`` or ``skipped``.
         detail: Why, if it was not committed.
+        retries: Calls to stores that its process made again meanwhile, for whatever reason.
     """
 
     step: int
@@ -59,6 +60,7 @@ class SaveTimes:
     nbytes: int | None = None
     outcome: str = "committed"
     detail: str = ""
+    retries: int = 0
 
     @property
     def total_s(self) -> float:
@@ -81,20 +83,27 @@ class SaveTimes:
             nbytes=None if said["nbytes"] is None else int(said["nbytes"]),
             outcome=str(said["outcome"]),
             detail=str(said["detail"]),
+            retries=int(said.get("retries", 0)),
         )
 
 
 @dataclass(slots=True)
 class _Open:
     began: float
+    retried_before: int
     points: list[tuple[Point, float]] = field(default_factory=list[tuple[Point, float]])
     nbytes: int | None = None
 
 
 class Tracker:
-    """Follows the saves of one rank from event to event. The caller locks."""
+    """Follows the saves of one rank from event to event. The caller locks.
 
-    def __init__(self) -> None:
+    Args:
+        retries: How many calls to stores the process has made again so far.
+    """
+
+    def __init__(self, retries: Callable[[], int] = lambda: 0) -> None:
+        self._retries = retries
         self._open: dict[tuple[int, str], _Open] = {}
 
     def take(self, event: Event, at: float, now: float) -> SaveTimes | None:
@@ -109,7 +118,7 @@ class Tracker:
             return None
         key = (event.step, event.attempt)
         if event.name is Point.SAVE_ACCEPTED:
-            self._open[key] = _Open(at, [(event.name, now)])
+            self._open[key] = _Open(at, self._retries(), [(event.name, now)])
             if len(self._open) > _MAX_OPEN:
                 del self._open[next(iter(self._open))]
             return None
@@ -132,6 +141,7 @@ class Tracker:
             nbytes=save.nbytes,
             outcome=_ENDS[event.name],
             detail="" if event.name is Point.COMMITTED else event.detail,
+            retries=self._retries() - save.retried_before,
         )
 
     def open_attempts(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dcpsvc.errors import ConfigError
 from dcpsvc.events import Event, Point
 from dcpsvc.observing.phases import Tracker
+from dcpsvc.storage.tries import retries
 
 if TYPE_CHECKING:
     from dcpsvc.observing.phases import SaveTimes
@@ -43,7 +44,8 @@ class PrometheusMetrics:
             raise ConfigError("PrometheusMetrics needs the package prometheus-client: dcpsvc[prometheus]") from err
         self._path = None if path is None else os.fspath(path)
         self._lock = threading.Lock()
-        self._tracker = Tracker()
+        self._tracker = Tracker(retries)
+        self._retried = retries()
         gauge, of_rank = self._client.Gauge, ["rank"]
         self._registry = registry = self._client.CollectorRegistry()
         self._saves = self._client.Counter("dcpsvc_saves", "Saves that ended", ["rank", "outcome"], registry=registry)
@@ -54,6 +56,9 @@ class PrometheusMetrics:
         self._time = gauge("dcpsvc_committed_timestamp_seconds", "When it was committed", of_rank, registry=registry)
         self._nbytes = gauge("dcpsvc_checkpoint_bytes", "Size of the newest commit", of_rank, registry=registry)
         self._under_way = gauge("dcpsvc_saves_under_way", "Saves begun and not ended", of_rank, registry=registry)
+        self._retries = self._client.Counter(
+            "dcpsvc_store_retries", "Calls to stores that were made again", of_rank, registry=registry
+        )
         self._server: Any = (
             None if port is None else self._client.start_http_server(port, addr="127.0.0.1", registry=registry)
         )
@@ -69,6 +74,8 @@ class PrometheusMetrics:
         with self._lock:
             save = self._tracker.take(event, time.time(), time.perf_counter())
             self._under_way.labels(rank).set(self._tracker.open_attempts())
+            before, self._retried = self._retried, retries()
+            self._retries.labels(rank).inc(self._retried - before)
         if save is not None:
             self._count(save, rank)
         if event.name is Point.COMMITTED:

@@ -20,6 +20,7 @@ from dcpsvc.format import keys
 from dcpsvc.observing.phases import SaveTimes, Tracker
 from dcpsvc.reading import at_once
 from dcpsvc.storage.open import open_store
+from dcpsvc.storage.tries import retries
 
 if TYPE_CHECKING:
     import os
@@ -56,7 +57,7 @@ class RunLog:
         self._folder = None if folder is None else Path(folder).absolute()
         self._started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         self._token = secrets.token_hex(4)
-        self._tracker = Tracker()
+        self._tracker = Tracker(retries)
         self._lines: list[str] = []
         self._lock = threading.Lock()
 

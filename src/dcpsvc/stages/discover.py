@@ -211,6 +211,24 @@ def choose(store: Store, step: int | None, tried: Collection[Attempt] = (), *, e
     return Choice(None, tuple(rejected), tuple(passed), steps)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A checkpoint, or an attempt at one, with the manifest that was read for it.
+
+    Attributes:
+        checkpoint: As listings show it.
+        manifest: None where there is none, where it does not count, or where it does not validate.
+    """
+
+    checkpoint: Checkpoint
+    manifest: Manifest | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a checkpoint."""
+        return self.checkpoint.state == "committed"
+
+
 def listing(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS) -> list[Checkpoint]:
     """Everything of ours below a run root, ascending by step; files with other names are ignored.
 
@@ -219,6 +237,11 @@ def listing(store: Store, notes: SideFiles | None = None, *, at_once: int = READ
         notes: Metrics that came late; looked at anew. None: for this call only.
         at_once: Manifests read side by side, on threads; 1 reads on the caller's.
     """
+    return [one.checkpoint for one in look(store, notes, at_once=at_once)]
+
+
+def look(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS) -> list[Seen]:
+    """As :func:`listing`, with the manifests."""
     notes = notes or SideFiles(store, readers=at_once)
     notes.look()
     entries = store.list(keys.DATA)
@@ -227,16 +250,18 @@ def listing(store: Store, notes: SideFiles | None = None, *, at_once: int = READ
     manifests, fenced = _manifests(store)
     describe = functools.partial(_describe, store, sizes=sizes, layouts=layouts)
     found = each(describe, manifests, at_once)
-    metrics = notes.metrics({checkpoint.key: checkpoint.metrics for checkpoint in found})
-    found = [replace(checkpoint, metrics=_shown(metrics[checkpoint.key])) for checkpoint in found]
-    found += [_incomplete(attempt, "a newer job had taken the run root over", sizes) for attempt in fenced]
-    found += _without_manifest(entries, {*manifests, *fenced})
-    return sorted(found, key=_age)
+    metrics = notes.metrics({one.checkpoint.key: one.checkpoint.metrics for one in found})
+    found = [replace(one, checkpoint=_shown(one.checkpoint, metrics[one.checkpoint.key])) for one in found]
+    found += [Seen(_incomplete(attempt, "a newer job had taken the run root over", sizes)) for attempt in fenced]
+    found += [Seen(one) for one in _without_manifest(entries, {*manifests, *fenced})]
+    return sorted(found, key=lambda one: _age(one.checkpoint))
 
 
-def _shown(metrics: dict[str, float]) -> dict[str, float]:
+def _shown(checkpoint: Checkpoint, metrics: dict[str, float]) -> Checkpoint:
     """What a divergence detector keeps for itself is of no use to people."""
-    return {name: value for name, value in metrics.items() if not name.startswith(OWN_METRICS)}
+    return replace(
+        checkpoint, metrics={name: value for name, value in metrics.items() if not name.startswith(OWN_METRICS)}
+    )
 
 
 def _age(checkpoint: Checkpoint) -> tuple[int, int, datetime, str]:
@@ -251,11 +276,11 @@ def _get(store: Store, key: str, max_nbytes: int, error: type[FormatError]) -> b
         raise error(key, err.reason) from err
 
 
-def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: dict[str, int]) -> Checkpoint:
+def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: dict[str, int]) -> Seen:
     try:
         found = read_manifest(store, attempt)
     except FormatError as err:
-        return _incomplete(attempt, f"its manifest does not validate: {err.reason}", sizes)
+        return Seen(_incomplete(attempt, f"its manifest does not validate: {err.reason}", sizes))
     reason = ""
     try:
         _check_sizes(found, sizes)
@@ -263,7 +288,7 @@ def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: di
             reason = f"{found.layout.path}: missing or of another size"
     except CorruptShardError as err:
         reason = str(err)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         step=found.step,
         attempt=found.attempt,
         created=created(found),
@@ -273,6 +298,7 @@ def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: di
         state="incomplete" if reason else "committed",
         reason=reason,
     )
+    return Seen(checkpoint, found)
 
 
 def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:
@@ -285,7 +311,8 @@ def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:
 
 def _without_manifest(entries: Iterable[Entry], manifests: set[Attempt]) -> list[Checkpoint]:
     sizes = {entry.key: entry.nbytes for entry in entries}
-    attempts = {attempt for key in sizes if (attempt := keys.attempt_below(key)) is not None}
+    folders = {key[: key.rfind("/") + 1] for key in sizes}
+    attempts = {attempt for folder in folders if (attempt := keys.attempt_below(folder)) is not None}
     return [_incomplete(attempt, "no manifest: it was never committed", sizes) for attempt in attempts - manifests]
 
 

@@ -1,6 +1,7 @@
-"""Retain: decide what to keep, delete the rest: manifest first, then data, on both tiers.
+"""Retain: delete what is not to stay, on both tiers. What stays is decided elsewhere (:mod:`dcpsvc.decision`).
 
-A tombstone is written before anything is removed, so a deletion that was cut short is finished by the next run.
+The only way anything is deleted, by a job and by ``dcpsvc gc`` alike: tombstone, a look for a newer owner and for pins,
+manifest, data, what lies beside, tombstone gone. So a deletion that was cut short is finished by whoever comes next.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from dcpsvc import sidefiles
-from dcpsvc.errors import StoreNotFoundError
+from dcpsvc.errors import FormatError, StoreNotFoundError, StoreObjectError
+from dcpsvc.format import manifest
 from dcpsvc.format.keys import DATA, MANIFESTS, TOMBSTONES, Attempt, Epoch, attempt_below, attempt_of, rank_of
 from dcpsvc.format.parse import compact
 
@@ -33,18 +35,60 @@ class Removal(Enum):
 class Pace(Protocol):
     """How fast objects may be deleted."""
 
-    def more(self) -> bool:
-        """Wait for one's turn to delete an object; False once the time for this round is over."""
+    def more(self, nbytes: int = 0) -> bool:
+        """Wait for one's turn to delete an object of that size; False once the time for this round is over."""
         ...
 
 
 class _Flatout:
-    def more(self) -> bool:
+    def more(self, nbytes: int = 0) -> bool:
+        del nbytes
         return True
 
 
 FLAT_OUT: Pace = _Flatout()
 """One deletion after the other, as fast as the store answers."""
+
+
+class Clock(Protocol):
+    """Seconds that only grow, and pauses."""
+
+    def now(self) -> float:
+        """Seconds."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Pause."""
+        ...
+
+
+class Rate:
+    """Lets so many deletions a second pass, for a share of the time that a commit has; see :class:`Pace`.
+
+    Args:
+        per_s: None: as fast as the store answers.
+        clock: For the pauses.
+    """
+
+    def __init__(self, per_s: float | None, clock: Clock) -> None:
+        self._per_s, self._clock = per_s, clock
+        self._next = self._ends = clock.now()
+
+    def begin(self, seconds: float) -> None:
+        """A round, for so long."""
+        self._ends = self._clock.now() + seconds
+
+    def more(self, nbytes: int = 0) -> bool:
+        """See :meth:`Pace.more`."""
+        del nbytes
+        now_s = self._clock.now()
+        if max(self._next, now_s) > self._ends:
+            return False
+        if self._per_s is not None:
+            if self._next > now_s:
+                self._clock.sleep(self._next - now_s)
+            self._next = max(self._next, now_s) + 1.0 / self._per_s
+        return True
 
 
 def condemn(store: Store, attempt: Attempt, owned: Callable[[], bool]) -> bool:
@@ -98,7 +142,7 @@ def finish_removal(store: Store, attempt: Attempt, pace: Pace = FLAT_OUT) -> boo
 def remove_data(store: Store, attempt: Attempt, pace: Pace = FLAT_OUT) -> bool:
     """Delete every object below an attempt's own prefix; says whether nothing is left."""
     for entry in store.list(attempt.data):
-        if not pace.more():
+        if not pace.more(entry.nbytes):
             return False
         store.delete(entry.key)
     return True
@@ -119,12 +163,23 @@ def debris(store: Store, epoch: Epoch, inherited: Collection[Attempt]) -> list[A
 
 
 def _is_hollow(store: Store, attempt: Attempt) -> bool:
-    """The listing shows no file of it; one that lies behind must not cost a checkpoint."""
+    """The listing shows no file of it; one that lies behind, or files of another one, must not cost a checkpoint."""
     try:
-        store.size(attempt.shard(0))
+        data = store.get(attempt.manifest, max_nbytes=manifest.MAX_NBYTES)
+        named = [shard.path for shard in manifest.loads(attempt.manifest, data).shards]
     except StoreNotFoundError:
         return True
-    return False
+    except (FormatError, StoreObjectError):
+        named = [attempt.shard(0)]
+    return not any(_is_there(store, path) for path in named)
+
+
+def _is_there(store: Store, key: str) -> bool:
+    try:
+        store.size(key)
+    except StoreNotFoundError:
+        return False
+    return True
 
 
 def condemned(store: Store) -> list[Attempt]:

@@ -28,6 +28,22 @@ class Entry(NamedTuple):
     nbytes: int
 
 
+class Credentials(NamedTuple):
+    """How a client of a store proves who it is, as far as it says.
+
+    Attributes:
+        kind: Where they come from, such as ``env`` or ``iam-role``.
+        ends_s: When they end, in seconds since 1970; None if they do not, or do not say.
+        renewed: The client gets new ones by itself.
+        temporary: They end some time.
+    """
+
+    kind: str
+    ends_s: float | None
+    renewed: bool
+    temporary: bool
+
+
 class Store(Protocol):
     """A durable place for one run root."""
 
@@ -88,10 +104,14 @@ class Store(Protocol):
         """Remove an object, durably; no error where there is none."""
         ...
 
-    def remove_unfinished(self, before: str) -> None:
-        """Remove what writers that were killed left invisible, if it is older than the object ``before``.
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
+        """Remove what writers that were killed left invisible; says how many such things there were.
 
         The store's own clock counts. Whoever still writes such a thing gets an error.
+
+        Args:
+            before: Only what is older than the object of this key, or than this time, in seconds since 1970.
+            dry_run: Only count.
         """
         ...
 
@@ -102,6 +122,24 @@ class ProvingStore(Protocol):
 
     def carry(self, key: str, cargo: Cargo) -> Carried:
         """Like :meth:`Store.put_file`, and says how it got there and whether that is proven."""
+        ...
+
+
+@runtime_checkable
+class SigningStore(Protocol):
+    """A store whose requests are signed."""
+
+    def credentials(self) -> Credentials | None:
+        """What with; None if it does not say. Asks nobody but the client."""
+        ...
+
+
+@runtime_checkable
+class DatingStore(Protocol):
+    """A store that knows when an object was written."""
+
+    def written_s(self, key: str) -> float | None:
+        """Seconds since 1970, by the store's clock; None if it cannot tell. StoreNotFoundError where there is none."""
         ...
 
 
@@ -170,3 +208,8 @@ def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -
     for view in views:
         view[:] = data[: len(view)]
         data = data[len(view) :]
+
+
+def written_s(store: Store, key: str) -> float | None:
+    """See :class:`DatingStore`; None on a store that cannot tell."""
+    return store.written_s(key) if isinstance(store, DatingStore) else None

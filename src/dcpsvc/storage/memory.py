@@ -104,9 +104,12 @@ class MemoryStore:
         with self._space.lock:
             self._space.objects.pop(key, None)
 
-    def remove_unfinished(self, before: str) -> None:
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """Nothing here is ever unfinished."""
-        check_key("remove_unfinished", before)
+        del dry_run
+        if isinstance(before, str):
+            check_key("remove_unfinished", before)
+        return 0
 
     def _object(self, operation: str, key: str) -> bytes:
         check_key(operation, key)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
+    from dcpsvc.storage.base import Credentials
     from dcpsvc.storage.cargo import Carried
 
 
@@ -146,11 +147,22 @@ class ObjectStore:
         with contextlib.suppress(StoreNotFoundError), self._translated("delete", key):
             self._wire.delete(path)
 
-    def remove_unfinished(self, before: str) -> None:
+    def credentials(self) -> Credentials | None:
+        """See :meth:`SigningStore.credentials <dcpsvc.storage.base.SigningStore.credentials>`."""
+        with self._translated("credentials", ""):
+            return self._wire.credentials()
+
+    def written_s(self, key: str) -> float | None:
+        """See :meth:`DatingStore.written_s <dcpsvc.storage.base.DatingStore.written_s>`."""
+        path = self._path("written", key)
+        with self._translated("written", key):
+            return self._wire.written_s(path)
+
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`; on S3: multipart."""
-        path = self._path("remove_unfinished", before)
-        with self._translated("remove_unfinished", before):
-            self._wire.remove_unfinished(self._root, path)
+        with self._translated("remove_unfinished", ""):
+            limit = self._wire.written_s(self._path("remove_unfinished", before)) if isinstance(before, str) else before
+            return 0 if limit is None else self._wire.remove_unfinished(self._root, limit, dry_run=dry_run)
 
     def _size(self, operation: str, key: str) -> int:
         path = self._path(operation, key)

@@ -129,6 +129,12 @@ class PosixStore:
         with self._opened("size", key) as (_, nbytes):
             return nbytes
 
+    def written_s(self, key: str) -> float:
+        """See :meth:`DatingStore.written_s <dcpsvc.storage.base.DatingStore.written_s>`."""
+        target = self._locate("written", key, check_key("written", key))
+        with self._translated("written", key):
+            return target.lstat().st_mtime
+
     def delete(self, key: str) -> None:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`; an emptied ``data/<attempt>/`` goes with it."""
         parts = check_key("delete", key)
@@ -140,18 +146,19 @@ class PosixStore:
             if len(parts) > _TOP_LEVEL and posixfile.remove_if_empty(target.parent):
                 posixfile.sync_directory(target.parent.parent)
 
-    def remove_unfinished(self, before: str) -> None:
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`: our temporary files."""
-        target = self._locate("remove_unfinished", before, check_key("remove_unfinished", before))
-        with self._translated("remove_unfinished", before):
-            limit = target.lstat().st_mtime_ns
+        found = 0
+        with self._translated("remove_unfinished", ""):
+            limit_s = self.written_s(before) if isinstance(before, str) else before
             for folder, _, names in os.walk(self._real_root()):
                 for path in (Path(folder, name) for name in names if is_temp(name)):
                     with contextlib.suppress(FileNotFoundError):
-                        if path.lstat().st_mtime_ns < limit:
-                            path.unlink()
-                            if path.parent.parent.name == "data":
-                                posixfile.remove_if_empty(path.parent)
+                        if path.lstat().st_mtime < limit_s:
+                            found += 1
+                            if not dry_run:
+                                _unlink_temp(path)
+        return found
 
     def _place(
         self, operation: str, key: str, fill: Callable[[int], None], publish: Callable[[Path, Path], bool]
@@ -200,16 +207,22 @@ class PosixStore:
         return Path(os.path.realpath(self._root))
 
     def _locate(self, operation: str, key: str, parts: tuple[str, ...]) -> Path:
-        root = self._real_root()
-        parent = Path(os.path.realpath(root.joinpath(*parts[:-1])))
-        if not parent.is_relative_to(root):
+        root = os.path.realpath(self._root)
+        parent = os.path.realpath("/".join((root, *parts[:-1])))
+        if parent != root and not parent.startswith(root.rstrip("/") + "/"):
             raise StoreObjectError(
                 operation, self._where(key), f"a symbolic link leads out of the run root, to {parent}"
             )
-        return parent / parts[-1]
+        return Path(parent, parts[-1])
 
     def _where(self, key: str) -> str:
         return f"{self._root}/{key}"
+
+
+def _unlink_temp(path: Path) -> None:
+    path.unlink()
+    if path.parent.parent.name == "data":
+        posixfile.remove_if_empty(path.parent)
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[Entry]:

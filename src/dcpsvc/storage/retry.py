@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import carry, copies, read_into, read_rest, stream
+from dcpsvc.storage.base import SigningStore, carry, copies, read_into, read_rest, stream, written_s
 from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
+from dcpsvc.storage.tries import count_one
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from dcpsvc.storage.base import Entry, Store
+    from dcpsvc.storage.base import Credentials, Entry, Store
     from dcpsvc.storage.cargo import Carried
 
 T = TypeVar("T")
@@ -59,6 +60,21 @@ class Retry:
 
     def run(self, call: Callable[[], T]) -> T:
         """What ``call`` gives in the end; its last error if there is no end."""
+        try:  # by far the most calls succeed, and many of them cost less than making ready for another try
+            return call()
+        except StoreError as err:
+            if not err.transient:
+                raise
+            first = [err]
+
+        def once_more() -> T:
+            if first:
+                raise first.pop()
+            return call()
+
+        return self._patiently(once_more)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
         patience = _Patience(self._clock, self._tries, self._deadline_s, self._stop)
 
         def pause(seconds: float) -> None:
@@ -172,9 +188,17 @@ class RetryingStore:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
         self._retry.run(lambda: self._store.delete(key))
 
-    def remove_unfinished(self, before: str) -> None:
+    def credentials(self) -> Credentials | None:
+        """See :meth:`SigningStore.credentials <dcpsvc.storage.base.SigningStore.credentials>`; None if it has none."""
+        return self._store.credentials() if isinstance(self._store, SigningStore) else None
+
+    def written_s(self, key: str) -> float | None:
+        """See :meth:`DatingStore.written_s <dcpsvc.storage.base.DatingStore.written_s>`; None if it cannot tell."""
+        return self._retry.run(lambda: written_s(self._store, key))
+
+    def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
-        self._retry.run(lambda: self._store.remove_unfinished(before))
+        return self._retry.run(lambda: self._store.remove_unfinished(before, dry_run=dry_run))
 
 
 class _Patience:
@@ -227,5 +251,6 @@ class _Reported:
 
 
 def _log_retry(state: tenacity.RetryCallState) -> None:
+    count_one()
     error = state.outcome.exception() if state.outcome else None
     _log.warning("event=store_retry attempt=%d wait_s=%.2f error=%s", state.attempt_number, state.upcoming_sleep, error)

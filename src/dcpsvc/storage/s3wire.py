@@ -9,6 +9,7 @@ import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc.storage.base import Credentials
 from dcpsvc.storage.bodysum import candidates
 from dcpsvc.storage.direct import Direct, Request
 from dcpsvc.storage.multipart import Sender
@@ -43,6 +44,9 @@ _S3_CONFIG: Mapping[str, object] = {
     # Of calls that carry no data; RetryingStore goes around the call.
     "retries": {"mode": "standard", "total_max_attempts": 4},
 }
+
+_RENEWED = frozenset({"assume-role", "assume-role-with-web-identity", "container-role", "custom-process", "iam-role"})
+"""Sources of temporary credentials that botocore asks again before they end."""
 
 _REFUSED_SUM = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "ChecksumMismatch"})
 """What servers say to bytes that do not match the checksum that came with them."""
@@ -162,12 +166,31 @@ class S3Wire(BlobWire):
         else:
             yield from files(self._fs.find(root, detail=True, **self._within(0)))
 
-    def remove_unfinished(self, root: str, before: str) -> None:
-        """See :class:`Wire`: multipart uploads below the run root that began before that object was written."""
-        limit: datetime = self._control.head(before)["LastModified"]
-        for upload in self._control.unfinished(f"{root}/"):
-            if upload["Initiated"] < limit:
-                self._control.abort(f"{root.partition('/')[0]}/{upload['Key']}", str(upload["UploadId"]))
+    def credentials(self) -> Credentials | None:
+        """See :class:`Wire`."""
+        self._fs.connect()
+        found = self._fs.s3._request_signer._credentials  # noqa: SLF001 - botocore has no other way to ask
+        if found is None:
+            return None
+        ends = getattr(found, "_expiry_time", None)
+        return Credentials(
+            kind=str(found.method or "given"),
+            ends_s=None if ends is None else ends.timestamp(),
+            renewed=found.method in _RENEWED,
+            temporary=ends is not None or bool(found.token),
+        )
+
+    def written_s(self, path: str) -> float | None:
+        """See :class:`Wire`."""
+        written: datetime | None = self._control.head(path).get("LastModified")
+        return None if written is None else written.timestamp()
+
+    def remove_unfinished(self, root: str, before_s: float, *, dry_run: bool) -> int:
+        """See :class:`Wire`: multipart uploads below the run root that began before that time."""
+        found = [one for one in self._control.unfinished(f"{root}/") if one["Initiated"].timestamp() < before_s]
+        for upload in () if dry_run else found:
+            self._control.abort(f"{root.partition('/')[0]}/{upload['Key']}", str(upload["UploadId"]))
+        return len(found)
 
     def _proving(self, direct: Direct, path: str) -> BodySum | None:
         """The cheapest checksum that this server compares; found out once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
     from dcpsvc.config import Limits
+    from dcpsvc.storage.base import Credentials
     from dcpsvc.storage.cargo import Cargo
 
 _S3 = frozenset({"s3", "s3a"})
@@ -75,7 +77,15 @@ class Wire(Protocol):
         """Remove an object; FileNotFoundError is a fine answer where there is none."""
         ...
 
-    def remove_unfinished(self, root: str, before: str) -> None:
+    def credentials(self) -> Credentials | None:
+        """What the client signs with; None where it does not say."""
+        ...
+
+    def written_s(self, path: str) -> float | None:
+        """When an object was written, by the server's clock, in seconds since 1970; None if it does not say."""
+        ...
+
+    def remove_unfinished(self, root: str, before_s: float, *, dry_run: bool) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
         ...
 
@@ -169,9 +179,22 @@ class BlobWire:
         """See :class:`Wire`."""
         self._fs.rm_file(path, **self._within(0))
 
-    def remove_unfinished(self, root: str, before: str) -> None:
+    def credentials(self) -> Credentials | None:
+        """See :class:`Wire`."""
+        return None
+
+    def written_s(self, path: str) -> float | None:
+        """See :class:`Wire`."""
+        try:
+            written = self._fs.modified(path)
+        except NotImplementedError:
+            return None
+        return written.timestamp() if isinstance(written, datetime) else None
+
+    def remove_unfinished(self, root: str, before_s: float, *, dry_run: bool) -> int:
         """See :class:`Wire`; nothing: how such servers name what is unfinished, fsspec does not say."""
-        del root, before
+        del root, before_s, dry_run
+        return 0
 
     def _within(self, nbytes: int) -> dict[str, Any]:
         """Options that bound one call."""

@@ -1,98 +1,39 @@
-"""Bringing one checkpoint from a run root into a directory: every byte proven, begun again where it broke off."""
+"""Bringing one shard from a run root to a place: every byte proven, begun again where it broke off."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import CorruptShardError, DestinationError, StoreNotFoundError
-from dcpsvc.format import digest, keys, run
+from dcpsvc.errors import CorruptShardError, StoreNotFoundError
+from dcpsvc.format import digest
 from dcpsvc.format.digest import BLOCK_NBYTES
-from dcpsvc.format.layout import MAX_NBYTES as MAX_LAYOUT_NBYTES
-from dcpsvc.format.lineage import MAX_NBYTES as MAX_LINEAGE_NBYTES
+from dcpsvc.stages import upload
 from dcpsvc.storage import posixfile
 from dcpsvc.storage.oserror import from_os_error
-from dcpsvc.storage.posix import PosixStore
 from dcpsvc.storage.shards import VerifiedShard
-from dcpsvc.tools.verifying import AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from dcpsvc.format.manifest import Manifest, ShardRecord
+    from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
 
 _READ_NBYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    """What came.
+def to_directory(store: Store, record: ShardRecord, directory: Path, progress: Callable[[int], None]) -> int:
+    """One shard into a run root that is a directory; says how many bytes of it were there.
 
-    Attributes:
-        nbytes: Of the checkpoint.
-        found_nbytes: Of it that lay there already, proven like the rest.
-    """
-
-    nbytes: int
-    found_nbytes: int
-
-
-def fetch(
-    store: Store, manifest: Manifest, directory: Path, progress: Callable[[int], None], *, at_once: int = AT_ONCE
-) -> Fetched:
-    """Make ``directory`` a run root that holds the checkpoint. The manifest comes last, so half a copy is none.
-
-    Bytes that an earlier call left there are compared with their checksums and kept as far as they are right.
-
-    Args:
-        store: The run root.
-        manifest: Which checkpoint.
-        directory: A new one, or one of the same run.
-        progress: Called with the number of bytes just proven, from any thread.
-        at_once: Shards read side by side.
+    Bytes that an earlier call left are compared with their checksums and kept as far as they are right.
 
     Raises:
-        DestinationError: ``directory`` holds another run.
-        CorruptShardError: The checkpoint is damaged; what was right stays for the next call.
+        CorruptShardError: The shard is damaged; what was right stays for the next call.
         StoreError: The run root does not answer, or the directory cannot be written.
     """
-    target = PosixStore(directory)
-    _take_identity(store, target)
-    layout = manifest.layout.path
-    target.put(layout, store.get(layout, max_nbytes=MAX_LAYOUT_NBYTES))
-    with contextlib.suppress(StoreNotFoundError):  # most checkpoints were written by training
-        lineage = manifest.key.lineage
-        target.put(lineage, store.get(lineage, max_nbytes=MAX_LINEAGE_NBYTES))
-    with ThreadPoolExecutor(at_once) as threads:
-        copies = [threads.submit(_fetch_shard, store, record, directory, progress) for record in manifest.shards]
-        try:
-            found_nbytes = sum(copy.result() for copy in copies)
-        except BaseException:  # a full disk, or Ctrl-C: nothing more is begun
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
-    target.put(manifest.key.manifest, manifest.dumps())
-    return Fetched(nbytes=manifest.nbytes, found_nbytes=found_nbytes)
-
-
-def _take_identity(store: Store, target: PosixStore) -> None:
-    ours = store.get(keys.RUN, max_nbytes=run.MAX_NBYTES)
-    wanted = run.loads(store.url, ours).run_id
-    try:
-        found = run.loads(target.url, target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id
-    except StoreNotFoundError:
-        target.create(keys.RUN, ours)
-        return
-    if found != wanted:
-        raise DestinationError(target.url, f"holds run {found}, not {wanted}")
-
-
-def _fetch_shard(store: Store, record: ShardRecord, directory: Path, progress: Callable[[int], None]) -> int:
-    """One shard into its place; says how many bytes of it were there."""
     final = directory / record.path
     part = final.with_name(f".tmp-{final.name}")  # no listing shows it
     try:
@@ -110,6 +51,36 @@ def _fetch_shard(store: Store, record: ShardRecord, directory: Path, progress: C
     except OSError as err:
         raise from_os_error("fetch", str(final), err) from err
     return found
+
+
+def to_store(store: Store, record: ShardRecord, target: Store, progress: Callable[[int], None]) -> int:
+    """One shard to any run root; says how many bytes of it were there. A whole one is read once and kept.
+
+    From a directory it is sent as it lies there, compared block by block on the way; else it goes through a file of its
+    size in ``$TMPDIR``.
+
+    Raises:
+        CorruptShardError: The shard is damaged.
+        StoreError: A run root does not answer, or does not take it.
+    """
+    with contextlib.suppress(StoreNotFoundError, CorruptShardError):
+        if target.size(record.path) == record.nbytes:
+            VerifiedShard([target], record).verify(progress)
+            return record.body_nbytes
+    if (directory := directory_of(store)) is not None:
+        _table(store, record)  # a file that is no shard is not sent at all
+        upload.ensure_shard(target, record, directory / record.path)
+        progress(record.body_nbytes)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="dcpsvc-") as aside:
+        to_directory(store, record, Path(aside), progress)
+        upload.ensure_shard(target, record, Path(aside) / record.path)
+    return 0
+
+
+def directory_of(store: Store) -> Path | None:
+    """Where a run root lies on this machine; None if it is elsewhere."""
+    return None if "://" in store.url else Path(store.url)
 
 
 def _fill(store: Store, record: ShardRecord, fd: int, progress: Callable[[int], None]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,13 @@ from dcpsvc.storage.posix import PosixStore
 from dcpsvc.tools import showing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from dcpsvc.format.keys import Attempt
+    from dcpsvc.keeping import Plan
+    from dcpsvc.policies import Keep
     from dcpsvc.storage.base import Store
-
-Why = Callable[[Checkpoint], Sequence[str]]
-"""Why a checkpoint is kept, a short text for each reason."""
 
 REMOTE, LOCAL = "remote", "local"
 """The run root, and this node's disk."""
@@ -40,49 +39,61 @@ class Row:
     Attributes:
         checkpoint: As the run root has it, or as this node's disk has it.
         tiers: Where its bytes lie, as seen from this host.
-        reasons: Why it is kept.
+        reasons: Why it is kept, or may go; empty where everything is kept anyway.
+        rules: Of the policy, those that keep it.
+        best: It is among the best by a metric.
+        goes: The policy lets it go.
     """
 
     checkpoint: Checkpoint
     tiers: tuple[str, ...]
     reasons: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    best: bool = False
+    goes: bool = False
 
     def document(self) -> dict[str, Any]:
         """Everything as JSON-like values."""
-        return showing.listed(self.checkpoint) | {"tiers": list(self.tiers), "reasons": list(self.reasons)}
+        about = {"reasons": list(self.reasons), "best": self.best, "goes": self.goes}
+        return showing.listed(self.checkpoint) | {"tiers": list(self.tiers)} | about
 
 
-def rows(store: Store, local_path: Path | None = None, why: Why | None = None) -> list[Row]:
+def rows(store: Store, local_path: Path | None = None, rule: Keep | None = None) -> list[Row]:
     """Every checkpoint and attempt, ascending by step.
 
     Args:
         store: The run root.
         local_path: This node's tier of that run; None to look at the run root only.
-        why: Why a commit is kept; None asks the policy that the run has recorded, and the pins.
+        rule: What is kept; None asks the policy that the run has recorded, and the pins.
     """
     notes = SideFiles(store, readers=at_once(store))
-    found = discover.listing(store, notes, at_once=at_once(store))
-    why = why or _recorded(store, found, notes)
+    seen = discover.look(store, notes, at_once=at_once(store))
+    plan = keeping.plan(store, seen, notes, rule)
+    pins = notes.pins(time.time())
+    found = [one.checkpoint for one in seen]
     here = _local_manifests(local_path)
     known = {checkpoint.key for checkpoint in found if checkpoint.state == "committed"}
     newest = max((attempt.step for attempt in known), default=-1)
-    listed = [_row(one, here, why) for one in found if one.key in known or one.key not in here or one.step <= newest]
+    listed = [
+        _row(one, here, plan, pins) for one in found if one.key in known or one.key not in here or one.step <= newest
+    ]
     waiting = [about for attempt, about in here.items() if about is not None and attempt.step > newest]
     listed += [Row(about, (LOCAL,)) for about in waiting]
     return sorted(listed, key=lambda row: row.checkpoint.step)
 
 
-def _recorded(store: Store, found: Sequence[Checkpoint], notes: SideFiles) -> Why:
-    plan = keeping.plan(store, found, notes)
+def _row(
+    checkpoint: Checkpoint, here: Mapping[Attempt, object], plan: Plan, pins: Mapping[Attempt, tuple[str, ...]]
+) -> Row:
+    key = checkpoint.key
+    tiers = (REMOTE, LOCAL) if key in here else (REMOTE,)
+    if checkpoint.state != "committed":
+        return Row(checkpoint, tiers)
     if plan.policy in {"", str(Everything())}:  # that all are kept is not worth a column
-        pins = notes.pins(time.time())
-        return lambda checkpoint: list(pins.get(checkpoint.key, ()))
-    return lambda checkpoint: [plan.keep.get(checkpoint.key) or f"may go: {plan.remove.get(checkpoint.key, '')}"]
-
-
-def _row(checkpoint: Checkpoint, here: Mapping[Attempt, object], why: Why) -> Row:
-    tiers = (REMOTE, LOCAL) if checkpoint.key in here else (REMOTE,)
-    return Row(checkpoint, tiers, tuple(why(checkpoint)) if checkpoint.state == "committed" else ())
+        return Row(checkpoint, tiers, pins.get(key, ()), ("pinned",) if key in pins else ())
+    goes = key in plan.remove
+    reason = f"may go: {plan.remove[key]}" if goes else plan.keep.get(key, "")
+    return Row(checkpoint, tiers, (reason,), plan.rules.get(key, ()), key in plan.best, goes)
 
 
 def _local_manifests(path: Path | None) -> dict[Attempt, Checkpoint | None]:

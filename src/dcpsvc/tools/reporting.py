@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dcpsvc.storage.base import Store
-    from dcpsvc.tools.listing import Row, Why
+    from dcpsvc.tools.listing import Row
 
 _PLACE = "/*DATA*/"
 _HEAT = (*OWN, "total")
@@ -29,18 +29,17 @@ _SHOWN = 200
 """Failures and stragglers that are listed; all are counted."""
 
 
-def report(store: Store, *, folder: Path | None = None, why: Why | None = None) -> str:
+def report(store: Store, *, folder: Path | None = None) -> str:
     """The page, as HTML that loads nothing from anywhere.
 
     Args:
         store: The run root.
         folder: Logs that ranks have written on this machine (``RunLog(folder=...)``), beside those in the run root.
-        why: Why a commit is kept.
 
     Raises:
         StoreError: The run root could not be listed.
     """
-    rows = listing.rows(store, why=why)
+    rows = listing.rows(store)
     saves, events = runlog.read(store)
     if folder is not None:
         more = runlog.read_folder(folder)
@@ -72,7 +71,7 @@ def gather(rows: Sequence[Row], saves: Sequence[SaveTimes], events: Sequence[dic
     return {
         "checkpoints": _columns(rows),
         "metrics": _metrics(rows),
-        "policies": dict(_bytes_by_reason(rows)),
+        "policies": dict(_bytes_by_rule(rows)),
         "saves": _times(saves),
         "jobs": _jobs(saves, events),
         "failures": {
@@ -96,7 +95,10 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
         "ranks": [one.world_size for one in found],
         "committed": [int(one.state == "committed") for one in found],
         "reason": [one.reason for one in found],
-        "kept": [list(row.reasons) for row in rows],
+        "kept": [[] if row.goes else list(row.reasons) for row in rows],
+        "goes": [list(row.reasons) if row.goes else [] for row in rows],
+        "best": [int(row.best) for row in rows],
+        "diverged": [int(one.diverged) for one in found],
     }
 
 
@@ -109,11 +111,12 @@ def _number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
 
 
-def _bytes_by_reason(rows: Iterable[Row]) -> Counter[str]:
+def _bytes_by_rule(rows: Iterable[Row]) -> Counter[str]:
+    """What each rule keeps; a checkpoint that several rules keep counts for each of them."""
     nbytes: Counter[str] = Counter()
     for row in rows:
-        for reason in row.reasons:
-            nbytes[reason] += row.checkpoint.nbytes
+        for rule in ("to be deleted",) if row.goes else row.rules:
+            nbytes[rule] += row.checkpoint.nbytes
     return nbytes
 
 

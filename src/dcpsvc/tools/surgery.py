@@ -6,30 +6,26 @@ it comes from.
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dcpsvc import fence
-from dcpsvc.errors import DestinationError, FormatError, RunBusyError, StateError, StoreError, StoreNotFoundError
-from dcpsvc.format import epochs, keys, run
-from dcpsvc.format.epochs import Claim
-from dcpsvc.format.keys import Attempt, Epoch
+from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError, StoreNotFoundError
+from dcpsvc.format import keys, run
 from dcpsvc.format.lineage import Lineage
 from dcpsvc.format.parse import compact
 from dcpsvc.stages import discover, upload
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.shards import VerifiedShard
-from dcpsvc.tools import changes, live
+from dcpsvc.tools import changes, owning
 from dcpsvc.tools.transplant import without, write_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dcpsvc.format.keys import Attempt
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
@@ -119,7 +115,7 @@ def edit(operation: Operation, progress: Callable[[int], None], *, take_over: bo
         StoreError: The run root does not answer, or does not take it.
     """
     plan = operation.plan()
-    _check_idle(operation.source, operation.manifest.run_id, take_over=take_over)
+    owning.check_idle(operation.source, operation.manifest.run_id, take_over=take_over)
     return _commit(operation, plan, operation.source, operation.manifest.run_id, progress)
 
 
@@ -143,12 +139,12 @@ def promote(operation: Operation, target: Store, progress: Callable[[int], None]
         raise DestinationError(target.url, "is the same run; give the root of another one")
     if newer := [attempt.step for attempt in discover.committed(target) if attempt.step >= step]:
         raise DestinationError(target.url, f"has step {newer[-1]} already, step {step} would not be resumed from")
-    _check_idle(target, run_id, take_over=take_over)
+    owning.check_idle(target, run_id, take_over=take_over)
     return _commit(operation, plan, target, run_id, progress)
 
 
 def _run_id(target: Store) -> str:
-    mine = run.Run(run_id=secrets.token_hex(6), created=_now())
+    mine = run.Run(run_id=secrets.token_hex(6), created=owning.utc_now())
     try:
         target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)
     except StoreNotFoundError:
@@ -156,25 +152,9 @@ def _run_id(target: Store) -> str:
     return run.loads(target.url, target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id
 
 
-def _check_idle(store: Store, run_id: str, *, take_over: bool) -> None:
-    """Whoever claims a run root ends the job that owns it: that must be meant."""
-    if here := live.ranks(run_id):
-        raise RunBusyError(store.url, f"process {here[0].pid} of a live job writes this run: dcpsvc stop {store.url}")
-    claims = [epoch for entry in store.list(keys.EPOCHS) if (epoch := keys.epoch_of(entry.key)) and not epoch[1]]
-    if take_over or not claims:
-        return
-    newest = max(claims)[0]
-    try:
-        said = epochs.load_claim(newest.claim, store.get(newest.claim, max_nbytes=epochs.MAX_CLAIM_NBYTES))
-    except (FormatError, StoreNotFoundError):
-        return  # nobody can say who it was
-    if said.host != socket.gethostname():
-        raise RunBusyError(store.url, f"{said} may be alive; if it has ended: --take-over")
-
-
 def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progress: Callable[[int], None]) -> Made:
     source = operation.manifest
-    epoch = _claim(target)
+    epoch = owning.claim(target)
     attempt = epoch.attempt(source.step, 0)
     try:
         records, layout = write_shards(plan.shards, plan.documents, plan.layout, target, attempt, progress=progress)
@@ -182,7 +162,7 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
             source,
             run_id=run_id,
             attempt=attempt.attempt,
-            created=_now(),
+            created=owning.utc_now(),
             shards=tuple(records),
             layout=upload.put_layout(target, layout.dumps()),
             versions=source.versions | {"dcpsvc": metadata.version("dcpsvc")},
@@ -198,17 +178,6 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
     _publish(target, manifest)
     newer = tuple(sorted({one.step for one in discover.committed(target) if one.step > source.step}))
     return Made(manifest=manifest, lineage=lineage, newer=newer)
-
-
-def _claim(target: Store) -> Epoch:
-    token = secrets.token_hex(4)
-
-    def make(number: int) -> Claim:
-        return Claim(epoch=Epoch(number, token), host=socket.gethostname(), pid=os.getpid(), created=_now())
-
-    epoch = fence.claim(target, make).epoch
-    fence.inherit(target, epoch, discover.committed(target))
-    return epoch
 
 
 def _publish(target: Store, manifest: Manifest) -> None:
@@ -231,7 +200,3 @@ def _discard(target: Store, attempt: Attempt) -> None:
         target.delete(attempt.lineage)
     except StoreError:  # it is invisible, and goes with a later commit
         return
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

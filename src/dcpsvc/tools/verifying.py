@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
+    from dcpsvc.tools.verifyjournal import Journal
 
 
 AT_ONCE = 4
@@ -73,6 +75,7 @@ def verify(
     progress: Callable[[int], None] | None = None,
     *,
     at_once: int = AT_ONCE,
+    journal: Journal | None = None,
 ) -> list[Finding]:
     """Read whole checkpoints once and compare every block. Goes on after damage, to name all of it.
 
@@ -81,13 +84,14 @@ def verify(
         attempts: Which commits.
         progress: Called with the number of bytes just proven, from any thread.
         at_once: Shards read side by side.
+        journal: What an earlier call has proven is not read again; what this one proves is noted.
 
     Raises:
         StoreError: The store did not answer; that says nothing about the checkpoint.
     """
     with ThreadPoolExecutor(at_once) as threads:
         try:
-            begun = [_begin(store, attempt, threads, progress) for attempt in attempts]
+            begun = [_begin(store, attempt, threads, progress, journal) for attempt in attempts]
             return [_end(*each) for each in begun]
         except BaseException:  # a store that is gone, or Ctrl-C: nothing more is begun
             threads.shutdown(wait=False, cancel_futures=True)
@@ -95,7 +99,11 @@ def verify(
 
 
 def _begin(
-    store: Store, attempt: Attempt, threads: ThreadPoolExecutor, progress: Callable[[int], None] | None
+    store: Store,
+    attempt: Attempt,
+    threads: ThreadPoolExecutor,
+    progress: Callable[[int], None] | None,
+    journal: Journal | None,
 ) -> tuple[Attempt, list[Future[str]], int, str]:
     try:
         manifest = discover.read_manifest(store, attempt)
@@ -103,16 +111,32 @@ def _begin(
     except FormatError as err:
         return attempt, [], 0, str(err)
     shards = [VerifiedShard([store], record) for record in manifest.shards]
-    return attempt, [threads.submit(_prove, shard, progress) for shard in shards], manifest.nbytes, ""
+    begun = [threads.submit(_prove, manifest, shard, progress, journal) for shard in shards]
+    return attempt, begun, manifest.nbytes, ""
 
 
-def _prove(shard: VerifiedShard, progress: Callable[[int], None] | None) -> str:
+def _prove(
+    manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], None] | None, journal: Journal | None
+) -> str:
     """What is wrong with one shard; empty if nothing is."""
     try:
-        shard.verify(progress)
+        if journal is None:
+            shard.verify(progress)
+        else:
+            _go_on(manifest, shard, progress, journal)
     except FormatError as err:
         return str(err)
     return ""
+
+
+def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], None] | None, journal: Journal) -> None:
+    proven, look = journal.proven(manifest, shard.record), shard.prove if shard.cached else shard.read
+    for begin, end in shard.pieces():
+        if end > proven:
+            look(begin, end)
+            journal.note(manifest, shard.record, end)
+        if progress:
+            progress(end - begin)
 
 
 def _end(attempt: Attempt, shards: list[Future[str]], nbytes: int, problem: str) -> Finding:
