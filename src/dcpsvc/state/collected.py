@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateError, UnsupportedStateError
 from dcpsvc.state.dtypes import name_of
+from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -26,7 +27,7 @@ class Sharing(StrEnum):
     """Who holds a tensor, so who writes it."""
 
     SHARDED = "sharded"
-    """Each rank holds a part (DTensor)."""
+    """Each rank holds a part (DTensor, FSDP1)."""
     REPLICATED = "replicated"
     """All ranks hold the same; verified equal, then each writes a share of the bytes."""
     FIRST = "first"
@@ -43,7 +44,7 @@ class Item:
         tensor: The local part, not a copy.
         dtype: Safetensors name of what is stored; the tensor's own may be another.
         shape: Of the whole tensor.
-        offsets: Where the local part begins in it.
+        offsets: Where the local part begins in it; of a ragged one, in the flat tensor.
         sharing: Who holds it.
         writes: Whether this rank writes its part (a sharded tensor may also be replicated).
         origin: What training writes to, as far as torch counts writes: the DTensor around a local part.
@@ -60,6 +61,11 @@ class Item:
     origin: torch.Tensor
     owner: int | None = None
     validate: bool = True
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether ``tensor`` is 1-D, and consecutive elements of a whole that is not."""
+        return len(self.offsets) != len(self.shape)
 
     @property
     def claim(self) -> str:
@@ -97,7 +103,7 @@ class Collected:
         validate: bool = True,
         stored: torch.dtype | None = None,
     ) -> None:
-        """Take a tensor in; a DTensor is sharded whatever ``sharing`` says.
+        """Take a tensor in; one of which ranks hold parts is sharded whatever ``sharing`` says.
 
         Args:
             key: Its name.
@@ -107,9 +113,9 @@ class Collected:
             validate: Whether replicas are compared.
             stored: The dtype in the file, where it is another one.
         """
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, DTensor | Ragged):
             if sharing is Sharing.PER_RANK:
-                raise UnsupportedStateError(key, "a DTensor is shared by ranks and cannot be the value of one")
+                raise UnsupportedStateError(key, "a sharded tensor is shared by ranks and cannot be the value of one")
             sharing = Sharing.SHARDED
         self._put(key, tensor, sharing, writes=True, owner=owner, validate=validate)
         if stored is not None:
@@ -141,14 +147,17 @@ class Collected:
         if key in self.items or key in self.aliases:
             raise StateError(key, "two tensors of the state would have this name")
         offsets, _ = local_chunk(tensor)
-        local = tensor
+        local = origin = tensor
         if isinstance(tensor, DTensor):
             writes = _is_in(tensor.device_mesh, holder) and _writes(key, tensor)
             with torch.no_grad():  # spares a DTensor on the way, 20 us
                 local = tensor.to_local()
+        elif isinstance(tensor, Ragged):
+            local, origin = tensor.local, tensor.origin
+            offsets, writes = (tensor.begin,), tensor.holders.writes(key, self.rank, holder)
         _check_storable(key, local)
         dtype, shape = name_of(tensor.dtype, key), tuple(tensor.shape)
-        self.items[key] = Item(local.detach(), dtype, shape, offsets, sharing, writes, tensor, owner, validate)
+        self.items[key] = Item(local.detach(), dtype, shape, offsets, sharing, writes, origin, owner, validate)
 
     def copy(self) -> Collected:
         """The same, to be added to without this one changing."""
@@ -168,7 +177,9 @@ _chunks: dict[Hashable, tuple[Shape, Shape]] = {}
 
 
 def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
-    """Offsets and sizes of what this rank holds of a tensor."""
+    """Offsets and sizes of what this rank holds of a tensor; of a ragged one, of the box around it."""
+    if isinstance(tensor, Ragged):
+        return tensor.bounding()
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tuple(tensor.shape)
     key = (tensor.device_mesh, tensor.placements, tensor.shape)
