@@ -87,10 +87,10 @@ class Sharded:
         return self._current()[2]
 
     def reshard(self) -> None:
-        """Have the next forward pass gather anew: what it gathered before is going to be out of date. No collective."""
+        """Have the next forward pass gather anew: what is left of the last one will be out of date. No collective."""
         for unit in self._units.values():
-            handle, flat = _handle(unit), _handle(unit).flat_param
-            if handle.uses_sharded_strategy and flat.data_ptr() != _local(flat).data_ptr():
+            handle = _handle(unit)
+            if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded"):
                 handle.reshard(free_unsharded_flat_param=True)
                 handle.post_reshard()
 

@@ -132,12 +132,11 @@ class ModuleComponent:
             if loaded is None:
                 continue
             if key.endswith(_EXTRA):
-                self.module.get_submodule(_owner(key, self.name)).set_extra_state(loaded.to(value.device))
+                self._with_extra_state(key).set_extra_state(loaded.to(value.device))
             else:
                 copy_into(value, loaded)
         for key, document in self._extra_states(saved).items():
-            owner = self.module.get_submodule(_owner(key, self.name))
-            owner.set_extra_state(documents.decode(document, key, _no_tensor))
+            self._with_extra_state(key).set_extra_state(documents.decode(document, key, _no_tensor))
 
     def versions(self, *, parameters_too: bool) -> list[int]:
         """Changes when a buffer, or a parameter, was written to."""
@@ -212,7 +211,7 @@ class ModuleComponent:
     def _extra_states(self, saved: Saved) -> dict[str, Any]:
         prefix = f"{saved.saved_name(self.name)}."
         found = {saved.terms.name_here(k): v for k, v in saved.documents.items() if k.startswith(prefix)}
-        here = {fqn(f"{name}.").rstrip(".") for name, _ in self.module.named_modules()}
+        here = {_plain(path) for path, _ in self.module.named_modules()}
         return {
             key: document
             for key, document in found.items()
@@ -220,6 +219,12 @@ class ModuleComponent:
             and not saved.terms.skips(key)
             and (saved.terms.strict or _owner(key, self.name) in here)
         }
+
+    def _with_extra_state(self, key: str) -> nn.Module:
+        """The module a key's extra state is of, and not what wraps it."""
+        owner, takes = _owner(key, self.name), nn.Module.set_extra_state
+        found: list[nn.Module] = [child for path, child in self.module.named_modules() if _plain(path) == owner]
+        return next((child for child in found if type(child).set_extra_state is not takes), found[-1])
 
     def _state(self) -> dict[str, Any]:
         state = self._sharded_state() if self.sharded else self.module.state_dict(keep_vars=True)
@@ -233,7 +238,7 @@ class ModuleComponent:
         """As ``state_dict()`` would give it, whose hooks are where FSDP1 gathers parameters; so no hooks are run."""
         state: dict[str, Any] = {}
         for path, child in self.module.named_modules(remove_duplicate=False):
-            child._save_to_state_dict(state, f"{path}." if path else "", keep_vars=True)  # noqa: SLF001 - see above
+            cast("Any", child)._save_to_state_dict(state, f"{path}." if path else "", keep_vars=True)  # noqa: SLF001 - see above
         managed = {id(member.given) for member in self.sharded.members}
         found = {fqn(name): value for name, value in state.items() if id(value) not in managed}
         return found | {name: p for name, p in self.named_parameters() if isinstance(p, Ragged)}
@@ -248,6 +253,10 @@ class _NoTensors(dict[str, torch.Tensor]):
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedStateError(name, f"a tensor inside the extra state {self._key}; register it as a buffer")
+
+
+def _plain(path: str) -> str:
+    return fqn(f"{path}.").rstrip(".")
 
 
 def _is_parameter(value: Any) -> bool:

@@ -60,9 +60,8 @@ class Ragged(torch.Tensor):
     origin: torch.Tensor
     holders: Holders
 
-    @staticmethod
-    def __new__(  # noqa: PLR0917 - as it is read: what, of what, from where on
-        cls: type[Self], local: torch.Tensor, shape: Sequence[int], begin: int, origin: torch.Tensor, holders: Holders
+    def __new__(
+        cls, local: torch.Tensor, shape: Sequence[int], begin: int, origin: torch.Tensor, holders: Holders
     ) -> Self:
         """As the attributes say."""
         make = cast("Any", torch.Tensor)._make_wrapper_subclass  # noqa: SLF001 - how torch has a tensor made that is none
