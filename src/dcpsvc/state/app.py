@@ -64,8 +64,8 @@ class AppState:
         modules = {name: ModuleComponent(name, v, self._only) for name, v in self._state.items() if _is_module(v)}
         found: dict[str, Component] = dict(modules)
         for name, value in self._state.items():
-            if isinstance(target := bare(value), Optimizer):
-                found[name] = OptimizerComponent(name, target, list(modules.values()))
+            if isinstance(bare(value), Optimizer):
+                found[name] = OptimizerComponent(name, value, list(modules.values()))
             elif name not in modules:
                 found[name] = ValueComponent(name, self._state)
         return found

@@ -19,6 +19,8 @@ from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dcpsvc.state.sharing import Validate
+
 Only = Literal["all", "trainable"]
 
 BASE = "__base__"
@@ -55,7 +57,7 @@ class ModuleComponent:
         module: Without what wraps it.
         sharded: Its parameters that FSDP1 manages.
         part: The declaration that this is only a part of the model; None if it is all of it.
-        validate: Whether replicas are compared.
+        validate: How replicas are compared.
         dtype: In which floating-point tensors are stored; None: their own.
         only: ``trainable`` leaves out parameters that need no gradient; buffers and all others are saved.
     """
@@ -67,7 +69,7 @@ class ModuleComponent:
         self._base: tuple[list[str], dict[str, str]] | None = None
         self.part = given if isinstance(given, Part) else None
         self.dtype = given.dtype if isinstance(given, Cast) else None
-        self.validate = not (isinstance(given, Replicated) and given.validate == "off")
+        self.validate: Validate = given.validate if isinstance(given, Replicated) else "hash"
         self.sharded = fsdp1.Sharded(name, self.module, fqn)
 
     def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
@@ -198,7 +200,8 @@ class ModuleComponent:
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
         owner = into.owners.get(id(value.origin if isinstance(value, Ragged) else value))
         if self.part is not None:
-            into.add_part(key, value, self.part.holder, owner=owner)
+            alike = self.part.ranks if _is_parameter(value) else ()  # of buffers, the holder's count
+            into.add_part(key, value, self.part.holder, owner=owner, alike=alike)
         else:
             shared = Sharing.REPLICATED if _is_parameter(value) else Sharing.FIRST
             into.add(key, value, shared, owner=owner, validate=self.validate, stored=self._stored(value))

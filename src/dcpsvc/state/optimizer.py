@@ -19,6 +19,7 @@ from dcpsvc.state.collected import Collected, Sharing, local_chunk
 from dcpsvc.state.optimview import View
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
+from dcpsvc.state.sharing import Replicated, bare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from dcpsvc.state.module import ModuleComponent
+    from dcpsvc.state.sharing import Validate
 
 
 class OptimizerComponent:
@@ -36,12 +38,15 @@ class OptimizerComponent:
 
     Args:
         name: Its name in the state.
-        optimizer: Any of torch's, or made like them.
+        given: Any of torch's, or made like them; or :class:`~dcpsvc.state.sharing.Replicated` of one. Without that,
+            it is compared as its modules are.
         modules: The modules of the state, which give its parameters their names.
     """
 
-    def __init__(self, name: str, optimizer: Optimizer, modules: Sequence[ModuleComponent]) -> None:
-        self._name, self._optimizer, self._modules = name, optimizer, modules
+    def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
+        self._name, self._modules = name, modules
+        self._optimizer: Optimizer = bare(given)
+        self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._found: tuple[Saved | None, Any] = (None, None)
         self._look()
 
@@ -67,12 +72,13 @@ class OptimizerComponent:
             ],
         }
         (into.documents if holder is None else into.own_documents)[own] = document
-        owner, validate = id(self._optimizer), self._validate()
+        owner, validate, alike = id(self._optimizer), self._validate(), self._alike()
         for parameter, key, tensor in ((p, key, tensor) for p in begun for key, tensor in tensors[p].items()):
             if holder is None:
                 into.add(key, tensor, Sharing.REPLICATED, owner=owner, validate=validate)
             else:
-                into.add_part(key, tensor, _writer(parameter, key, tensor, holder, into.rank), owner=owner)
+                writer = _writer(parameter, key, tensor, holder, into.rank)
+                into.add_part(key, tensor, writer, owner=owner, alike=alike)
         for key, tensor in others.items():
             if holder is None:
                 into.add(key, tensor, Sharing.REPLICATED, validate=validate)
@@ -173,8 +179,17 @@ class OptimizerComponent:
             return parts[0].holder
         return 0 if self._view.is_own else None
 
-    def _validate(self) -> bool:
-        return all(component.validate for component in self._own_modules())
+    def _alike(self) -> tuple[int, ...]:
+        """The ranks that hold the same part of the model."""
+        parts = [component.part for component in self._own_modules() if component.part is not None]
+        return parts[0].ranks if parts and self._view.inner is self._optimizer else ()
+
+    def _validate(self) -> Validate:
+        if self._declared is not None:
+            return self._declared
+        said = {component.validate for component in self._own_modules()}
+        strictness: tuple[Validate, ...] = ("off", "full", "hash")
+        return next((validate for validate in strictness if validate in said), "hash")
 
     def _own_modules(self) -> list[ModuleComponent]:
         """The modules its parameters are in."""
