@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "RestoreFailedError": ("/runs/a", (FAILURE,), (1,)),
     "CheckpointGoneError": ("/runs/a", 40, "it is not committed, or deleted"),
     "ExportError": ("/models/a", "the directory is not empty"),
+    "ForeignFormatError": ("/models/a", "not JSON"),
     "FormatError": ("/runs/a/run.json", "not JSON"),
     "ManifestError": ("manifests/x.json", "field 'step' is missing"),
     "LayoutError": ("layouts/x.json", "chunks hold 3 of 4 elements"),

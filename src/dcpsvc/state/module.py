@@ -124,7 +124,10 @@ class ModuleComponent:
                 if not saved.terms.skips(key):
                     saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
         mine = self._kept(mine, self._own())
-        return [want for key, value in mine.items() for want in self._wanted(saved, key, value)]
+        there = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
+        tied = {id(mine[key]) for key in there}  # by one of its names it is there: others may know no ties
+        wanted = {key: value for key, value in mine.items() if key in there or id(value) not in tied}
+        return [want for key, value in wanted.items() for want in self._wanted(saved, key, value)]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite in place, so optimizers keep their parameters."""

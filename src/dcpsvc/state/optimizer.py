@@ -188,8 +188,9 @@ class OptimizerComponent:
         if self._declared is not None:
             return self._declared
         said = {component.validate for component in self._own_modules()}
-        strictness: tuple[Validate, ...] = ("off", "full", "hash")
-        return next((validate for validate in strictness if validate in said), "hash")
+        if "off" in said:
+            return "off"
+        return "full" if "full" in said else "hash"
 
     def _own_modules(self) -> list[ModuleComponent]:
         """The modules its parameters are in."""

@@ -119,7 +119,7 @@ def edit(operation: Operation, progress: Callable[[int], None], *, take_over: bo
         StoreError: The run root does not answer, or does not take it.
     """
     plan = operation.plan()
-    _check_idle(operation.source, operation.manifest.run_id, take_over=take_over)
+    check_idle(operation.source, operation.manifest.run_id, take_over=take_over)
     return _commit(operation, plan, operation.source, operation.manifest.run_id, progress)
 
 
@@ -137,18 +137,19 @@ def promote(operation: Operation, target: Store, progress: Callable[[int], None]
         RunBusyError: See :func:`edit`; as are the others.
     """
     plan = operation.plan()
-    run_id = _run_id(target)
+    run_id = identity_of(target)
     step = operation.manifest.step
     if run_id == operation.manifest.run_id:
         raise DestinationError(target.url, "is the same run; give the root of another one")
     if newer := [attempt.step for attempt in discover.committed(target) if attempt.step >= step]:
         raise DestinationError(target.url, f"has step {newer[-1]} already, step {step} would not be resumed from")
-    _check_idle(target, run_id, take_over=take_over)
+    check_idle(target, run_id, take_over=take_over)
     return _commit(operation, plan, target, run_id, progress)
 
 
-def _run_id(target: Store) -> str:
-    mine = run.Run(run_id=secrets.token_hex(6), created=_now())
+def identity_of(target: Store) -> str:
+    """Of the run at a root; made if there is none."""
+    mine = run.Run(run_id=secrets.token_hex(6), created=now())
     try:
         target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)
     except StoreNotFoundError:
@@ -156,7 +157,7 @@ def _run_id(target: Store) -> str:
     return run.loads(target.url, target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id
 
 
-def _check_idle(store: Store, run_id: str, *, take_over: bool) -> None:
+def check_idle(store: Store, run_id: str, *, take_over: bool) -> None:
     """Whoever claims a run root ends the job that owns it: that must be meant."""
     if here := live.ranks(run_id):
         raise RunBusyError(store.url, f"process {here[0].pid} of a live job writes this run: dcpsvc stop {store.url}")
@@ -174,7 +175,7 @@ def _check_idle(store: Store, run_id: str, *, take_over: bool) -> None:
 
 def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progress: Callable[[int], None]) -> Made:
     source = operation.manifest
-    epoch = _claim(target)
+    epoch = claim(target)
     attempt = epoch.attempt(source.step, 0)
     try:
         records, layout = write_shards(plan.shards, plan.documents, plan.layout, target, attempt, progress=progress)
@@ -182,7 +183,7 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
             source,
             run_id=run_id,
             attempt=attempt.attempt,
-            created=_now(),
+            created=now(),
             shards=tuple(records),
             layout=upload.put_layout(target, layout.dumps()),
             versions=source.versions | {"dcpsvc": metadata.version("dcpsvc")},
@@ -193,28 +194,44 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
         )  # fmt: skip
         target.put(attempt.lineage, lineage.dumps())
     except BaseException:  # nothing counts yet; what is written is in nobody's way
-        _discard(target, attempt)
+        discard(target, attempt)
         raise
-    _publish(target, manifest)
+    publish(target, manifest)
     newer = tuple(sorted({one.step for one in discover.committed(target) if one.step > source.step}))
     return Made(manifest=manifest, lineage=lineage, newer=newer)
 
 
-def _claim(target: Store) -> Epoch:
-    token = secrets.token_hex(4)
+def claim(target: Store, token: str = "") -> Epoch:
+    """Take the run root over, and write down what counts.
+
+    Args:
+        target: The run root.
+        token: Names the claim, 8 hexadecimal digits; empty: a random one.
+
+    Raises:
+        RunBusyError: Another job has claimed it meanwhile.
+        StoreError: It cannot be written.
+    """
+    token = token or secrets.token_hex(4)
 
     def make(number: int) -> Claim:
-        return Claim(epoch=Epoch(number, token), host=socket.gethostname(), pid=os.getpid(), created=_now())
+        return Claim(epoch=Epoch(number, token), host=socket.gethostname(), pid=os.getpid(), created=now())
 
     epoch = fence.claim(target, make).epoch
     fence.inherit(target, epoch, discover.committed(target))
     return epoch
 
 
-def _publish(target: Store, manifest: Manifest) -> None:
+def publish(target: Store, manifest: Manifest) -> None:
+    """Commit, unless the run root was taken over meanwhile.
+
+    Raises:
+        RunBusyError: It was.
+        StoreError: It cannot be written, or does not read back as it was written.
+    """
     key, data = manifest.key.manifest, manifest.dumps()
     if theirs := fence.successor(target, manifest.key.epoch):
-        _discard(target, manifest.key)
+        discard(target, manifest.key)
         raise RunBusyError(target.url, f"{theirs} has taken it over meanwhile; nothing was changed")
     target.create(key, data)
     if not holds(target, key, data):
@@ -224,7 +241,8 @@ def _publish(target: Store, manifest: Manifest) -> None:
         raise RunBusyError(target.url, f"{verdict.theirs} has taken it over meanwhile; see dcpsvc ls {target.url}")
 
 
-def _discard(target: Store, attempt: Attempt) -> None:
+def discard(target: Store, attempt: Attempt) -> None:
+    """Remove what was written for an attempt; nothing of it counts."""
     try:
         for entry in target.list(attempt.data):
             target.delete(entry.key)
@@ -233,5 +251,6 @@ def _discard(target: Store, attempt: Attempt) -> None:
         return
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
