@@ -13,6 +13,7 @@ from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
 from dcpsvc.state.module import ModuleComponent, fqn, unwrap
 from dcpsvc.state.optimizer import OptimizerComponent
+from dcpsvc.state.optimview import unwrapped
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.values import ValueComponent, is_stateful
 
@@ -137,7 +138,7 @@ class AppState:
 
     def optimizers(self) -> list[Optimizer]:
         """Every optimizer of the state."""
-        return [target for value in self._state.values() if isinstance(target := bare(value), Optimizer)]
+        return [unwrapped(target) for value in self._state.values() if isinstance(target := bare(value), Optimizer)]
 
     def versions(self) -> tuple[int, ...]:
         """Changes when a module was written to other than by an optimizer of the state."""

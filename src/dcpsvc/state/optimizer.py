@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
-from dcpsvc.state.optimview import View
+from dcpsvc.state.optimview import View, unwrapped
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
 from dcpsvc.state.sharing import Replicated, bare
@@ -45,7 +45,7 @@ class OptimizerComponent:
 
     def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
         self._name, self._modules = name, modules
-        self._optimizer: Optimizer = bare(given)
+        self._optimizer: Optimizer = unwrapped(bare(given))
         self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._found: tuple[Saved | None, Any] = (None, None)
         self._look()

@@ -127,6 +127,14 @@ class View:
         return joined
 
 
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer in what a library puts around it: the one whose hooks are called."""
+    found: Any = optimizer
+    while isinstance(inner := getattr(found, "optimizer", None), torch.optim.Optimizer):
+        found = inner
+    return found  # type: ignore[no-any-return]
+
+
 def _inner(optimizer: Any) -> Optimizer:
     kind = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
     found: Optimizer = optimizer.optim if kind and isinstance(optimizer, kind) else optimizer
