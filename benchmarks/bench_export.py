@@ -163,14 +163,15 @@ def measured(name, folder, mib):
 
 
 def compare(folder, mib, rounds):
-    """Systems take turns; the first round warms the page cache for all."""
+    """Systems take turns; building has warmed the page cache for all."""
     taken = {name: [] for name in SYSTEMS}
-    for _ in range(rounds + 1):
+    for number in range(rounds):
         for name, runs in taken.items():
             runs.append(measured(name, folder, mib))
+            print(f"round {number + 1}: {name}: {runs[-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     rows = []
     for name, runs in taken.items():
-        row = {key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}
+        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         row |= {"system": name, "gib_per_s": mib / 1024 / row["seconds"]}
         rows.append(row | {"anon_x_largest": row["anon_nbytes"] / row["largest_nbytes"]})
     return rows

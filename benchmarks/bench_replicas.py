@@ -46,10 +46,12 @@ def rank_main(rank, world, port, folder, size):
     rows, step = [], 0
     with contextlib.ExitStack() as open_ones:
         saving = {way: open_ones.enter_context(_checkpointer(folder, way, model, optimizer)) for way in WAYS}
-        for _ in range(rounds + 1):
-            for way, ckpt in saving.items():
+        for number in range(rounds + 1):
+            for turn in range(len(WAYS)):
+                way = WAYS[(number + turn) % len(WAYS)]
                 step += 1
-                rows.append({"way": way} | _measured(ckpt, optimizer, step))
+                rows.append({"way": way} | _measured(saving[way], optimizer, step))
+                saving[way].wait(600)  # what it deletes is not the next one's
     (folder / f"{rank}.json").write_text(json.dumps(rows[len(WAYS) :]))
     dist.destroy_process_group()
 
