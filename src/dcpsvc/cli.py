@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from dcpsvc.commandline import checking, clearing, exporting, looking, mending, noting, transferring
+from dcpsvc.commandline import checking, clearing, exporting, importing, looking, mending, noting, transferring
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     EXIT_NOT_LIVE,
@@ -59,6 +59,7 @@ for _command in (
     looking.report_command,
     checking.doctor_command,
     exporting.export_command,
+    importing.import_command,
     mending.edit_command,
     mending.promote_command,
     noting.pin_command,

@@ -29,6 +29,7 @@
     |-- CheckpointGoneError         metrics or a pin for a checkpoint that is not there, or being deleted
     |-- RemovalRefusedError         a checkpoint that must not be deleted: the last one, pinned, in use
     |-- ExportError                 a checkpoint cannot be written in a foreign format
+    |-- ForeignFormatError          what another library wrote cannot be taken
     |-- FormatError                 a file of ours that does not say what it should
     |   |-- ManifestError
     |   |-- LayoutError
@@ -337,6 +338,17 @@ class RemovalRefusedError(DcpsvcError):
 
 class ExportError(DcpsvcError):
     """A checkpoint cannot be written in a foreign format: the place is not empty, or something is not in it."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class ForeignFormatError(DcpsvcError):
+    """What another library wrote cannot be taken: it is damaged, or would have to be executed to be read."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(where, reason)

@@ -197,6 +197,8 @@ class Life:
         assert isinstance(proposal, ack.Proposal)  # noqa: S101 - a failure would have ended the meeting
         assert shard is not None  # noqa: S101
         self._job.group.renew(agreement.generation)
+        if save.replicas is not None:
+            ack.compare_bytes(self._job, save.replicas.held)
         if agreement.gather:
             self._layouts = {proposal.part.digest: ack.gather_layout(self._job, proposal.part).dumps()}
         self._emit(Point.PLAN_AGREED, save)

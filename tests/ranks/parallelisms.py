@@ -10,7 +10,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
+from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -78,6 +87,19 @@ def hsdp(model: Model) -> nn.Module:
     return sharded(model, mesh_of(2, 2, names=("replica", "shard")))
 
 
+def fsdp1(model: Model, **options: Any) -> nn.Module:
+    """Each block is a unit, what is around them another."""
+    options |= {"device_id": torch.device("cpu"), "use_orig_params": options.get("use_orig_params", True)}
+    for name, block in list(model.blocks.items()):
+        model.blocks[name] = FullyShardedDataParallel(block, **options)
+    return FullyShardedDataParallel(model, **options)
+
+
+def fsdp1_hybrid(model: Model) -> nn.Module:
+    mesh = mesh_of(2, 2, names=("replica", "shard"))
+    return fsdp1(model, sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh)
+
+
 def offloaded(model: Model) -> nn.Module:
     return sharded(model, mesh_of(2, names=("dp",)), offload_policy=CPUOffloadPolicy(pin_memory=False))
 
@@ -124,6 +146,10 @@ KINDS: dict[str, tuple[int, Callable[[Model], nn.Module]]] = {
     "FSDP2, recompute": (2, lambda model: fsdp(checkpointed(model))),
     "FSDP2, compiled": (2, lambda model: compiled(fsdp(model))),
     "HSDP 2x2": (4, hsdp),
+    "FSDP1": (2, lambda model: fsdp1(checkpointed(model))),
+    "FSDP1 on 3, flat": (3, lambda model: fsdp1(model, use_orig_params=False)),
+    "FSDP1, not sharded": (2, lambda model: fsdp1(model, sharding_strategy=ShardingStrategy.NO_SHARD)),
+    "FSDP1 2x2": (4, fsdp1_hybrid),
     "TP": (2, lambda model: tensor_parallel(model, mesh_of(2, names=("tp",)))),
     "FSDP2 x TP": (4, fsdp_and_tp),
     "pipeline": (2, lambda model: stage(model, dist.get_rank())),
@@ -192,6 +218,8 @@ class Job:
 
     def prints(self) -> dict[str, str]:
         """A hash of every whole tensor this rank knows of, by the names of the whole model. Collective."""
+        if "FSDP1" in self.kind:
+            return self._gathered()
         found: dict[str, str] = {}
         for name, parameter in self.core.named_parameters():
             plain = name.replace("_checkpoint_wrapped_module.", "")
@@ -200,6 +228,34 @@ class Job:
                 found[f"optim.{plain}.{entry}"] = _hash(value)
         for name, buffer in self.core.named_buffers():
             found[f"model.{name}"] = _hash(buffer)
+        return found
+
+    def _gathered(self) -> dict[str, str]:
+        """As torch's own state dicts of FSDP1 have it, which are collective."""
+        kinds = (FullStateDictConfig(rank0_only=False), FullOptimStateDictConfig(rank0_only=False))
+        with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, *kinds):
+            whole = self.model.state_dict()
+            states = FullyShardedDataParallel.optim_state_dict(self.model, self.optimizer)["state"]
+        if self.kind in {"FSDP1", "FSDP1 2x2"}:  # torch 2.13 on CPU gives exp_avg_sq for exp_avg there
+            states = self._concatenated(whole)
+        found = {f"model.{name}": _hash(value) for name, value in whole.items()}
+        for name, entries in states.items():
+            found |= {f"optim.{name}.{entry}": _hash(value) for entry, value in sorted(entries.items())}
+        return found
+
+    def _concatenated(self, whole: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Each rank has a piece of each parameter, and state for it if it is not empty."""
+        state = self.optimizer.state
+        mine = {clean_tensor_name(name): state[p] for name, p in self.model.named_parameters() if p in state}
+        by_rank: list[Any] = [None] * self.model.process_group.size()
+        dist.all_gather_object(by_rank, mine, group=self.model.process_group)
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name in {name for one in by_rank for name in one}:
+            pieces = [one[name] for one in by_rank if name in one]
+            found[name] = {
+                entry: torch.cat([piece[entry] for piece in pieces]).view(whole[name].shape) if value.dim() else value
+                for entry, value in pieces[0].items()
+            }
         return found
 
 

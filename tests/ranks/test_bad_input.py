@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 import dcpsvc
 from tests.ranks.harness import raised_by, run_ranks, values
-from tests.ranks.models import Training, checkpointer, committed, files
+from tests.ranks.models import Training, checkpointer, committed
 
 
 def open_here(rank, world, roots, locals_=None):
@@ -166,19 +165,6 @@ def test_misuse_is_refused_with_a_typed_error_on_every_rank_and_breaks_nothing(t
         assert found["sparse"]["key"] == "model.sparse"
         assert {found[name].type for name in ("save", "step", "resume", "stop")} == {"ClosedError"}
     assert committed(root) == [1, 4]
-
-
-def wrap_with_fsdp1(rank, world, root):
-    module = FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=torch.device("cpu"))
-    return raised_by(checkpointer, root, {"model": torch.nn.Sequential(module)})
-
-
-def test_an_fsdp1_module_is_refused_by_name(tmp_path):
-    for error in values(run_ranks(2, wrap_with_fsdp1, tmp_path / "run")):
-        assert error.type == "UnsupportedStateError"
-        assert error["key"] == "model.0"
-        assert "fully_shard" in error.text
-    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("call", [dcpsvc.list_checkpoints, dcpsvc.latest, dcpsvc.storage_reader])

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpsvc
+from dcpsvc.commandline.importing import import_command
 from tests.ranks.harness import run_ranks, values
 from tests.ranks.models import FEATURES, Training, checkpointer, flip_byte, step_files
 
@@ -64,3 +66,25 @@ def test_plain_dcp_load_refuses_a_flipped_byte(tmp_path):
 
     assert outcome.raised is not None
     assert "do not match their checksum" in outcome.raised.trace
+
+
+def save_stock(rank, world, directory):
+    training = Training("fsdp", rank, width=WIDTH)
+    training.train(2)
+    dcp.save({"app": {"model": training.core.state_dict()}}, checkpoint_id=directory)
+    return {name: tensor.full_tensor().tolist() for name, tensor in training.core.named_parameters()}
+
+
+def load_taken(rank, world, root):
+    training = Training("fsdp", rank, width=WIDTH)
+    training.train(1)
+    assert dcpsvc.load(root, {"model": training.state["model"]}) == 9
+    return {name: tensor.full_tensor().tolist() for name, tensor in training.core.named_parameters()}
+
+
+def test_a_stock_dcp_directory_of_fsdp2_is_taken_and_loaded_on_as_many_ranks_and_on_more(tmp_path):
+    saved = values(run_ranks(2, save_stock, tmp_path / "stock"))[0]
+    arguments = [str(tmp_path / "stock"), str(tmp_path / "run"), "9", "--prefix", "app.model"]
+    assert CliRunner().invoke(import_command, arguments, catch_exceptions=False).exit_code == 0
+    for world in (2, 3):
+        assert values(run_ranks(world, load_taken, tmp_path / "run")) == [saved] * world

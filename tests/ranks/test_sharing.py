@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dcpsvc
@@ -103,7 +106,7 @@ def declare_badly(rank, world):
     errors = [
         raised_by(PerGroup, 1, [0]) if rank == 1 else raised_by(PerGroup, 1, other),
         raised_by(OneRank, 1, 2),
-        raised_by(Replicated, 1, "full"),
+        raised_by(Replicated, 1, "bytes"),
         raised_by(Part, nn.Linear(1, 1), [world + 1]),
     ]
     return [(error.type, error.text) for error in errors]
@@ -114,7 +117,7 @@ def test_a_declaration_that_the_rank_contradicts_is_refused_where_it_is_made(tmp
         assert {kind for kind, _ in found} == {"SharingError"}
         assert f"rank {rank} is not in the group" in found[0][1]
         assert "rank=2 is not in this job of 2 ranks" in found[1][1]
-        assert "'hash' or 'off'" in found[2][1]
+        assert "'hash', 'full' or 'off'" in found[2][1]
         assert f"rank {rank} is not in the group of ranks (3,)" in found[3][1]
 
 
@@ -144,6 +147,81 @@ def test_a_diverged_replica_is_named_on_every_rank_and_nothing_is_published(tmp_
         assert key in text
         assert "(2,)" in text
     assert [found.step for found in dcpsvc.list_checkpoints(tmp_path / "run")] == [2]
+
+
+def replicas(rank, kind):
+    """State of which ranks 1 and 3 hold something alike, and the tensor that is that on this rank."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5))
+    if kind == "HSDP":
+        model = fully_shard(model, mesh=mesh)
+        return {"model": model}, model[0].weight.to_local()
+    if kind == "FSDP1 hybrid":
+        options = {"sharding_strategy": ShardingStrategy.HYBRID_SHARD, "device_mesh": mesh, "use_orig_params": True}
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        return {"model": model}, next(p for p in model.parameters() if p.numel())
+    if kind == "DTensor":
+        tensor = distribute_tensor(torch.ones(6, 4), mesh, [Replicate(), Shard(1)])
+        return {"value": tensor}, tensor.to_local()
+    if kind == "group":
+        tensor = torch.ones(3)
+        return {"value": PerGroup({"t": tensor}, [rank % 2, rank % 2 + 2])}, tensor
+    for name in list(model._modules):
+        if name != str(rank % 2):
+            del model._modules[name]
+    return {"model": Part(model, [rank % 2, rank % 2 + 2])}, next(model.parameters())
+
+
+def diverge_in_a_group(rank, world, root, kind):
+    state, held = replicas(rank, kind)
+    with checkpointer(root, state, save_last=False, max_consecutive_failures=9) as ckpt:
+        ckpt.save(1).wait()
+        before = held.detach().clone()
+        with torch.no_grad():
+            held.view(-1)[-1:] += int(rank == 3)
+        failed = raised_by(ckpt.save(2).wait)
+        with torch.no_grad():
+            held.copy_(before)
+        ckpt.save(3).wait()
+    return failed and (failed.type, failed.text)
+
+
+@pytest.mark.parametrize("kind", ["HSDP", "FSDP1 hybrid", "DTensor", "group", "part"])
+def test_where_some_ranks_hold_the_same_one_that_diverged_is_named_on_every_rank(tmp_path, kind):
+    for kind_of_error, text in values(run_ranks(4, diverge_in_a_group, tmp_path / "run", kind)):
+        assert kind_of_error == "SaveFailedError"
+        assert "is not the same on all ranks" in text
+        assert "(1,)" in text
+        assert "(3,)" in text
+        assert "(0" not in text
+    assert [found.step for found in dcpsvc.list_checkpoints(tmp_path / "run")] == [1, 3]
+
+
+def diverge_in_full(rank, world, root, where):
+    torch.manual_seed(0)
+    model = nn.Linear(3000, 2000, dtype=torch.bfloat16)  # 12 MB; more than is compared at once is below
+    big = torch.zeros(5 << 20)
+    state = {"model": Replicated(model, validate="full"), "big": Replicated(big, validate="full"), "n": rank * 0}
+    with checkpointer(root, state, save_last=False, max_consecutive_failures=9) as ckpt:
+        ckpt.save(1).wait()
+        with torch.no_grad():
+            if rank in where:
+                big[4_500_000:] = 2.5
+        failed = raised_by(ckpt.save(2).wait)
+        big.zero_()
+        ckpt.save(3).wait()
+    return failed and (failed.type, failed.text)
+
+
+@pytest.mark.parametrize(("where", "ranks"), [((2,), "(2,)"), ((0,), "(1, 2)")])
+def test_compared_in_full_the_first_element_that_differs_is_named_on_every_rank(tmp_path, where, ranks):
+    for kind, text in values(run_ranks(3, diverge_in_full, tmp_path / "run", where)):
+        assert kind == "SaveFailedError"
+        assert "big: not the same on all ranks: element 4500000 is " in text
+        assert "2.5" in text
+        assert f"ranks {ranks} differ from rank 0" in text
+    assert [found.step for found in dcpsvc.list_checkpoints(tmp_path / "run")] == [1, 3]
 
 
 def share_a_part(rank, world, root, group):

@@ -67,6 +67,33 @@ def test_the_resume_benchmark_reads_warm_and_cold_and_counts_what_it_fetches(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_export_benchmark_measures_time_and_memory_beside_loading_and_saving(tmp_path):
+    result = run("bench_export", "--mib", "32", "--rounds", "1", "--dir", str(tmp_path))
+    rows = {row["system"]: row for row in result["rows"]}
+    assert {
+        "export hf",
+        "load + safetensors save_file",
+        "export torch",
+        "load + torch.save",
+        "import dcp",
+    } <= rows.keys()
+    assert all(row["seconds"] > 0 and row["largest_nbytes"] > 0 for row in rows.values())
+    assert rows["export hf"]["anon_nbytes"] < 2 * rows["export hf"]["largest_nbytes"]
+    assert result["facts"].keys() >= FACTS
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_replicas_benchmark_measures_every_way_to_compare(tmp_path):
+    result = run("bench_replicas", "--mib", "16", "--rounds", "1", "--dir", str(tmp_path))
+    assert [row["way"] for row in result["rows"]] == ["off", "hash", "full"]
+    assert all(row["committed_s"] > 0 and row["cpu_s"] > 0 for row in result["rows"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_scale_benchmark_measures_every_phase_and_what_each_rank_says_does_not_grow_with_the_ranks():
     result = run("bench_scale", "--ranks", "2,512", "--tensors", "100")
     small, large = ({row["phase"]: row for row in result["rows"] if row["ranks"] == ranks} for ranks in (2, 512))

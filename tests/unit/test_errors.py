@@ -42,6 +42,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "RemovalRefusedError": ("/runs/a", 40, "is the newest checkpoint"),
     "CheckpointGoneError": ("/runs/a", 40, "it is not committed, or deleted"),
     "ExportError": ("/models/a", "the directory is not empty"),
+    "ForeignFormatError": ("/models/a", "not JSON"),
     "FormatError": ("/runs/a/run.json", "not JSON"),
     "ManifestError": ("manifests/x.json", "field 'step' is missing"),
     "LayoutError": ("layouts/x.json", "chunks hold 3 of 4 elements"),

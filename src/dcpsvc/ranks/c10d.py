@@ -194,6 +194,24 @@ class Group:
                 said[rank] += _bytes(rest)
         return said
 
+    def broadcast(self, data: torch.Tensor) -> torch.Tensor:
+        """What rank 0 gave: a new tensor, but on rank 0. All give tensors of one size and dtype.
+
+        Raises:
+            LostPeerError: A peer did not answer in time; the group is poisoned from then on.
+        """
+        if self._group is None:
+            if self._world_size > 1:
+                raise LostPeerError("the group is closed")
+            return data
+        given = data if self._rank == 0 else torch.empty_like(data)
+        try:
+            self._group.broadcast(given, 0).wait()
+        except RuntimeError as err:
+            self.poisoned = True
+            raise LostPeerError(str(err)) from None
+        return given
+
     def _gather(self, group: dist.ProcessGroup, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         outputs = [torch.empty_like(tensor) for _ in range(self._world_size)]
         group.allgather([outputs], [tensor]).wait()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    import torch
+
     from dcpsvc.ranks.rendezvous import KeyValue
 
 logger = logging.getLogger("dcpsvc")
@@ -46,6 +48,10 @@ class Gathering(Protocol):
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, in rank order."""
+        ...
+
+    def broadcast(self, data: torch.Tensor) -> torch.Tensor:
+        """What rank 0 gave."""
         ...
 
     def close(self) -> None:

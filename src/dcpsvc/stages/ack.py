@@ -5,11 +5,14 @@ Every message is a value. A rank that failed says so and why; it never leaves th
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dcpsvc import preflight
-from dcpsvc.errors import LayoutError, RankFailure, StoreFullError
+from dcpsvc.errors import LayoutError, RankFailure, StateMismatchError, StoreFullError
 from dcpsvc.format import parts
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.format.parse import Fields, compact
@@ -23,9 +26,11 @@ if TYPE_CHECKING:
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.parts import Part
     from dcpsvc.ranks.job import Job
-    from dcpsvc.state.claims import Claims
+    from dcpsvc.state.claims import Claims, Held
 
 _NAMED_DIFFERENCES = 3
+_COMPARED_NBYTES = 16 << 20
+"""A whole number of elements of any dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +81,7 @@ def agree(
     verdict = job.meet(f"{place}/plan", _message(job, proposal), _compare, meeting)
     if differ := verdict.get("differ"):
         assert isinstance(proposal, Proposal)  # noqa: S101 - a failure would have ended the meeting
-        details = {name: proposal.said.get(name, {}) for name in differ}
+        details = {name: proposal.said[name] for name in differ if name in proposal.said}
         job.meet(f"{place}/compare", details, _explain, meeting)
     if verdict["short"]:
         job.meet(f"{place}/room", make_room(), _refuse_short, meeting)
@@ -107,6 +112,38 @@ def gather_layout(job: Job, mine: Part) -> Layout:
     speakers = parts.speakers(owns)
     common = job.group.all_gather(mine.common if job.rank in speakers.values() else b"")
     return parts.merge(owns, {name: common[rank] for name, rank in speakers.items()})
+
+
+def compare_bytes(job: Job, held: Mapping[str, Held]) -> None:
+    """Compare what is to be compared byte by byte with rank 0's, a piece at a time.
+
+    Collective on our group, after the ranks have agreed on the keys; uploader thread.
+
+    Raises:
+        StateMismatchError: Some differ; says where first and on which ranks, the same on every rank.
+        LostPeerError: A peer died inside the collective.
+    """
+    if not held:
+        return
+    mine = {key: found for key in sorted(held) if (found := _first_difference(job, held[key])) is not None}
+    said = [json.loads(data) for data in job.group.all_gather(compact(dict(list(mine.items())[:_NAMED_DIFFERENCES])))]
+    if key := min((key for one in said for key in one), default=""):
+        ranks = tuple(rank for rank, one in enumerate(said) if key in one)
+        number, here, there = min(one[key] for one in said if key in one)
+        reason = f"not the same on all ranks: element {number} is {here} on rank {ranks[0]} and {there} on rank 0"
+        raise StateMismatchError(key, f"{reason}; ranks {ranks} differ from rank 0")
+
+
+def _first_difference(job: Job, held: Held) -> tuple[int, str, str] | None:
+    """Number of the first element that is another than on rank 0, and what it is here and there."""
+    found: tuple[int, str, str] | None = None
+    for begin in range(0, held.flat.numel(), _COMPARED_NBYTES):
+        mine = held.flat[begin : begin + _COMPARED_NBYTES]
+        theirs = job.group.broadcast(mine)
+        if found is None and not torch.equal(mine, theirs):
+            at = int((mine != theirs).nonzero()[0])
+            found = held.difference(begin + at, theirs, begin)
+    return found
 
 
 def acknowledge(

@@ -13,6 +13,7 @@ from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
 from dcpsvc.state.module import ModuleComponent, fqn, unwrap
 from dcpsvc.state.optimizer import OptimizerComponent
+from dcpsvc.state.optimview import unwrapped
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.values import ValueComponent, is_stateful
 
@@ -64,8 +65,8 @@ class AppState:
         modules = {name: ModuleComponent(name, v, self._only) for name, v in self._state.items() if _is_module(v)}
         found: dict[str, Component] = dict(modules)
         for name, value in self._state.items():
-            if isinstance(target := bare(value), Optimizer):
-                found[name] = OptimizerComponent(name, target, list(modules.values()))
+            if isinstance(bare(value), Optimizer):
+                found[name] = OptimizerComponent(name, value, list(modules.values()))
             elif name not in modules:
                 found[name] = ValueComponent(name, self._state)
         return found
@@ -137,7 +138,7 @@ class AppState:
 
     def optimizers(self) -> list[Optimizer]:
         """Every optimizer of the state."""
-        return [target for value in self._state.values() if isinstance(target := bare(value), Optimizer)]
+        return [unwrapped(target) for value in self._state.values() if isinstance(target := bare(value), Optimizer)]
 
     def versions(self) -> tuple[int, ...]:
         """Changes when a module was written to other than by an optimizer of the state."""

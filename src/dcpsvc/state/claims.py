@@ -1,11 +1,12 @@
 """What each rank says it would save, in a form that ranks can compare: before a byte is written.
 
-One digest per component travels with every save. Only when digests differ are the details exchanged, key by
-key, so the error can name what differs and on which ranks.
+One digest per component travels with every save, and one for each group of ranks that hold the same parts. Only when
+digests differ are the details exchanged, key by key, so the error can name what differs and on which ranks.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from dcpsvc.state.collected import Collected, Item
 
 Claims = dict[str, dict[str, str]]
-"""Component -> key -> what this rank says about it."""
+"""Component -> key -> what this rank says about it. A group of ranks is a component of them alone."""
 
+_GROUP = "="
+"""Begins the names of such: no component is called so."""
 _MAX_TEXT = 64
 _COPIED_NBYTES = 16 << 20
 LARGE_NBYTES = 64 << 10
@@ -49,7 +52,7 @@ def claims(collected: Collected) -> Claims:
 
 
 class Replicas:
-    """Hashes of all replicated tensors; each is read once.
+    """Hashes of all tensors that several ranks hold alike; each is read once.
 
     Args:
         collected: This rank's part.
@@ -58,14 +61,22 @@ class Replicas:
 
     Attributes:
         tasks: What waits.
+        held: Copies of what is to be compared byte by byte, and is not hashed, by key.
     """
 
     def __init__(self, collected: Collected, *, later: bool, guarded: bool) -> None:
         items = collected.items.items()
-        replicated = {k: item for k, item in items if item.sharing is Sharing.REPLICATED and item.validate}
+        replicated = {
+            k: item
+            for k, item in items
+            if item.validate != "off" and (item.sharing is Sharing.REPLICATED or item.alike)
+        }
+        self.held = {k: Held(i) for k, i in replicated.items() if i.validate == "full" and not i.alike}
+        replicated = {k: item for k, item in replicated.items() if k not in self.held}
+        self._places = {k: _place(k, item) for k, item in replicated.items()}
         on_host = {k: item for k, item in replicated.items() if item.tensor.device.type == "cpu"}
         large = {k: item for k, item in on_host.items() if later and item.tensor.nbytes >= LARGE_NBYTES}
-        self.tasks = [Hashing(k, item, item.owner if guarded else None) for k, item in large.items()]
+        self.tasks: list[Hashing] = [Hashing(k, item, item.owner if guarded else None) for k, item in large.items()]
         self._hashes = {k: _hash_host(item.tensor) for k, item in on_host.items() if k not in large}
         elsewhere = {k: i.tensor for k, i in replicated.items() if k not in on_host and i.tensor.numel()}
         self._hashes |= _hash_on_device(elsewhere)
@@ -73,8 +84,29 @@ class Replicas:
     def complete(self, said: Claims) -> None:
         """Add all of them to what this rank says; every task is done."""
         for key, value in (self._hashes | {task.key: task.hash for task in self.tasks}).items():
-            said[component_of(key)][key] += f" {value:016x}"
+            component, name = self._places[key]
+            said[component][name] = f"{said[component].get(name, '')} {value:016x}".strip()
         self.tasks.clear()
+
+
+class Held:
+    """The bytes of a tensor as they were, to be compared with other ranks'.
+
+    Attributes:
+        dtype: Of the elements.
+        flat: Their bytes, on the host.
+    """
+
+    def __init__(self, item: Item) -> None:
+        self.dtype = item.tensor.dtype
+        host = item.tensor.detach().resolve_conj().resolve_neg().to("cpu", copy=True).contiguous()
+        self.flat = host.view(-1).view(torch.uint8)
+
+    def difference(self, byte: int, theirs: torch.Tensor, begin: int) -> tuple[int, str, str]:
+        """The number of the element a byte is in, what it is here, and in another's bytes from ``begin`` on."""
+        number = byte // self.dtype.itemsize
+        there = theirs.view(self.dtype)[number - begin // self.dtype.itemsize]
+        return number, str(self.flat.view(self.dtype)[number].item()), str(there.item())
 
 
 class Hashing:
@@ -115,23 +147,40 @@ def digests(said: Claims) -> dict[str, str]:
 
 
 def differing(by_rank: Sequence[Mapping[str, str]]) -> list[str]:
-    """Components whose digests are not the same everywhere, or that not every rank has."""
+    """Components whose digests are not the same everywhere, or that not every rank has; a group's, in the group."""
     names = sorted({name for rank in by_rank for name in rank})
-    return [name for name in names if len({rank.get(name) for rank in by_rank}) > 1]
+    return [name for name in names if len({rank.get(name) for rank in by_rank if _has(rank, name)}) > 1]
 
 
 def disagreements(by_rank: Sequence[Claims]) -> list[tuple[str, dict[str, list[int]]]]:
     """Keys on which the ranks differ: for each, what is said and by whom. ``absent`` where a rank lacks it."""
-    keys = sorted({key for said in by_rank for component in said.values() for key in component})
-    flat: list[dict[str, str]] = [{k: v for part in said.values() for k, v in part.items()} for said in by_rank]
+    keys = sorted({(key, name) for said in by_rank for name, component in said.items() for key in component})
     found: list[tuple[str, dict[str, list[int]]]] = []
-    for key in keys:
+    for key, name in keys:
         answers: dict[str, list[int]] = defaultdict(list)
-        for rank, said in enumerate(flat):
-            answers[said.get(key, "absent")].append(rank)
+        for rank, said in enumerate(by_rank):
+            if _has(said, name):
+                answers[said.get(name, {}).get(key, "absent")].append(rank)
         if len(answers) > 1:
             found.append((key, dict(answers)))
     return found
+
+
+def _has(said: Mapping[str, Any], component: str) -> bool:
+    return component in said or not component.startswith(_GROUP)
+
+
+def _place(key: str, item: Item) -> tuple[str, str]:
+    """Under which component and name the hash of a tensor is said: that of all ranks, or of those that hold a part."""
+    if not item.alike:
+        return component_of(key), key
+    box = "" if item.shape == tuple(item.tensor.shape) else f"[{','.join(map(str, item.offsets))}...]"
+    return f"{_GROUP}{_group(item.alike)}", key + box
+
+
+@functools.lru_cache(maxsize=64)
+def _group(ranks: tuple[int, ...]) -> str:
+    return digest(compact(list(ranks)))[:16]
 
 
 def _text(leaf: Any) -> str:

@@ -13,20 +13,23 @@ from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateError, UnsupportedStateError
 from dcpsvc.state.dtypes import name_of
+from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
 
     from dcpsvc.format.layout import Shape
+    from dcpsvc.state.sharing import Validate
 
 
 class Sharing(StrEnum):
     """Who holds a tensor, so who writes it."""
 
     SHARDED = "sharded"
-    """Each rank holds a part (DTensor)."""
+    """Each rank holds a part (DTensor, FSDP1)."""
     REPLICATED = "replicated"
     """All ranks hold the same; verified equal, then each writes a share of the bytes."""
     FIRST = "first"
@@ -43,12 +46,13 @@ class Item:
         tensor: The local part, not a copy.
         dtype: Safetensors name of what is stored; the tensor's own may be another.
         shape: Of the whole tensor.
-        offsets: Where the local part begins in it.
+        offsets: Where the local part begins in it; of a ragged one, in the flat tensor.
         sharing: Who holds it.
         writes: Whether this rank writes its part (a sharded tensor may also be replicated).
         origin: What training writes to, as far as torch counts writes: the DTensor around a local part.
         owner: ``id`` of the optimizer that alone changes it; None: anybody may, at any time.
-        validate: Whether replicas are compared before each writes a share of them.
+        validate: How replicas are compared before one of them, or each a share, is written.
+        alike: Of a tensor not all ranks hold alike: the ranks that hold this very part, if there are several.
     """
 
     tensor: torch.Tensor
@@ -59,12 +63,18 @@ class Item:
     writes: bool
     origin: torch.Tensor
     owner: int | None = None
-    validate: bool = True
+    validate: Validate = "hash"
+    alike: Shape = ()
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether ``tensor`` is 1-D, and consecutive elements of a whole that is not."""
+        return len(self.offsets) != len(self.shape)
 
     @property
     def claim(self) -> str:
         """What every rank must agree on."""
-        return f"{self.dtype}{list(self.shape)} {self.sharing}"
+        return f"{self.dtype}{list(self.shape)} {self.sharing}{' in full' if self.validate == 'full' else ''}"
 
 
 @dataclass(slots=True)
@@ -94,28 +104,28 @@ class Collected:
         sharing: Sharing,
         *,
         owner: int | None = None,
-        validate: bool = True,
+        validate: Validate = "hash",
         stored: torch.dtype | None = None,
     ) -> None:
-        """Take a tensor in; a DTensor is sharded whatever ``sharing`` says.
+        """Take a tensor in; one of which ranks hold parts is sharded whatever ``sharing`` says.
 
         Args:
             key: Its name.
             tensor: By reference.
             sharing: Who holds it.
             owner: ``id`` of the optimizer that alone changes it.
-            validate: Whether replicas are compared.
+            validate: How replicas are compared.
             stored: The dtype in the file, where it is another one.
         """
-        if isinstance(tensor, DTensor):
-            if sharing is Sharing.PER_RANK:
-                raise UnsupportedStateError(key, "a DTensor is shared by ranks and cannot be the value of one")
+        if isinstance(tensor, DTensor | Ragged):
             sharing = Sharing.SHARDED
         self._put(key, tensor, sharing, writes=True, owner=owner, validate=validate)
         if stored is not None:
             self.items[key] = replace(self.items[key], dtype=name_of(stored, key))
 
-    def add_part(self, key: str, tensor: torch.Tensor, holder: int, *, owner: int | None = None) -> None:
+    def add_part(
+        self, key: str, tensor: torch.Tensor, holder: int, *, owner: int | None = None, alike: Shape = ()
+    ) -> None:
         """Take a tensor in that only some ranks know of: those that hold a part of it, or all of it.
 
         Args:
@@ -123,9 +133,21 @@ class Collected:
             tensor: A DTensor is cut as its mesh says.
             holder: Of the ranks that hold the same, the one whose value counts; of DTensors, whose mesh.
             owner: ``id`` of the optimizer that alone changes it.
+            alike: The ranks that hold the same, if it is no DTensor; they are compared.
         """
-        is_mine = holder == self.rank
-        self._put(key, tensor, Sharing.PER_RANK, holder=holder, writes=is_mine, owner=owner, validate=False)
+        self._put(key, tensor, Sharing.PER_RANK, holder=holder, writes=holder == self.rank, owner=owner, alike=alike)
+
+    def add_value(self, key: str, tensor: torch.Tensor, alike: Shape) -> None:
+        """Take a tensor in that a rank has, or that some have alike: the first of them writes it.
+
+        Args:
+            key: Carries a rank.
+            tensor: No DTensor.
+            alike: Ranks.
+        """
+        if isinstance(tensor, DTensor | Ragged):
+            raise UnsupportedStateError(key, "a sharded tensor is shared by ranks and cannot be the value of one")
+        self._put(key, tensor, Sharing.PER_RANK, writes=alike[0] == self.rank, owner=None, alike=alike)
 
     def _put(
         self,
@@ -136,19 +158,26 @@ class Collected:
         holder: int = 0,
         writes: bool,
         owner: int | None,
-        validate: bool,
+        validate: Validate = "hash",
+        alike: Shape = (),
     ) -> None:
         if key in self.items or key in self.aliases:
             raise StateError(key, "two tensors of the state would have this name")
         offsets, _ = local_chunk(tensor)
-        local = tensor
+        local = origin = tensor
         if isinstance(tensor, DTensor):
             writes = _is_in(tensor.device_mesh, holder) and _writes(key, tensor)
+            alike = _alike(tensor.device_mesh, tensor.placements)
             with torch.no_grad():  # spares a DTensor on the way, 20 us
                 local = tensor.to_local()
+        elif isinstance(tensor, Ragged):
+            local, origin = tensor.local, tensor.origin
+            offsets, writes = (tensor.begin,), tensor.holders.writes(key, self.rank, holder)
+            alike = tensor.holders.alike
         _check_storable(key, local)
         dtype, shape = name_of(tensor.dtype, key), tuple(tensor.shape)
-        self.items[key] = Item(local.detach(), dtype, shape, offsets, sharing, writes, tensor, owner, validate)
+        alike = alike if len(alike) > 1 else ()
+        self.items[key] = Item(local.detach(), dtype, shape, offsets, sharing, writes, origin, owner, validate, alike)
 
     def copy(self) -> Collected:
         """The same, to be added to without this one changing."""
@@ -168,7 +197,9 @@ _chunks: dict[Hashable, tuple[Shape, Shape]] = {}
 
 
 def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
-    """Offsets and sizes of what this rank holds of a tensor."""
+    """Offsets and sizes of what this rank holds of a tensor; of a ragged one, of the box around it."""
+    if isinstance(tensor, Ragged):
+        return tensor.bounding()
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tuple(tensor.shape)
     key = (tensor.device_mesh, tensor.placements, tensor.shape)
@@ -197,6 +228,17 @@ def _is_in(mesh: DeviceMesh, rank: int) -> bool:
     alone, FSDP2 shards in each of its columns. The mesh with the first rank writes.
     """
     return bool((mesh.mesh == rank).any())
+
+
+@functools.lru_cache(maxsize=1024)
+def _alike(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Shape:
+    """The ranks of a mesh that hold the same part as this one."""
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    where = zip(coordinate, placements, strict=True)
+    along = tuple(slice(None) if placement.is_replicate() else place for place, placement in where)
+    return tuple(sorted(mesh.mesh[along].flatten().tolist()))
 
 
 def _writes(key: str, tensor: DTensor) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.shardfile import Piece
+from dcpsvc.state import ragged
 from dcpsvc.state.collected import Collected, Item, Sharing
 
 if TYPE_CHECKING:
@@ -30,14 +31,18 @@ class Share:
     Attributes:
         piece: What it is in the file.
         rows: Dimension, first row and number of rows; None for all of the tensor.
+        after: Of a ragged tensor: how many of its elements come before.
     """
 
     piece: Piece
     rows: tuple[int, int, int] | None = None
+    after: int | None = None
 
     def source(self, collected: Collected) -> torch.Tensor:
         """The tensor, or view of one, whose values it holds."""
         tensor = collected.items[self.piece.key].tensor
+        if self.after is not None:
+            return tensor.narrow(0, self.after, math.prod(self.piece.sizes)).view(self.piece.sizes)
         return tensor if self.rows is None else tensor.narrow(*self.rows)
 
 
@@ -67,7 +72,7 @@ class Structure:
 
 def shares(collected: Collected, rank: int, world_size: int) -> list[Share]:
     """What ``rank`` of ``world_size`` writes."""
-    mine = [_whole(key, item) for key, item in collected.items.items() if _is_mine(item, rank)]
+    mine = [share for key, item in collected.items.items() if _is_mine(item, rank) for share in _of(key, item)]
     return mine + list(_replicated(collected, rank, world_size))
 
 
@@ -79,6 +84,16 @@ def _is_mine(item: Item, rank: int) -> bool:
             return rank == 0
         case Sharing.REPLICATED:
             return False
+
+
+def _of(key: str, item: Item) -> Iterator[Share]:
+    if not item.is_ragged:
+        yield _whole(key, item)
+        return
+    if 0 in item.shape:
+        yield Share(Piece(key, item.dtype, item.shape, (0,) * len(item.shape), item.shape), after=0)
+    for after, offsets, sizes in ragged.boxes(item.shape, item.offsets[0], item.tensor.numel()):
+        yield Share(Piece(key, item.dtype, item.shape, offsets, sizes), after=after)
 
 
 def _whole(key: str, item: Item) -> Share:

@@ -1,4 +1,4 @@
-"""nn.Module: plain, DDP, FSDP2 and compiled, under the model's own names."""
+"""nn.Module: plain, DDP, FSDP1, FSDP2 and compiled, under the model's own names."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents, meta, origin
+from dcpsvc.state import documents, fsdp1, meta, origin
 from dcpsvc.state.collected import Collected, Sharing
+from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, own_name
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dcpsvc.state.sharing import Validate
+
 Only = Literal["all", "trainable"]
 
 BASE = "__base__"
 """Stands for all that is not saved of a module, in a table of differences and in ``skip``."""
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _EXTRA = "_extra_state"
 
 
@@ -44,14 +46,6 @@ def fqn(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def parameter_names(module: nn.Module) -> dict[int, str]:
-    """FQN of each parameter, by ``id``; the first name of a tied one."""
-    names: dict[int, str] = {}
-    for name, parameter in unwrap(module).named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), fqn(name))
-    return names
-
-
 class ModuleComponent:
     """A module's parameters and buffers.
 
@@ -61,8 +55,9 @@ class ModuleComponent:
 
     Attributes:
         module: Without what wraps it.
+        sharded: Its parameters that FSDP1 manages.
         part: The declaration that this is only a part of the model; None if it is all of it.
-        validate: Whether replicas are compared.
+        validate: How replicas are compared.
         dtype: In which floating-point tensors are stored; None: their own.
         only: ``trainable`` leaves out parameters that need no gradient; buffers and all others are saved.
     """
@@ -74,11 +69,25 @@ class ModuleComponent:
         self._base: tuple[list[str], dict[str, str]] | None = None
         self.part = given if isinstance(given, Part) else None
         self.dtype = given.dtype if isinstance(given, Cast) else None
-        self.validate = not (isinstance(given, Replicated) and given.validate == "off")
-        for path, child in self.module.named_modules():
-            if isinstance(child, FullyShardedDataParallel):
-                where = f"{name}.{path}".rstrip(".")
-                raise UnsupportedStateError(where, "FSDP1 modules are not supported; use fully_shard (FSDP2)")
+        self.validate: Validate = given.validate if isinstance(given, Replicated) else "hash"
+        self.sharded = fsdp1.Sharded(name, self.module, fqn)
+
+    def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """Every parameter under every name it has; what FSDP1 manages as what of it is here."""
+        named = self.module.named_parameters(remove_duplicate=False)
+        if not self.sharded:
+            return [(fqn(name), parameter) for name, parameter in named]
+        managed = {id(member.given) for member in self.sharded.members}
+        found: dict[str, torch.Tensor] = {fqn(name): p for name, p in named if id(p) not in managed}
+        found |= {member.name: member.ragged for member in self.sharded.members}
+        return list((found | {name: found[of] for name, of in self.sharded.aliases.items()}).items())
+
+    def parameter_names(self) -> dict[int, str]:
+        """FQN of each parameter, by ``id``; the first name of a tied one."""
+        names: dict[int, str] = {}
+        for name, parameter in self.named_parameters():
+            names.setdefault(id(parameter), name)
+        return names
 
     def collect(self, into: Collected) -> None:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
@@ -88,7 +97,7 @@ class ModuleComponent:
         else:
             into.own_documents[own_name(self.name, into.rank)] = about
         first_names: dict[int, str] = {}
-        own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
+        own = self._own()
         for key, value in self._kept(self._state(), own).items():
             if not isinstance(value, torch.Tensor):
                 self._collect_value(into, key, value)
@@ -106,7 +115,7 @@ class ModuleComponent:
         mine = {key: value for key, value in self._state().items() if isinstance(value, torch.Tensor)}
         if self.only == "trainable":
             saved_too = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
-            self._trained |= {key for key in saved_too if isinstance(mine[key], nn.Parameter)}
+            self._trained |= {key for key in saved_too if _is_parameter(mine[key])}
             self._check_base(saved)
         if self.part is None and saved.terms.strict:
             prefix = f"{saved.saved_name(self.name)}."
@@ -114,25 +123,27 @@ class ModuleComponent:
             for key in sorted(theirs.keys() - mine.keys()):
                 if not saved.terms.skips(key):
                     saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
-        own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
-        mine = self._kept(mine, own)
-        return [want for key, value in mine.items() for want in self._wanted(saved, key, value)]
+        mine = self._kept(mine, self._own())
+        there = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
+        tied = {id(mine[key]) for key in there}  # by one of its names it is there: others may know no ties
+        wanted = {key: value for key, value in mine.items() if key in there or id(value) not in tied}
+        return [want for key, value in wanted.items() for want in self._wanted(saved, key, value)]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Overwrite in place, so optimizers keep their parameters; what is on the meta device gets memory."""
+        self.sharded.reshard()
         for key, value in self._state().items():
             loaded = tensors.get(saved.saved_name(key)) if not saved.terms.skips(key) else None
             if loaded is None:
                 continue
             if key.endswith(_EXTRA):
-                self.module.get_submodule(_owner(key, self.name)).set_extra_state(loaded.to(value.device))
+                self._with_extra_state(key).set_extra_state(loaded.to(value.device))
             elif value.device.type == "meta":
                 meta.assign(self.module, value, loaded)
             else:
                 copy_into(value, loaded)
         for key, document in self._extra_states(saved).items():
-            owner = self.module.get_submodule(_owner(key, self.name))
-            owner.set_extra_state(documents.decode(document, key, _no_tensor))
+            self._with_extra_state(key).set_extra_state(documents.decode(document, key, _no_tensor))
 
     def versions(self, *, parameters_too: bool) -> list[int]:
         """Changes when a buffer, or a parameter, was written to."""
@@ -143,14 +154,15 @@ class ModuleComponent:
         """What is saved of the module's state: all, or what training may change, or has before it was frozen."""
         if self.only == "all":
             return state
-        self._trained |= {key for key, v in state.items() if isinstance(v, nn.Parameter) and v.requires_grad}
+        self._trained |= {key for key, v in state.items() if _is_parameter(v) and _is_trained(v)}
         return {
             key: value
             for key, value in state.items()
-            if key in self._trained
-            or key.endswith(_EXTRA)
-            or (id(value) in own and not isinstance(value, nn.Parameter))
+            if key in self._trained or key.endswith(_EXTRA) or (id(value) in own and not _is_parameter(value))
         }
+
+    def _own(self) -> set[int]:
+        return {id(tensor) for tensor in (*(p for _, p in self.named_parameters()), *self.module.buffers())}
 
     def _about(self) -> dict[str, Any]:
         about = origin.described(self.module, fqn)
@@ -160,8 +172,9 @@ class ModuleComponent:
 
     def _fingerprint(self) -> dict[str, str]:
         """Of the parameters that are not saved, taken anew only when they are others: nothing is to change them."""
-        named = {fqn(name): parameter for name, parameter in self.module.named_parameters()}
-        frozen = [n for n, p in named.items() if not p.requires_grad and f"{self.name}.{n}" not in self._trained]
+        names = self.parameter_names()
+        named = {names[id(parameter)]: parameter for _, parameter in self.named_parameters()}
+        frozen = [n for n, p in named.items() if not _is_trained(p) and f"{self.name}.{n}" not in self._trained]
         if self._base is None or self._base[0] != frozen:
             values = origin.fingerprint((name, named[name]) for name in frozen)
             self._base = (frozen, values | {"name": origin.base_name(self.module)})
@@ -190,11 +203,12 @@ class ModuleComponent:
         return self.dtype if value.is_floating_point() else None
 
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
-        owner = into.owners.get(id(value))
+        owner = into.owners.get(id(value.origin if isinstance(value, Ragged) else value))
         if self.part is not None:
-            into.add_part(key, value, self.part.holder, owner=owner)
+            alike = self.part.ranks if _is_parameter(value) else ()  # of buffers, the holder's count
+            into.add_part(key, value, self.part.holder, owner=owner, alike=alike)
         else:
-            shared = Sharing.REPLICATED if isinstance(value, nn.Parameter) else Sharing.FIRST
+            shared = Sharing.REPLICATED if _is_parameter(value) else Sharing.FIRST
             into.add(key, value, shared, owner=owner, validate=self.validate, stored=self._stored(value))
 
     def _collect_value(self, into: Collected, key: str, value: Any) -> None:
@@ -205,7 +219,7 @@ class ModuleComponent:
     def _extra_states(self, saved: Saved) -> dict[str, Any]:
         prefix = f"{saved.saved_name(self.name)}."
         found = {saved.terms.name_here(k): v for k, v in saved.documents.items() if k.startswith(prefix)}
-        here = {name for name, _ in self.module.named_modules()}
+        here = {_plain(path) for path, _ in self.module.named_modules()}
         return {
             key: document
             for key, document in found.items()
@@ -214,12 +228,28 @@ class ModuleComponent:
             and (saved.terms.strict or _owner(key, self.name) in here)
         }
 
+    def _with_extra_state(self, key: str) -> nn.Module:
+        """The module a key's extra state is of, and not what wraps it."""
+        owner, takes = _owner(key, self.name), nn.Module.set_extra_state
+        found: list[nn.Module] = [child for path, child in self.module.named_modules() if _plain(path) == owner]
+        return next((child for child in found if type(child).set_extra_state is not takes), found[-1])
+
     def _state(self) -> dict[str, Any]:
+        state = self._sharded_state() if self.sharded else self.module.state_dict(keep_vars=True)
         return {
             f"{self.name}.{fqn(name)}": value
-            for name, value in self.module.state_dict(keep_vars=True).items()
+            for name, value in state.items()
             if not (name.endswith(_EXTRA) and value is None)
         }
+
+    def _sharded_state(self) -> dict[str, Any]:
+        """As ``state_dict()`` would give it, whose hooks are where FSDP1 gathers parameters; so no hooks are run."""
+        state: dict[str, Any] = {}
+        for path, child in self.module.named_modules(remove_duplicate=False):
+            cast("Any", child)._save_to_state_dict(state, f"{path}." if path else "", keep_vars=True)  # noqa: SLF001 - see above
+        managed = {id(member.given) for member in self.sharded.members}
+        found = {fqn(name): value for name, value in state.items() if id(value) not in managed}
+        return found | {name: p for name, p in self.named_parameters() if isinstance(p, Ragged)}
 
 
 class _NoTensors(dict[str, torch.Tensor]):
@@ -231,6 +261,18 @@ class _NoTensors(dict[str, torch.Tensor]):
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedStateError(name, f"a tensor inside the extra state {self._key}; register it as a buffer")
+
+
+def _plain(path: str) -> str:
+    return fqn(f"{path}.").rstrip(".")
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, nn.Parameter | Ragged)
+
+
+def _is_trained(parameter: torch.Tensor) -> bool:
+    return (parameter.origin if isinstance(parameter, Ragged) else parameter).requires_grad
 
 
 def _no_tensor(name: str) -> torch.Tensor:

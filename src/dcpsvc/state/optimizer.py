@@ -6,8 +6,8 @@ no state, before the save and after the load. Reading state out never steps the 
 
 from __future__ import annotations
 
+import bisect
 import functools
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,79 +16,78 @@ from torch.distributed.tensor import DTensor
 from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
-from dcpsvc.state.module import parameter_names
+from dcpsvc.state.optimview import View, unwrapped
+from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
+from dcpsvc.state.sharing import Replicated, bare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.optim import Optimizer
 
     from dcpsvc.state.module import ModuleComponent
-
-
-_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
-"""Not imported here: whoever uses it has, and it brings TorchScript along."""
+    from dcpsvc.state.sharing import Validate
 
 
 class OptimizerComponent:
     """An optimizer's state and hyper-parameters.
 
-    Where ranks have different parameters (pipeline stages, ZeRO), each writes what it has, and reads what it needs
-    from whoever wrote it.
+    Where ranks have different parameters (pipeline stages, ZeRO, FSDP1), each writes what it has, and reads what it
+    needs from whoever wrote it.
 
     Args:
         name: Its name in the state.
-        optimizer: Any of torch's, or made like them.
+        given: Any of torch's, or made like them; or :class:`~dcpsvc.state.sharing.Replicated` of one. Without that,
+            it is compared as its modules are.
         modules: The modules of the state, which give its parameters their names.
     """
 
-    def __init__(self, name: str, optimizer: Optimizer, modules: Sequence[ModuleComponent]) -> None:
-        self._name, self._optimizer, self._modules = name, optimizer, modules
+    def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
+        self._name, self._modules = name, modules
+        self._optimizer: Optimizer = unwrapped(bare(given))
+        self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._found: tuple[Saved | None, Any] = (None, None)
-
-    @property
-    def _inner(self) -> Optimizer:
-        """The one that has state and parameters of this rank: inside a ZeroRedundancyOptimizer there is another."""
-        kind = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
-        within: Any = self._optimizer
-        found: Optimizer = within.optim if kind and isinstance(within, kind) else within
-        return found
+        self._look()
 
     def collect(self, into: Collected) -> None:
         """Every state tensor under ``<name>.state.<fqn>.<entry>``; the rest is one document."""
-        tensors: dict[str, torch.Tensor] = {}  # step() alone changes them
+        tensors: dict[torch.Tensor, dict[str, torch.Tensor]] = {}  # step() alone changes them
         others: dict[str, torch.Tensor] = {}
-        names, state = self._names(), self._inner.state
-        if strange := [key for key in state if id(key) not in names]:
+        view = self._look()
+        names, state, known = self._names(), view.state, view.known
+        if strange := [key for key in view.inner.state if id(key) not in known]:
             raise UnsupportedStateError(f"{self._name}.state", f"an entry under {strange[0]!r:.80}, not a parameter")
         holder = self._holder(into.rank)
         own = self._name if holder is None else own_name(self._name, into.rank)
-        begun = [parameter for parameter in self._parameters() if parameter in state]
+        begun = [parameter for parameter in view.parameters if parameter in state]
+        prefixes = {p: f"{self._name}.state.{names[id(p)]}" for p in begun}
         document = {
-            "state": {names[id(p)]: _encode(f"{self._name}.state.{names[id(p)]}", state[p], tensors) for p in begun},
+            "state": {names[id(p)]: _encode(prefixes[p], state[p], tensors.setdefault(p, {})) for p in begun},
             "shapes": {names[id(p)]: list(p.shape) for p in begun},
             "param_groups": [
                 _encode(f"{own}.param_groups.{index}", _without_params(group), others)
                 | {"params": [names[id(parameter)] for parameter in group["params"]]}
-                for index, group in enumerate(self._inner.param_groups)
+                for index, group in enumerate(view.param_groups)
             ],
         }
         (into.documents if holder is None else into.own_documents)[own] = document
-        for key, tensor in tensors.items():
+        owner, validate, alike = id(self._optimizer), self._validate(), self._alike()
+        for parameter, key, tensor in ((p, key, tensor) for p in begun for key, tensor in tensors[p].items()):
             if holder is None:
-                into.add(key, tensor, Sharing.REPLICATED, owner=id(self._optimizer), validate=self._validate())
+                into.add(key, tensor, Sharing.REPLICATED, owner=owner, validate=validate)
             else:
-                into.add_part(key, tensor, holder, owner=id(self._optimizer))
+                writer = _writer(parameter, key, tensor, holder, into.rank)
+                into.add_part(key, tensor, writer, owner=owner, alike=alike)
         for key, tensor in others.items():
             if holder is None:
-                into.add(key, tensor, Sharing.REPLICATED, validate=self._validate())
+                into.add(key, tensor, Sharing.REPLICATED, validate=validate)
             else:
                 into.add_part(key, tensor, into.rank)
 
     def wants(self, saved: Saved) -> list[Want]:
         """The saved state of each parameter, in the box this rank holds of that parameter."""
-        meta.refuse(self._name, self._parameters())
+        meta.refuse(self._name, self._look().parameters)
         document = self._document(saved)
         self._check_groups(saved, document)
         wants = [
@@ -102,23 +101,23 @@ class OptimizerComponent:
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace state and hyper-parameters; a parameter without saved state has none afterwards."""
-        document = self._document(saved)
-        for groups in {id(g): g for g in (self._inner.param_groups, self._optimizer.param_groups)}.values():
-            for group, values in zip(groups, document["param_groups"], strict=True):
-                for name, value in values.items():
-                    if name != "params":
-                        group[name] = _decode(value, f"{self._name}.{name}", group.get(name), tensors.__getitem__)
-        state = self._inner.state
-        old = {parameter: dict(state.get(parameter, {})) for parameter in self._parameters()}
-        kept = {p: old[p] for p in self._parameters() if saved.terms.skips(self._key(p)) and p in state}
-        state.clear()
-        state.update(kept)
+        document, view = self._document(saved), self._view
+        for index, (group, values) in enumerate(zip(view.param_groups, document["param_groups"], strict=True)):
+            loaded = {
+                name: _decode(value, f"{self._name}.{name}", group.get(name), tensors.__getitem__)
+                for name, value in values.items()
+                if name != "params"
+            }
+            view.set_hyperparameters(index, loaded)
+        old = view.state
+        new = {p: old[p] for p in view.parameters if p in old and saved.terms.skips(self._key(p))}
         for parameter, entries in self._saved_state(saved, document):
-            beside = functools.partial(self._beside, saved, tensors, parameter)
-            state[parameter] = {
-                name: _decode(value, f"{self._name}.{name}", old[parameter].get(name), beside)
+            beside, before = functools.partial(self._beside, saved, tensors, parameter), old.get(parameter, {})
+            new[parameter] = {
+                name: _decode(value, f"{self._name}.{name}", before.get(name), beside)
                 for name, value in entries.items()
             }
+        view.put(new)
 
     def _document(self, saved: Saved) -> Any:
         """What was saved: by all ranks together, or by each for its own parameters, put together here."""
@@ -129,7 +128,7 @@ class OptimizerComponent:
         return self._found[1]
 
     def _merged(self, saved: Saved) -> Any:
-        needed = {self._saved_parameter(saved, parameter) for parameter in self._parameters()}
+        needed = {self._saved_parameter(saved, parameter) for parameter in self._view.parameters}
         merged: dict[str, Any] = {"state": {}, "shapes": {}, "param_groups": []}
         for document in saved.own_documents(self._name):
             merged["state"] |= document["state"]
@@ -138,7 +137,22 @@ class OptimizerComponent:
             needed -= {name for group in document["param_groups"] for name in group["params"]}
             if not needed:
                 break
+        tensors = saved.layout.names()
+        for parameter in self._view.wanted():
+            name = self._saved_parameter(saved, parameter)
+            if name not in merged["state"]:
+                self._add_elsewhere(saved, name, tensors, merged)
         return merged
+
+    def _add_elsewhere(self, saved: Saved, name: str, tensors: list[str], merged: dict[str, Any]) -> None:
+        """State of a parameter that was on other ranks only: those that wrote its tensors have it in their document."""
+        component = saved.saved_name(self._name)
+        for writer in _writers(saved, tensors, f"{component}.state.{name}."):
+            document = saved.document_of(writer, component) or {"state": {}, "shapes": {}}
+            merged["state"] = document["state"] | merged["state"]
+            merged["shapes"] = document["shapes"] | merged["shapes"]
+            if name in merged["state"]:
+                return
 
     def _beside(
         self, saved: Saved, tensors: Mapping[str, torch.Tensor], parameter: torch.Tensor, key: str
@@ -149,44 +163,63 @@ class OptimizerComponent:
             return loaded
         return like(parameter, loaded) if _is_boxed(saved, key, parameter) else loaded.to(parameter.device)
 
-    def _parameters(self) -> list[torch.Tensor]:
-        return [parameter for group in self._inner.param_groups for parameter in group["params"]]
+    def _look(self) -> View:
+        members = [member for component in self._modules for member in component.sharded.members]
+        self._by_module = [(component, component.parameter_names()) for component in self._modules]
+        self._named: dict[int, str] | None = None
+        self._view = View(self._name, self._optimizer, members)
+        return self._view
 
     def _holder(self, rank: int) -> int | None:
         """None: every rank has the same parameters. Else whose values count for those this rank has."""
-        if self._inner is not self._optimizer:
+        if self._view.inner is not self._optimizer:
             return rank
         parts = [component.part for component in self._own_modules() if component.part is not None]
-        return parts[0].holder if parts else None
+        if parts:
+            return parts[0].holder
+        return 0 if self._view.is_own else None
 
-    def _validate(self) -> bool:
-        return all(component.validate for component in self._own_modules())
+    def _alike(self) -> tuple[int, ...]:
+        """The ranks that hold the same part of the model."""
+        parts = [component.part for component in self._own_modules() if component.part is not None]
+        return parts[0].ranks if parts and self._view.inner is self._optimizer else ()
+
+    def _validate(self) -> Validate:
+        if self._declared is not None:
+            return self._declared
+        said = {component.validate for component in self._own_modules()}
+        if "off" in said:
+            return "off"
+        return "full" if "full" in said else "hash"
 
     def _own_modules(self) -> list[ModuleComponent]:
         """The modules its parameters are in."""
-        mine = {id(parameter) for parameter in self._parameters()}
-        return [c for c in self._modules if any(id(p) in mine for p in c.module.parameters())]
+        mine = {id(parameter) for parameter in self._view.parameters}
+        return [component for component, names in self._by_module if not mine.isdisjoint(names)]
 
     def _names(self) -> dict[int, str]:
         """A name for each parameter: its FQN, or its place in the groups where no module of the state has it."""
+        if self._named is not None:
+            return self._named
         known: dict[int, str] = {}
-        for component in self._modules:
-            known |= parameter_names(component.module)
+        for _, its_names in self._by_module:
+            known |= its_names
         names = {
             id(parameter): known.get(id(parameter), f"group-{g}-{p}")
-            for g, group in enumerate(self._inner.param_groups)
+            for g, group in enumerate(self._view.param_groups)
             for p, parameter in enumerate(group["params"])
         }
         if len(set(names.values())) != len(names):
             raise StateError(
                 self._name, "two modules of the state have parameters of one name; use an optimizer for each"
             )
+        self._named = names
         return names
 
     def _key(self, parameter: torch.Tensor) -> str:
         """A parameter's key in the state."""
-        for component in self._modules:
-            if name := parameter_names(component.module).get(id(parameter)):
+        for component, names in self._by_module:
+            if name := names.get(id(parameter)):
                 return f"{component.name}.{name}"
         return f"{self._name}.state.{self._names()[id(parameter)]}"
 
@@ -199,12 +232,12 @@ class OptimizerComponent:
         return saved.saved_name(key).split(".", 1)[-1]
 
     def _saved_state(self, saved: Saved, document: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        here = [p for p in self._parameters() if not saved.terms.skips(self._key(p))]
+        here = [p for p in self._view.wanted() if not saved.terms.skips(self._key(p))]
         by_name = {self._saved_parameter(saved, parameter): parameter for parameter in here}
         return [(by_name[name], entries) for name, entries in document["state"].items() if name in by_name]
 
     def _check_groups(self, saved: Saved, document: Any) -> None:
-        mine = [{self._saved_parameter(saved, p): p for p in group["params"]} for group in self._inner.param_groups]
+        mine = [{self._saved_parameter(saved, p): p for p in group["params"]} for group in self._view.param_groups]
         theirs = [set(group["params"]) for group in document["param_groups"]]
         if len(mine) != len(theirs):
             reason = f"saved with {len(theirs)} parameter groups, here there are {len(mine)}"
@@ -230,8 +263,27 @@ class OptimizerComponent:
         return False
 
     def _keeps_steps_on_host(self, parameter: torch.Tensor) -> bool:
-        group = next(g for g in self._inner.param_groups if any(p is parameter for p in g["params"]))
+        group = next(g for g in self._view.param_groups if any(p is parameter for p in g["params"]))
         return not (group.get("capturable") or group.get("fused"))
+
+
+def _writer(parameter: torch.Tensor, key: str, tensor: torch.Tensor, holder: int, rank: int) -> int:
+    """Who writes an entry: what there is once for all elements of a parameter, whoever has the first of them."""
+    if not isinstance(parameter, Ragged) or isinstance(tensor, Ragged):
+        return holder
+    return rank if parameter.leads and parameter.holders.writes(key, rank, holder) else -1
+
+
+def _writers(saved: Saved, names: list[str], prefix: str) -> Iterator[int]:
+    """Ranks that wrote those of the tensors ``names``, in order, that begin so; each once."""
+    seen = set[int]()
+    for name in names[bisect.bisect_left(names, prefix) :]:
+        if not name.startswith(prefix):
+            return
+        for chunk in saved.tensor(name).chunks:
+            if chunk.rank not in seen:
+                seen.add(chunk.rank)
+                yield chunk.rank
 
 
 def _encode(prefix: str, values: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -263,7 +315,12 @@ def _decode(value: Any, path: str, old: Any, loaded: Callable[[str], torch.Tenso
 
     def tensor(key: str) -> torch.Tensor:
         new = loaded(key)
-        if not isinstance(old, torch.Tensor) or old.dtype != new.dtype or old.shape != new.shape:
+        if (
+            not isinstance(old, torch.Tensor)
+            or isinstance(new, Ragged)
+            or old.dtype != new.dtype
+            or old.shape != new.shape
+        ):
             return new
         copy_into(old, new.to_local() if isinstance(new, DTensor) else new)
         return old

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dcpsvc.format.digest import digest
 from dcpsvc.format.parse import compact
+from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -42,7 +43,7 @@ def fingerprint(frozen: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     tensors = sorted(frozen, key=lambda pair: pair[0])
     structure = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors]
     found = {"structure": digest(compact(structure))}
-    if not any(isinstance(tensor, DTensor) or tensor.is_meta for _, tensor in tensors):
+    if not any(isinstance(tensor, DTensor | Ragged) or tensor.is_meta for _, tensor in tensors):
         found["values"] = digest(compact([_bits(tensor) for _, tensor in tensors]))
     return found
 

@@ -12,6 +12,7 @@ from dcpsvc.errors import StateMismatchError
 from dcpsvc.state.collected import local_chunk
 from dcpsvc.state.drift import Drift, Terms, described
 from dcpsvc.state.dtypes import dtype_of
+from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -126,6 +127,8 @@ class Saved:
     def want_in_place(self, key: str, template: torch.Tensor, *, cast: bool = False) -> list[Want]:
         """Likewise, into the memory of ``template`` where that can be written to as it is."""
         wants = self.want_like(key, template, cast=cast)
+        if isinstance(template, Ragged):
+            return wants
         local = (template.to_local() if isinstance(template, DTensor) else template).detach()
         if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
             return wants
@@ -171,8 +174,10 @@ def own_name(component: str, rank: int) -> str:
 
 
 def copy_into(target: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Overwrite the local part of ``target``."""
+    """Overwrite the local part of ``target``; of a ragged one, with what the box around it has."""
     local = target.to_local() if isinstance(target, DTensor) else target
+    if isinstance(target, Ragged):
+        local, loaded = target.local, target.picked(loaded)
     if loaded.data_ptr() == local.data_ptr() and loaded.device == local.device:
         return  # it was read in place
     with torch.no_grad():
@@ -184,6 +189,8 @@ def like(template: torch.Tensor | None, loaded: torch.Tensor) -> torch.Tensor:
     if template is None:
         return loaded
     local = loaded.to(template.device)
+    if isinstance(template, Ragged):
+        return template.like(template.picked(local).clone())
     if not isinstance(template, DTensor):
         return local
     return DTensor.from_local(

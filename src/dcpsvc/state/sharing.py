@@ -15,8 +15,8 @@ from dcpsvc.errors import SharingError, UnsupportedStateError
 Group = dist.ProcessGroup | DeviceMesh | list[int] | tuple[int, ...] | range
 """A process group or a mesh with this rank in it, or the global ranks."""
 
-Validate = Literal["hash", "off"]
-"""How replicas are compared before each of them writes a share: by a hash of every byte, or not at all."""
+Validate = Literal["hash", "full", "off"]
+"""How replicas are compared before they are written: by a hash of every byte, byte by byte, or not at all."""
 
 
 class Declared:
@@ -54,12 +54,15 @@ class Replicated(Declared):
     Args:
         value: Anything a state may hold.
         validate: ``"hash"``: tensors are compared before each rank writes a share of them, and a diverged replica
-            fails the save by name. ``"off"``: only their dtypes and shapes are; ranks that differ give a mixture.
+            fails the save by name. ``"full"``: byte by byte, too, with rank 0's, which names the first element that
+            differs; takes a copy of the tensors on each rank until that is done, and their bytes over the network.
+            ``"off"``: only their dtypes and shapes are; ranks that differ give a mixture. Parts of sharded tensors
+            that several ranks hold are compared by hash unless this is ``"off"``.
     """
 
     def __init__(self, value: Any, validate: Validate = "hash") -> None:
         if validate not in get_args(Validate):
-            raise SharingError("Replicated", f"validate={validate!r} must be 'hash' or 'off'")
+            raise SharingError("Replicated", f"validate={validate!r} must be 'hash', 'full' or 'off'")
         super().__init__(value)
         self.validate: Validate = validate
 
@@ -139,7 +142,8 @@ class Part(Declared):
             holds alike the first one's counts. None: this rank alone, or the mesh of its DTensors.
 
     Attributes:
-        holder: The first of them.
+        ranks: All of them.
+        holder: The first.
 
     Raises:
         SharingError: This rank is not in the group.
@@ -149,7 +153,8 @@ class Part(Declared):
         if not isinstance(value, nn.Module):
             raise UnsupportedStateError("Part", f"cannot wrap a {type(value).__name__}; give it a module")
         super().__init__(value)
-        self.holder = this_rank() if group is None else ranks_of(group, "Part")[0]
+        self.ranks = (this_rank(),) if group is None else ranks_of(group, "Part")
+        self.holder = self.ranks[0]
 
 
 def bare(value: Any) -> Any:

@@ -17,6 +17,8 @@ from dcpsvc.state.sharing import Declared, OneRank, PerGroup, PerRank, Replicate
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
+    from dcpsvc.state.sharing import Validate
+
 _HELD_BY = "$rank"
 """Stands for a value that another rank holds."""
 
@@ -56,17 +58,17 @@ class ValueComponent:
             return
         tensors: dict[str, torch.Tensor] = {}
         if not self._is_own:
-            validate = not (isinstance(given, Replicated) and given.validate == "off")
+            validate: Validate = given.validate if isinstance(given, Replicated) else "hash"
             into.documents[self._name] = documents.encode(self._current(), self._name, tensors)
             for key, tensor in tensors.items():
                 into.add(key, tensor, Sharing.REPLICATED, validate=validate)
             return
-        first = given.ranks[0] if isinstance(given, PerGroup) else into.rank
+        alike = given.ranks if isinstance(given, PerGroup) else (into.rank,)
+        first = alike[0]
         document = documents.encode(self._current(), own_name(self._name, first), tensors)
         into.own_documents[own_name(self._name, into.rank)] = document
-        if first == into.rank:
-            for key, tensor in tensors.items():
-                into.add(key, tensor, Sharing.PER_RANK)
+        for key, tensor in tensors.items():
+            into.add_value(key, tensor, alike)
 
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor the document refers to, in the box this rank holds of it now."""

@@ -53,18 +53,19 @@ def newest_claim(store: Store) -> Epoch | None:
     return max((epoch[0] for epoch in named if epoch and not epoch[1]), default=None)
 
 
-def claim(store: Store, more: Iterable[Attempt] = ()) -> Epoch:
+def claim(store: Store, more: Iterable[Attempt] = (), token: str = "") -> Epoch:
     """Own the run root: what counts now goes on counting, and nothing else that older jobs write will.
 
     Args:
         store: The run root.
         more: Attempts that count from now on, too.
+        token: Names the claim, 8 hexadecimal digits; empty: a random one.
 
     Raises:
         RunBusyError: A job claims it at this moment.
         StoreError: It cannot be written.
     """
-    epoch = fence.claim(store, make_claim(secrets.token_hex(4))).epoch
+    epoch = fence.claim(store, make_claim(token or secrets.token_hex(4))).epoch
     fence.inherit(store, epoch, {*discover.committed(store), *more})
     return epoch
 

@@ -133,7 +133,7 @@ def promote(operation: Operation, target: Store, progress: Callable[[int], None]
         RunBusyError: See :func:`edit`; as are the others.
     """
     plan = operation.plan()
-    run_id = _run_id(target)
+    run_id = identity_of(target)
     step = operation.manifest.step
     if run_id == operation.manifest.run_id:
         raise DestinationError(target.url, "is the same run; give the root of another one")
@@ -143,7 +143,8 @@ def promote(operation: Operation, target: Store, progress: Callable[[int], None]
     return _commit(operation, plan, target, run_id, progress)
 
 
-def _run_id(target: Store) -> str:
+def identity_of(target: Store) -> str:
+    """Of the run at a root; made if there is none."""
     mine = run.Run(run_id=secrets.token_hex(6), created=owning.utc_now())
     try:
         target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)
@@ -173,17 +174,23 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
         )  # fmt: skip
         target.put(attempt.lineage, lineage.dumps())
     except BaseException:  # nothing counts yet; what is written is in nobody's way
-        _discard(target, attempt)
+        discard(target, attempt)
         raise
-    _publish(target, manifest)
+    publish(target, manifest)
     newer = tuple(sorted({one.step for one in discover.committed(target) if one.step > source.step}))
     return Made(manifest=manifest, lineage=lineage, newer=newer)
 
 
-def _publish(target: Store, manifest: Manifest) -> None:
+def publish(target: Store, manifest: Manifest) -> None:
+    """Commit, unless the run root was taken over meanwhile.
+
+    Raises:
+        RunBusyError: It was.
+        StoreError: It cannot be written, or does not read back as it was written.
+    """
     key, data = manifest.key.manifest, manifest.dumps()
     if theirs := fence.successor(target, manifest.key.epoch):
-        _discard(target, manifest.key)
+        discard(target, manifest.key)
         raise RunBusyError(target.url, f"{theirs} has taken it over meanwhile; nothing was changed")
     target.create(key, data)
     if not holds(target, key, data):
@@ -193,7 +200,8 @@ def _publish(target: Store, manifest: Manifest) -> None:
         raise RunBusyError(target.url, f"{verdict.theirs} has taken it over meanwhile; see dcpsvc ls {target.url}")
 
 
-def _discard(target: Store, attempt: Attempt) -> None:
+def discard(target: Store, attempt: Attempt) -> None:
+    """Remove what was written for an attempt; nothing of it counts."""
     try:
         for entry in target.list(attempt.data):
             target.delete(entry.key)

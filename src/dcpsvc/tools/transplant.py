@@ -84,7 +84,7 @@ def write_shards(
         placement = shardfile.place(pieces)
         about = {"step": str(attempt.step), "attempt": attempt.attempt, "rank": str(rank)}
         with tempfile.NamedTemporaryFile(prefix="dcpsvc-") as file:
-            out = _Body(file)
+            out = Body(file)
             out.write(shardfile.header(placement, len(documents[rank]), about))
             for piece, begin in zip(placement.pieces, placement.begins, strict=True):
                 begins[piece.key, rank, piece.offsets] = begin
@@ -98,7 +98,7 @@ def write_shards(
     return records, _moved(layout, begins)
 
 
-def _copy(shard: VerifiedShard, begin: int, nbytes: int, out: _Body, progress: Callable[[int], None]) -> None:
+def _copy(shard: VerifiedShard, begin: int, nbytes: int, out: Body, progress: Callable[[int], None]) -> None:
     for at in range(begin, begin + nbytes, _READ_NBYTES):
         data = shard.read(at, min(at + _READ_NBYTES, begin + nbytes))
         out.write(data)
@@ -124,7 +124,7 @@ def copied_nbytes(layout: Layout) -> int:
     return sum(run.numel * ITEM_NBYTES[tensor.dtype] for tensor in layout.tensors.values() for run in tensor.runs)
 
 
-class _Body:
+class Body:
     """A shard's body on its way to a file, with the table of its blocks."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -134,6 +134,7 @@ class _Body:
         self.nbytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        """More of it."""
         write_all(self._fd, data)
         self.nbytes += len(data)
         self._rest += data
@@ -143,6 +144,7 @@ class _Body:
             del self._rest[:whole]
 
     def finish(self, rank: int, path: str) -> ShardRecord:
+        """The table behind it; durable when this returns."""
         self._table += digest.table(memoryview(bytes(self._rest)))
         table = bytes(self._table)
         write_all(self._fd, table)

@@ -1,0 +1,161 @@
+"""An optimizer as the checkpoint knows it: over the model's parameters, whatever it was given in their place.
+
+A ZeroRedundancyOptimizer keeps another inside; FSDP1 gives pieces of parameters, or flat ones of which those are parts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dcpsvc.errors import StateMismatchError
+from dcpsvc.state import fsdp1
+from dcpsvc.state.ragged import Ragged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.optim import Optimizer
+
+    from dcpsvc.state.fsdp1 import Member
+
+State = dict[torch.Tensor, dict[str, Any]]
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+"""Not imported here: whoever uses it has, and it brings TorchScript along."""
+
+
+class View:
+    """One optimizer at one moment.
+
+    Args:
+        name: Of the component, for errors.
+        optimizer: As the user gave it.
+        members: What FSDP1 manages, in all modules of the state.
+
+    Attributes:
+        inner: The one that has state and parameters of this rank.
+        param_groups: With the model's parameters. Not to be written to.
+        parameters: Of all groups.
+    """
+
+    def __init__(self, name: str, optimizer: Optimizer, members: Iterable[Member]) -> None:
+        self._name, self._optimizer = name, optimizer
+        self.inner: Optimizer = _inner(optimizer)
+        self._members: dict[int, list[Member]] = defaultdict(list)
+        for member in members:
+            self._members[id(member.given)].append(member)
+        self.param_groups: list[dict[str, Any]] = [
+            group | {"params": [part for given in group["params"] for part in self._parts(given)]}
+            for group in self.inner.param_groups
+        ]
+        self.parameters: list[torch.Tensor] = [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether ranks have state of different parameters."""
+        return self.inner is not self._optimizer or any(isinstance(p, Ragged) for p in self.parameters)
+
+    @property
+    def known(self) -> set[int]:
+        """``id`` of whatever state may be kept under."""
+        return {id(given) for group in self.inner.param_groups for given in group["params"]}
+
+    @property
+    def state(self) -> State:
+        """What there is, by parameter, references only."""
+        found: State = {}
+        for given, entries in self.inner.state.items():
+            if id(given) not in self._members:
+                found[given] = entries
+            for member in self._members.get(id(given), ()):
+                if member.ragged.local.numel():
+                    found[member.ragged] = {name: _cut(member, value) for name, value in entries.items()}
+        return found
+
+    def wanted(self) -> list[torch.Tensor]:
+        """The parameters whose state this rank is to have: of the others it has no element."""
+        found: list[torch.Tensor] = []
+        for group in self.inner.param_groups:
+            for given in group["params"]:
+                parts = self._parts(given)
+                here = [p for p in parts if not isinstance(p, Ragged) or p.local.numel()]
+                found += here or (parts[:1] if fsdp1.is_flat(given) else [])  # it has counters, if nothing else
+        return found
+
+    def put(self, state: State) -> None:
+        """Replace all state.
+
+        Raises:
+            StateMismatchError: Parameters that are one for the optimizer have counters that differ; nothing is changed.
+        """
+        new = {given: value for given, value in state.items() if not isinstance(given, Ragged)}
+        for given in (p for group in self.inner.param_groups for p in group["params"]):
+            parts = [(m, state[m.ragged]) for m in self._members.get(id(given), ()) if m.ragged in state]
+            if parts and fsdp1.is_flat(given):
+                new[given] = self._joined(given, parts)
+            elif parts:
+                new[given] = {name: _uncut(parts[0][0], value) for name, value in parts[0][1].items()}
+        self.inner.state.clear()
+        self.inner.state.update(new)
+
+    def set_hyperparameters(self, index: int, values: Mapping[str, Any]) -> None:
+        """Of a group, in place."""
+        ours = (self.inner.param_groups, self._optimizer.param_groups, self.param_groups)
+        for groups in {id(each): each for each in ours}.values():
+            groups[index].update(values)
+
+    def _parts(self, given: torch.Tensor) -> list[torch.Tensor]:
+        members = self._members.get(id(given))
+        return [given] if members is None else [member.ragged for member in members]
+
+    def _joined(self, given: torch.Tensor, parts: Sequence[tuple[Member, Mapping[str, Any]]]) -> dict[str, Any]:
+        """State of a flat parameter; elements of which nothing was saved, and padding, are zero, as FSDP1 has them."""
+        joined: dict[str, Any] = {}
+        for member, entries in parts:
+            for name, value in entries.items():
+                if isinstance(value, Ragged):
+                    whole = joined.setdefault(name, given.new_zeros(given.numel(), dtype=value.dtype))
+                    whole[member.at : member.at + value.local.numel()] = value.local
+                elif not _same(joined.setdefault(name, value), value):
+                    key = f"{self._name}.state.{member.name}.{name}"
+                    reason = "differs from that of others in its flat parameter; use_orig_params=True keeps them apart"
+                    raise StateMismatchError(key, reason)
+        return joined
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer in what a library puts around it: the one whose hooks are called."""
+    found: Any = optimizer
+    while isinstance(inner := getattr(found, "optimizer", None), torch.optim.Optimizer):
+        found = inner
+    return found  # type: ignore[no-any-return]
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    kind = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
+    found: Optimizer = optimizer.optim if kind and isinstance(optimizer, kind) else optimizer
+    return found
+
+
+def _cut(member: Member, value: Any) -> Any:
+    """What of a state tensor belongs to a parameter; what is no element for element is for all of it."""
+    here = member.given.numel() if fsdp1.is_flat(member.given) else member.ragged.local.numel()
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.numel() != here:
+        return value
+    return member.ragged.like(value.view(-1)[member.at : member.at + member.ragged.local.numel()])
+
+
+def _uncut(member: Member, value: Any) -> Any:
+    if not isinstance(value, Ragged):
+        return value
+    return value.local.view(member.given.shape) if value.local.numel() == member.given.numel() else value.local
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one.cpu(), other.cpu())
+    return bool(one == other)

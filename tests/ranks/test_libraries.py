@@ -1,0 +1,401 @@
+"""R27 R32 R34: jobs of two ranks as the ecosystem's libraries run them, killed after a commit, go on bit for bit."""
+
+import importlib.util
+import json
+import os
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import dcpsvc
+from tests.ranks.harness import die, run_ranks, values
+from tests.ranks.models import checkpointer
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def needs(*names):
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def alone(tmp_path, straight, killed, resumed, *more):
+    """What a run without a break saw after step 6, and what one that was killed there saw."""
+    whole = values(run_ranks(2, straight, tmp_path / "straight", *more, timeout_s=120))
+    outcomes = run_ranks(2, killed, tmp_path / "run", *more, timeout_s=120)
+    assert {outcome.signal for outcome in outcomes} == {9}, outcomes
+    return whole, values(run_ranks(2, resumed, tmp_path / "run", *more, timeout_s=120))
+
+
+# --- accelerate -----------------------------------------------------------------------------------------
+
+
+def accelerated(root):
+    """The loop of accelerate's own examples."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    config = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=config)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.25), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    data = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+    loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    torch.manual_seed(10 + accelerator.process_index)
+    state = {"model": model, "optim": optimizer, "sched": schedule, "rng": dcpsvc.Rng()}
+    state["loader"] = dcpsvc.PerRank(loader)
+    return accelerator, state, checkpointer(root, state, save_last=False)
+
+
+def accelerate_steps(accelerator, state, ckpt, start, until):
+    """Batches, two to a step; a commit at step 6."""
+    model, optimizer, schedule, losses = state["model"], state["optim"], state["sched"], []
+    step, generators = start, dcpsvc.Rng().state_dict()
+    with ckpt:
+        for number, x in enumerate(state["loader"].value):
+            if start and not number:
+                dcpsvc.Rng().load_state_dict(generators)  # making the iterator anew has drawn numbers
+            with accelerator.accumulate(model):
+                loss = model(x).square().mean()
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            losses.append((float(loss.detach()).hex(), x[:, 0].tolist()))
+            if number % 2 == 0:
+                continue
+            step += 1
+            if step == 6:
+                ckpt.save(6).wait()
+            if step == until:
+                if until == 8:
+                    die()
+                break
+    return losses
+
+
+def accelerate_straight(rank, world, root):
+    return accelerate_steps(*accelerated(root), 0, 14)[12:]
+
+
+def accelerate_killed(rank, world, root):
+    accelerate_steps(*accelerated(root), 0, 8)
+
+
+def accelerate_resumed(rank, world, root):
+    accelerator, state, ckpt = accelerated(root)
+    assert ckpt.resume() == 6
+    return accelerate_steps(accelerator, state, ckpt, 6, 14)
+
+
+@needs("accelerate", "torchdata")
+def test_what_accelerate_prepared_goes_on_inside_the_epoch(tmp_path):
+    straight, resumed = alone(tmp_path, accelerate_straight, accelerate_killed, accelerate_resumed)
+    assert resumed == straight
+    assert resumed[0] != resumed[1]  # each rank its own data
+    layout = dcpsvc.storage_reader(tmp_path / "run").layout
+    assert [name for name in layout.names() if name.startswith("model.")] == [
+        "model.0.bias", "model.0.weight", "model.2.bias", "model.2.weight",
+    ]  # fmt: skip
+
+
+# --- transformers ---------------------------------------------------------------------------------------
+
+
+def trained_by_transformers(root, until):
+    import transformers
+
+    from dcpsvc.integrations.transformers import Checkpointed
+
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # it has joined
+
+    class Samples(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            ids = torch.randint(16, (6,), generator=torch.Generator().manual_seed(index))
+            return {"input_ids": ids, "labels": ids}
+
+    class Ours(Checkpointed, transformers.Trainer):
+        checkpoint_root = root
+        checkpoint_options = {"local": root.parent / "local", "save_last": False}  # noqa: RUF012 - read only
+        seen = []  # noqa: RUF012
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == until:
+                self._checkpointer.wait()
+                die()
+            self.seen.append((self.state.global_step, args[1]["input_ids"].tolist()))
+            return super().training_step(*args, **kwargs)
+
+    transformers.set_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
+    given = transformers.TrainingArguments(
+        output_dir=str(root.parent / "out"), max_steps=12, per_device_train_batch_size=2, save_steps=3, use_cpu=True,
+        logging_steps=3, report_to=[], disable_tqdm=True, learning_rate=1e-2, ddp_backend="gloo",
+    )  # fmt: skip
+    made = Ours(model=transformers.GPT2LMHeadModel(config), args=given, train_dataset=Samples())
+    made.train(resume_from_checkpoint=True)
+    weights = {name: tensor.sum().item().hex() for name, tensor in made.model.state_dict().items()}
+    wrapped = type(made.model_wrapped).__name__
+    return [(step, ids) for step, ids in made.seen if step >= 6], weights, wrapped
+
+
+def transformers_straight(rank, world, root):
+    root.parent.mkdir(exist_ok=True)
+    return trained_by_transformers(root / "root", None)
+
+
+def transformers_killed(rank, world, root):
+    trained_by_transformers(root / "root", 8)
+
+
+@needs("transformers", "accelerate")
+def test_a_trainer_of_two_ranks_killed_goes_on_inside_the_epoch(tmp_path):
+    straight, resumed = alone(tmp_path, transformers_straight, transformers_killed, transformers_straight)
+    assert resumed == straight
+    assert straight[0][1] == straight[1][1]
+    assert straight[0][0] != straight[1][0]
+    assert {wrapped for _, _, wrapped in straight} == {"DistributedDataParallel"}
+
+
+# --- lightning ------------------------------------------------------------------------------------------
+
+
+def trained_by_lightning(root, until):
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    from dcpsvc.integrations.lightning import Checkpoints
+
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # it has joined
+
+    class Regression(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == until:
+                checkpoints.checkpointer.wait()
+                die()
+            loss = self.net(batch).square().mean()
+            self.seen.append((self.global_step, batch[:, 0].tolist(), float(loss.detach()).hex()))
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+    checkpoints = Checkpoints(root, every=dcpsvc.Every(steps=3), local=root.parent / "local", save_last=False)
+    module = Regression()
+    torch.manual_seed(1 + dist.get_rank())
+    data = torch.arange(40 * 3, dtype=torch.float32).view(40, 3) + 1000 * dist.get_rank()
+    loader = StatefulDataLoader(data, batch_size=4, shuffle=True)
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[checkpoints], enable_checkpointing=False, logger=False, accelerator="cpu", devices=2,
+        strategy=DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"),
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=root.parent,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    return [seen for seen in module.seen if seen[0] >= 6]
+
+
+def lightning_straight(rank, world, root):
+    root.parent.mkdir(exist_ok=True)
+    return trained_by_lightning(root / "root", None)
+
+
+def lightning_killed(rank, world, root):
+    trained_by_lightning(root / "root", 8)
+
+
+@needs("lightning", "torchdata")
+def test_a_lightning_run_of_two_ranks_killed_goes_on_inside_the_epoch(tmp_path):
+    straight, resumed = alone(tmp_path, lightning_straight, lightning_killed, lightning_straight)
+    assert resumed == straight
+    assert len(straight[0]) == 14
+    assert straight[0] != straight[1]
+
+
+# --- a loop like torchtitan's -----------------------------------------------------------------------------
+
+
+class TitanState:
+    """Counters, as tensors and numbers."""
+
+    def __init__(self):
+        self.step, self.tokens = 0, torch.tensor(0)
+
+    def state_dict(self):
+        return {"step": torch.tensor(self.step), "ntokens_seen": self.tokens}
+
+    def load_state_dict(self, state):
+        self.step, self.tokens = int(state["step"]), state["ntokens_seen"]
+
+
+class TitanLoader:
+    """Its state is bytes under the name of the data-parallel rank, as torchtitan's is: ours to store, not to read."""
+
+    def __init__(self, rank):
+        self.rank, self.at = rank, 0
+
+    def next(self):
+        self.at += 1
+        return torch.randn(4, 12, generator=torch.Generator().manual_seed(1000 * self.rank + self.at))
+
+    def state_dict(self):
+        return {f"dp_rank_{self.rank}": pickle.dumps({"at": self.at}), "world_size": 2}
+
+    def load_state_dict(self, state):
+        self.at = pickle.loads(state[f"dp_rank_{self.rank}"])["at"]  # noqa: S301 - its own
+
+
+class TitanContainer:
+    """Optimizers, or schedules, of several parts of a model as one."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def state_dict(self):
+        return {str(number): part.state_dict() for number, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state):
+        for number, part in enumerate(self.parts):
+            part.load_state_dict(state[str(number)])
+
+
+def titan(rank, world, root):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({str(n): nn.Sequential(nn.Linear(12, 24), nn.SiLU(), nn.Linear(24, 12)) for n in range(2)})
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
+    for block in model.values():
+        fully_shard(block, mesh=mesh)
+    compiled = [torch.compile(block, backend="eager") for block in model.values()]
+    optimizers = [torch.optim.AdamW(block.parameters(), lr=0.01) for block in model.values()]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1 / (1 + step)) for each in optimizers]
+    train = TitanState()
+    state = {
+        "model": model, "optim0": optimizers[0], "optim1": optimizers[1], "lr": TitanContainer(schedules),
+        "loader": dcpsvc.PerRank(TitanLoader(rank)), "train_state": train,
+    }  # fmt: skip
+    return (
+        state,
+        compiled,
+        optimizers,
+        schedules,
+        checkpointer(root, state, every=dcpsvc.Every(steps=6), save_last=False),
+    )
+
+
+def titan_steps(job, until):
+    state, compiled, optimizers, schedules, ckpt = job
+    losses, train = [], state["train_state"]
+    while train.step < until:
+        train.step += 1
+        x = state["loader"].value.next()
+        train.tokens = train.tokens + x.numel()
+        loss = compiled[1](compiled[0](x)).square().mean()
+        loss.backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        losses.append((train.step, float(loss.detach()).hex(), int(train.tokens)))
+        ckpt.step(train.step)
+    ckpt.wait()
+    return losses
+
+
+def titan_straight(rank, world, root):
+    job = titan(rank, world, root)
+    with job[-1] as ckpt:
+        ckpt.resume()
+        return titan_steps(job, 12)[-6:]
+
+
+def titan_killed(rank, world, root):
+    titan_steps(titan(rank, world, root), 8)
+    die()
+
+
+def test_a_loop_like_that_of_torchtitan_goes_on(tmp_path):
+    straight, resumed = alone(tmp_path, titan_straight, titan_killed, titan_straight)
+    assert resumed == straight
+    assert straight[0] != straight[1]
+
+
+# --- adapters ---------------------------------------------------------------------------------------------
+
+
+def adapter(rank, wrap, mark):
+    """A frozen base and two factors; every rank knows what its slice of them was, for they are all different."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.base = nn.Linear(6, 6).requires_grad_(requires_grad=False)
+    model.inner = nn.Module()
+    model.inner.down, model.inner.up = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.zeros(6, 5))
+    model.forward = lambda x: model.base(x) + x @ model.inner.down.T @ model.inner.up.T
+    if wrap == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    trained = DistributedDataParallel(model) if wrap == "DDP" else model
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            local = parameter.to_local() if wrap == "FSDP2" else parameter
+            local.copy_(
+                torch.arange(local.numel()).view(local.shape) + mark * (100 * number + 1000 * rank * (wrap == "FSDP2"))
+            )
+    return model, trained, optimizer
+
+
+def slices(model, wrap):
+    found = {}
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if wrap == "FSDP2" else parameter
+        found[name] = (list(local.shape), local.flatten().tolist())
+    return found
+
+
+def save_adapter(rank, world, root, wrap):
+    model, trained, optimizer = adapter(rank, wrap, 1)
+    with checkpointer(root, {"model": trained, "optim": optimizer}, only="trainable", save_last=False) as ckpt:
+        ckpt.save(1).wait()
+    return slices(model, wrap)
+
+
+def load_adapter(rank, world, root, wrap):
+    model, trained, optimizer = adapter(rank, wrap, 0)
+    with checkpointer(root, {"model": trained, "optim": optimizer}, only="trainable", save_last=False) as ckpt:
+        ckpt.resume()
+    return slices(model, wrap)
+
+
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
+def test_of_an_adapter_every_rank_gets_its_own_slice_back_and_the_base_is_not_stored(tmp_path, wrap):
+    saved = values(run_ranks(2, save_adapter, tmp_path / "run", wrap))
+    assert (saved[0]["inner.down"] == saved[1]["inner.down"]) == (wrap == "DDP")
+    assert values(run_ranks(2, load_adapter, tmp_path / "run", wrap)) == saved
+    names = [name for name in dcpsvc.storage_reader(tmp_path / "run").layout.names() if name.startswith("model.")]
+    assert names == ["model.inner.down", "model.inner.up"]
+    other = {"DDP": "FSDP2", "FSDP2": "DDP"}[wrap]
+    (loaded, _) = values(run_ranks(2, load_adapter, tmp_path / "run", other))
+    rows = loaded["inner.up"][0][0]
+    assert json.dumps(loaded["inner.up"][1][: 5 * min(rows, 3)]) == json.dumps(
+        saved[0]["inner.up"][1][: 5 * min(rows, 3)]
+    )
