@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpsvc import allotment
@@ -44,6 +44,7 @@ def needed(ask: Ask) -> Counter[tuple[int, int]]:
     return sum((blocks(shard, found) for shard, found in ask.needs.items()), Counter())
 
 
+@settings(max_examples=50)
 @given(asks)
 def test_every_rank_gets_each_block_it_needs_exactly_once_and_no_other(said: list[Ask]) -> None:
     units = allotment.allot(said, BODIES)
@@ -55,6 +56,7 @@ def test_every_rank_gets_each_block_it_needs_exactly_once_and_no_other(said: lis
         assert own == needed(ask)
 
 
+@settings(max_examples=50)
 @given(asks)
 def test_the_root_gives_each_block_once_and_none_that_a_node_holds(said: list[Ask]) -> None:
     units = allotment.allot(said, BODIES)
@@ -75,11 +77,13 @@ def test_the_root_gives_each_block_once_and_none_that_a_node_holds(said: list[As
     assert from_root == Counter({block: 1 for ask in said for block in needed(ask) if block[0] not in held})
 
 
+@settings(max_examples=50)
 @given(asks)
 def test_what_goes_over_the_wire_comes_back_as_it_was(said: list[Ask]) -> None:
     assert [Ask.from_json(ask.to_json()) for ask in said] == said
 
 
+@settings(max_examples=50)
 @given(asks)
 def test_rounds_are_bounded_and_keep_the_order(said: list[Ask]) -> None:
     units = allotment.allot(said, BODIES)
