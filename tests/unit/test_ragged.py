@@ -37,7 +37,7 @@ def test_the_boxes_of_all_pieces_tile_the_tensor_and_hold_its_elements_in_order(
         assert torch.cat(elements).tolist() == list(range(begin, end))
         assert [before for before, _, _ in found] == [int(part[0]) - begin for part in elements]
         chunks += [Chunk(0, offsets, sizes, 0) for _, offsets, sizes in found]
-    assert uncovered(Tensor("I64", shape, tuple(chunks))) is None
+    assert uncovered(Tensor.of("I64", shape, chunks)) is None
 
 
 @given(cuts())

@@ -216,6 +216,8 @@ class _Look:
     def _attempts(self) -> Iterable[tuple[Attempt, str]]:
         """What is no checkpoint and never will be."""
         for attempt in sorted({*retain.debris(self._store, _ANY_EPOCH, self._committed), *self._lone_marks()}):
+            if str(attempt) in self._spared:
+                continue  # it has a manifest
             if attempt in self._rules.waiting:
                 self._spared[str(attempt)] = "the next start on this node finishes its upload"
             elif (attempt in self._marked and attempt.step <= self._newest) or self._is_old(self._keys_of(attempt)):
