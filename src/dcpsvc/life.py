@@ -243,7 +243,9 @@ class Life:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
         given_up = functools.partial(self._why_given_up, save)
-        carried = self._within(functools.partial(self._carry, record, layout), given_up)  # one deadline for all of it
+        image, save.image = save.image, None
+        carry = functools.partial(self._carry, record, layout, image)
+        carried = self._within(carry, given_up)  # one deadline for all of it
         if isinstance(carried, RankFailure):
             return carried
         save.pending.timings.upload_s = time.perf_counter() - began
@@ -252,12 +254,12 @@ class Life:
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s, detail=detail)
         return record
 
-    def _carry(self, record: ShardRecord, layout: Any) -> Carried | RankFailure:
+    def _carry(self, record: ShardRecord, layout: Any, image: memoryview | None) -> Carried | RankFailure:
         """This rank's files to the run root, unless that has another owner by now."""
         epoch, remote = self._run.settled.epoch, self._run.remote
         if self._job.coordinates and (theirs := fence.successor(remote, epoch)):
             return RankFailure(self._job.rank, "upload", FencedError.__name__, fence.replaced(epoch, theirs))
-        carried = upload.upload_shard(remote, record, self._run.local_path / record.path, self._known())
+        carried = upload.upload_shard(remote, record, self._run.local_path / record.path, self._known(), image)
         if self._job.coordinates:
             upload.put_layout(remote, layout)
         return carried

@@ -53,6 +53,7 @@ class Save:
         proposal: What this rank brings to the ranks; a failure if it could not stage.
         shard: None if staging failed.
         copying: What of the state is still being read.
+        image: The shard's bytes up to its block table where they were staged, and perhaps still are.
         replicas: Hashes that this rank has still to say.
         phase: The last labelled point it came to.
         dropped: Why this save is given up; empty while it is wanted.
@@ -67,6 +68,7 @@ class Save:
     proposal: ack.Proposal | RankFailure
     shard: Shard | None = None
     copying: Copying | None = None
+    image: memoryview | None = None
     replicas: Replicas | None = None
     phase: str = ""
     dropped: str = ""

@@ -96,6 +96,7 @@ class Staging:
         """DCP has it: what is not copied yet is, before these optimizers step."""
         if isinstance(staged, Snapshot):
             staged.reader, save.copying, self._copying = shard, staged.copying, staged.copying
+            save.image = staged.image
             self._holdback.watch(optimizers, staged.copying, functools.partial(_has_held, save.pending))
 
     def wait_copied(self) -> None:

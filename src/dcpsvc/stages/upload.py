@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
-    from dcpsvc.storage.cargo import Carried
+    from dcpsvc.storage.cargo import Carried, Earlier
 
 
 class Known(NamedTuple):
@@ -34,18 +34,23 @@ class Known(NamedTuple):
     nearer: Sequence[Store]
 
 
-def upload_shard(store: Store, record: ShardRecord, path: Path, known: Known | None = None) -> Carried:
+def upload_shard(
+    store: Store, record: ShardRecord, path: Path, known: Known | None = None, image: memoryview | None = None
+) -> Carried:
     """Put the file under its key. Durable and proven when this returns.
 
     Every block is compared with the record before it is sent, and every part by the server when it arrives; what no
     server has compared is read back once. What is unchanged since ``known`` the server may copy, with the same proof:
-    the new shard stands by itself.
+    the new shard stands by itself. What ``image``, the file's beginning in memory, still holds is not read from disk.
 
     Raises:
         StoreError: The store does not take it.
         CorruptShardError: The file, or what the store gives back, is not what was written.
     """
-    return _carry(store, record, path, known)
+    check = LocalCheck(record, path)
+    return _carry(
+        store, record, Cargo(path=path, check=check, image=image, earlier=_earlier(store, record, check, known))
+    )
 
 
 def ensure_shard(store: Store, record: ShardRecord, path: Path, known: Known | None = None) -> None:
@@ -61,16 +66,20 @@ def ensure_shard(store: Store, record: ShardRecord, path: Path, known: Known | N
             return
     except (StoreNotFoundError, CorruptShardError):  # not there, or not whole
         pass
-    _carry(store, record, path, known, may_have_begun=True)
+    check = LocalCheck(record, path)
+    earlier = _earlier(store, record, check, known)
+    _carry(store, record, Cargo(path=path, check=check, earlier=earlier, may_have_begun=True))
 
 
-def _carry(
-    store: Store, record: ShardRecord, path: Path, known: Known | None, *, may_have_begun: bool = False
-) -> Carried:
-    check, earlier = LocalCheck(record, path), None
-    if known and copies(store):
-        earlier = unchanged(record, check.table(), known.record, [*known.nearer, store])
-    carried = carry(store, record.path, Cargo(path=path, check=check, earlier=earlier, may_have_begun=may_have_begun))
+def _earlier(store: Store, record: ShardRecord, check: LocalCheck, known: Known | None) -> Earlier | None:
+    """What of the file the store may copy."""
+    if known is None or not copies(store):
+        return None
+    return unchanged(record, check.table(), known.record, [*known.nearer, store])
+
+
+def _carry(store: Store, record: ShardRecord, cargo: Cargo) -> Carried:
+    carried = carry(store, record.path, cargo)
     if not carried.proven:
         VerifiedShard([store], record).verify()
     return carried

@@ -34,6 +34,7 @@ class Cargo:
         path: A file that nobody changes meanwhile.
         check: Called with the offset and the bytes of each part before they are believed to be there, from any thread;
             raises if they are not what they should be. Parts begin at multiples of a MiB.
+        image: The file's first bytes in memory, perhaps: what of it does not pass ``check`` is read from the file.
         progress: Called with the number of bytes that have just arrived, from any thread.
         earlier: The store may copy from it what is the same, instead of having it sent; the copy stands by itself.
         may_have_begun: An upload to this very key may have been cut short: what of it has arrived need not be sent.
@@ -41,6 +42,7 @@ class Cargo:
 
     path: Path
     check: Callable[[int, memoryview], None] = unchecked
+    image: memoryview | None = None
     progress: Callable[[int], None] | None = None
     earlier: Earlier | None = None
     may_have_begun: bool = False
