@@ -13,6 +13,7 @@ from dcpsvc.errors import LayoutError
 from dcpsvc.format import layout
 from dcpsvc.format.digest import digest
 from dcpsvc.format.layout import ITEM_NBYTES, Chunk, Layout, Tensor
+from dcpsvc.format.tiling import uncovered
 
 PATH = "layouts/x.json"
 
@@ -122,17 +123,17 @@ def test_a_changed_byte_is_told_by_the_checksum(data: st.DataObject) -> None:
 )
 def test_chunks_that_are_no_exact_cover_are_refused_with_the_tensor_named(boxes: list[Any]) -> None:
     chunks = [[rank, *box, 4096] for rank, box in enumerate(boxes)]
-    assert layout.uncovered(tensor((4, 4), *boxes)) is not None
+    assert uncovered(tensor((4, 4), *boxes)) is not None
     assert refused(content([4, 4], chunks)).startswith("w: ")
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (4, 4)])
 def test_one_chunk_covers_its_whole_tensor(shape: tuple[int, ...]) -> None:
-    assert layout.uncovered(tensor(shape, ((0,) * len(shape), shape))) is None
+    assert uncovered(tensor(shape, ((0,) * len(shape), shape))) is None
 
 
 def test_an_empty_chunk_beside_a_full_one_does_no_harm() -> None:
-    assert layout.uncovered(tensor((2,), ((0,), (2,)), ((0,), (0,)))) is None
+    assert uncovered(tensor((2,), ((0,), (2,)), ((0,), (0,)))) is None
 
 
 @pytest.mark.parametrize("aliases", [{"head": "nothing"}, {"a": "b", "b": "w"}, {"head": 7}, {"head": None}])
@@ -191,4 +192,4 @@ def test_damaged_json_gives_a_layout_or_a_layout_error(value: Any, place: str) -
         found = loads(json.dumps(whole).encode())
     except LayoutError:
         return
-    assert all(layout.uncovered(tensor) is None for tensor in found.tensors.values())
+    assert all(uncovered(tensor) is None for tensor in found.tensors.values())

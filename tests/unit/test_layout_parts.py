@@ -15,6 +15,7 @@ from dcpsvc.format import layout, parts, shardfile
 from dcpsvc.format.digest import digest
 from dcpsvc.format.layout import ITEM_NBYTES, Chunk, Layout, Tensor
 from dcpsvc.format.shardfile import Piece
+from dcpsvc.format.tiling import uncovered
 
 if TYPE_CHECKING:
     from dcpsvc.format.parts import Part
@@ -175,6 +176,7 @@ def test_what_thousands_of_ranks_have_in_common_is_said_by_a_few_and_kept_as_a_f
         [0, [0], [1], 0, [[4, 1, [2], 0]]],  # leaves the shape
         [0, [0], [0], 0, [[1 << 22, 0, [0], 0], [1 << 22, 0, [0], 0]]],  # more chunks than can be looked at
         [0, [0], [1], 0, [[2, 0, [0], 0]] * 40],
+        [0, [0], [1], 0, [[1 << 21, 0, [1 << 22], 0], [1 << 21, 0, [1], 0]]],
         [0, [0], [1], 0, 7],
         [0, [0], [1], 0, [7]],
     ],
@@ -190,4 +192,13 @@ def test_a_tensor_keeps_the_order_of_its_chunks() -> None:
     chunks = [Chunk(rank, (at,), (1,), 8 * at) for rank, at in enumerate((3, 1, 0, 2, 4, 5, 6))]
     tensor = Tensor.of("U8", (7,), chunks)
     assert list(tensor.chunks) == chunks
-    assert layout.uncovered(tensor) is None
+    assert uncovered(tensor) is None
+
+
+def test_runs_that_together_name_more_chunks_than_can_be_looked_at_are_refused_at_a_glance() -> None:
+    """Each for itself is not too large; the file has 300 bytes."""
+    half = 1 << 21
+    runs = [[0, [at], [1], 0, [[half, 0, [4], 0]]] for at in range(4)]
+    data = json.dumps({"format": 1, "aliases": {}, "tensors": {"w": ["U8", [4 * half], runs]}}).encode()
+    with pytest.raises(LayoutError, match="w: 8388608 chunks, at most 4194304 are read"):
+        layout.loads(PATH, data, digest(data))

@@ -16,6 +16,7 @@ from dcpsvc.errors import LayoutError, NoSuchStepError, NoValidCheckpointError
 from dcpsvc.format import layout, manifest
 from dcpsvc.format.digest import digest
 from dcpsvc.format.layout import Chunk, Tensor
+from dcpsvc.format.tiling import uncovered
 from tests.unit.one_process import resume, save
 
 if TYPE_CHECKING:
@@ -81,13 +82,13 @@ def is_tiled(shape: tuple[int, ...], boxes: list[Box]) -> bool:
 
 @given(tilings())
 def test_every_tiling_is_accepted(tiling: tuple[tuple[int, ...], list[Box]]) -> None:
-    assert layout.uncovered(described(*tiling)) is None
+    assert uncovered(described(*tiling)) is None
     assert len(loads(*tiling).tensors["w"].chunks) == len(tiling[1])
 
 
 @given(heaps())
 def test_boxes_are_accepted_exactly_when_they_hold_each_element_once(heap: tuple[tuple[int, ...], list[Box]]) -> None:
-    assert (layout.uncovered(described(*heap)) is None) == is_tiled(*heap)
+    assert (uncovered(described(*heap)) is None) == is_tiled(*heap)
 
 
 @given(tilings(), st.data())

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpsvc.format.layout import Chunk, Tensor, uncovered
+from dcpsvc.format.layout import Chunk, Tensor
+from dcpsvc.format.tiling import uncovered
 from dcpsvc.state.ragged import Holders, Ragged, bounding, boxes
 
 

@@ -18,6 +18,7 @@ from dcpsvc.format.digest import digest
 from dcpsvc.format.grid import Grid, Level, fold
 from dcpsvc.format.layout import Chunk, Layout, Run, Tensor
 from dcpsvc.format.parse import compact
+from dcpsvc.format.tiling import uncovered
 from dcpsvc.garbage import uncollected
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def merge(owns: Iterable[bytes], common: Mapping[str, bytes]) -> Layout:
             found.add_common(json.loads(common[name]), fold(members))
         made = found.layout()
     for key, tensor in made.tensors.items():
-        if reason := layout.uncovered(tensor):
+        if reason := uncovered(tensor):
             raise LayoutError(key, reason)
     return made
 

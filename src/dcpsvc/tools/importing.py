@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from dcpsvc import fence
 from dcpsvc.errors import DestinationError, LayoutError, StoreNotFoundError
-from dcpsvc.format import epochs, keys, layout, shardfile
+from dcpsvc.format import epochs, keys, shardfile
 from dcpsvc.format.digest import digest
 from dcpsvc.format.layout import Chunk, Layout, Tensor
 from dcpsvc.format.manifest import Manifest
 from dcpsvc.format.parse import compact
 from dcpsvc.format.shardfile import Piece
+from dcpsvc.format.tiling import uncovered
 from dcpsvc.stages import discover, upload
 from dcpsvc.tools import owning, surgery
 from dcpsvc.tools.casting import cast, result
@@ -132,7 +133,7 @@ class Import:
                 upload.ensure_shard(self.target, records[-1], Path(file.name))
         made = {key: Tensor.of(*shapes[key], chunks[key]) for key in shapes}
         for key, tensor in made.items():
-            if reason := layout.uncovered(tensor):
+            if reason := uncovered(tensor):
                 raise LayoutError(str(self.found.path), f"{key}: {reason}")
         aliases = {f"{self.component}.{name}": f"{self.component}.{of}" for name, of in self.found.aliases.items()}
         return records, Layout(made, aliases)
