@@ -297,6 +297,15 @@ class StoreContract:
         assert store.url
         assert store.url.split("://")[-1] in repr(store)
 
+    def test_who_can_tell_when_an_object_was_written_tells_it_and_what_is_not_there_is_not_found(
+        self, store: Store
+    ) -> None:
+        store.put("manifests/a", b"x")
+        if (date := written_s(store, "manifests/a")) is not None:
+            assert abs(date - time.time()) < 3600
+            with pytest.raises(StoreNotFoundError):
+                written_s(store, "manifests/b")
+
 
 class BrokenStoreContract:
     """What a store says whose place cannot be used; ``broken`` is such a store."""
@@ -328,12 +337,3 @@ class BrokenStoreContract:
             with pytest.raises(StoreError) as caught:
                 call()
             assert not isinstance(caught.value, StoreNotFoundError)
-
-    def test_who_can_tell_when_an_object_was_written_tells_it_and_what_is_not_there_is_not_found(
-        self, store: Store
-    ) -> None:
-        store.put("manifests/a", b"x")
-        if (date := written_s(store, "manifests/a")) is not None:
-            assert abs(date - time.time()) < 3600
-            with pytest.raises(StoreNotFoundError):
-                written_s(store, "manifests/b")
