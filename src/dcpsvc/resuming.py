@@ -192,7 +192,7 @@ class Resuming:
             loaded = self._agreed(f"{where}/read", lambda: self._read(self._look(attempt, terms)))
         message = self._apply(loaded) or loaded.sources
         self._sources = Sources(*self._meet(f"{where}/applied", message, _sum, changed=True))
-        summary = restore.summary(loaded.saved, list(loaded.components), sorted(terms.skip), self.job.world_size)
+        summary = restore.summary(loaded.saved, loaded.components, sorted(terms.skip))
         return f"{summary}; read {self._sources}", loaded.versions
 
     def _agreed(self, where: str, work: Callable[[], T]) -> T:
@@ -215,7 +215,11 @@ class Resuming:
         )
         reader = CheckpointReader(found, discover.read_layout(self.remote, found), [*self.nearer, self.remote])
         saved = replace(
-            reader.saved_for(self.job.rank), documents_of=reader.documents, terms=terms, drift=Drift(attempt.step)
+            reader.saved_for(self.job.rank),
+            ranks=self.job.world_size,
+            documents_of=reader.documents,
+            terms=terms,
+            drift=Drift(attempt.step),
         )
         components = self.state.chosen(saved)
         return _Loaded(reader, components, saved, states.wants(components, saved), found.versions)

@@ -14,11 +14,12 @@ from dcpsvc.reader import prove, read
 from dcpsvc.state.saved import Want, own_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from dcpsvc.progress import Watch
     from dcpsvc.reader import CheckpointReader
-    from dcpsvc.state.saved import Saved
+    from dcpsvc.state.saved import Component, Saved
+    from dcpsvc.state.sharing import Resize
 
 
 def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> list[Want]:
@@ -51,7 +52,7 @@ def finish(reader: CheckpointReader, wants: Sequence[Want]) -> None:
     read(reader, [want for want in wants if want.live])
 
 
-def summary(saved: Saved, loaded: Sequence[str], skipped: Sequence[str], world_size: int) -> str:
+def summary(saved: Saved, loaded: Mapping[str, Component], skipped: Sequence[str]) -> str:
     """One line on what was taken over, what was not, and what became of per-rank values."""
     parts = [f"loaded: {', '.join(loaded)}"]
     if skipped:
@@ -59,8 +60,21 @@ def summary(saved: Saved, loaded: Sequence[str], skipped: Sequence[str], world_s
     names = {name.split("@", 1)[0].split(".", 1)[0] for name in saved.documents}
     if left := sorted(names - set(loaded) - set(skipped)):
         parts.append(f"in the checkpoint but not in the state: {', '.join(left)}")
-    if saved.world_size != world_size and any(own_name(name, saved.source_rank) in saved.documents for name in loaded):
-        grown = "ranks beyond the saved ones start from rank % saved, their generators reseeded"
-        shrunk = "values of ranks that are gone are left out"
-        parts.append(f"{saved.world_size} -> {world_size} ranks: {grown if world_size > saved.world_size else shrunk}")
+    own = [name for name in loaded if own_name(saved.saved_name(name), saved.source_rank) in saved.documents]
+    if saved.resized and own:
+        resized = "; ".join(_resized(saved, {name: getattr(loaded[name], "resize", None) for name in own}))
+        parts.append(f"{saved.world_size} -> {saved.ranks} ranks: {resized}")
     return "; ".join(parts)
+
+
+def _resized(saved: Saved, policies: Mapping[str, Resize | None]) -> Iterator[str]:
+    """What became of the values of each rank."""
+    reseeded = [name for name, policy in policies.items() if policy == "reseed"]
+    computed = [name for name, policy in policies.items() if callable(policy)]
+    if len(reseeded) + len(computed) < len(policies):
+        grown = "ranks beyond the saved ones start from rank % saved, their generators reseeded"
+        yield grown if saved.ranks > saved.world_size else "values of ranks that are gone are left out"
+    if reseeded:
+        yield f"{', '.join(reseeded)}: as here, reseeded"
+    if computed:
+        yield f"{', '.join(computed)}: by its own function"

@@ -21,7 +21,7 @@ class Difference:
 
     Attributes:
         key: As the state in memory calls it.
-        kind: ``missing`` in the checkpoint, ``unexpected`` there, ``shape``, ``dtype`` or ``kind``.
+        kind: ``missing`` in the checkpoint, ``unexpected`` there, ``shape``, ``dtype``, ``kind`` or ``ranks``.
         saved: What the checkpoint has.
         here: What the state has.
     """

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from dcpsvc.state.sharing import checked_resize
+
+if TYPE_CHECKING:
+    from dcpsvc.state.sharing import Resize
 
 
 class Rng:
     """Saves and restores every global generator of this process. Per rank by nature.
 
     A rank that did not exist when the checkpoint was written is reseeded from the step and its number.
+
+    Args:
+        resize: See :class:`~dcpsvc.PerRank`; ``"reseed"`` seeds all ranks so when their number has changed.
     """
+
+    def __init__(self, resize: Resize = "by-rank") -> None:
+        self.resize: Resize = checked_resize("Rng", resize)
 
     def state_dict(self) -> dict[str, Any]:
         """The generators' states as tensors and numbers."""

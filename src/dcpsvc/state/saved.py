@@ -41,6 +41,7 @@ class Saved:
         rank: This rank, now.
         world_size: Ranks that wrote the checkpoint.
         step: Its training step.
+        ranks: How many there are now; 0: as many as wrote it.
         documents_of: Gives the JSON values in the shard of a rank that wrote the checkpoint.
         terms: What the user asked to be let pass.
         drift: Where what is wanted and what was saved differ, as far as was looked.
@@ -51,6 +52,7 @@ class Saved:
     rank: int
     world_size: int
     step: int
+    ranks: int = 0
     documents_of: Callable[[int], Mapping[str, Any]] | None = None
     terms: Terms = field(default_factory=Terms)
     drift: Drift = field(default_factory=Drift)
@@ -59,6 +61,11 @@ class Saved:
     def source_rank(self) -> int:
         """Whose per-rank values this rank takes over: its own, wrapped around if the job grew."""
         return self.rank % self.world_size
+
+    @property
+    def resized(self) -> bool:
+        """Whether there are more or fewer ranks than wrote the checkpoint."""
+        return self.ranks not in {0, self.world_size}
 
     def has(self, component: str) -> bool:
         """Whether the checkpoint holds anything of that name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,20 @@ Group = dist.ProcessGroup | DeviceMesh | list[int] | tuple[int, ...] | range
 
 Validate = Literal["hash", "full", "off"]
 """How replicas are compared before they are written: by a hash of every byte, byte by byte, or not at all."""
+
+Resize = Literal["by-rank", "strict", "reseed"] | Callable[[list[Any], int, int], Any]
+"""What becomes of per-rank values when the number of ranks has changed; see :class:`PerRank`."""
+
+
+def checked_resize(name: str, resize: Resize) -> Resize:
+    """The policy, if it is one.
+
+    Raises:
+        SharingError: It is none.
+    """
+    if not callable(resize) and resize not in {"by-rank", "strict", "reseed"}:
+        raise SharingError(name, f"resize={resize!r} must be 'by-rank', 'strict', 'reseed' or a function")
+    return resize
 
 
 class Declared:
@@ -35,17 +50,21 @@ class Declared:
 class PerRank(Declared):
     """Declares that each rank has its own value: a data loader, a sampler, a metric that was not reduced yet.
 
-    A restart with the same number of ranks gives each rank its own back. With more ranks, rank ``r`` takes
-    the value of rank ``r % saved``; with fewer, the values of the ranks that are gone are not loaded.
+    A restart with the same number of ranks gives each rank its own back.
 
     Args:
         value: A Stateful (``state_dict()`` / ``load_state_dict()``), a tensor, or a JSON-like value. A module is
             taken as a Stateful.
+        resize: With another number of ranks. ``"by-rank"``: rank ``r`` takes the value of rank ``r % saved``; those of
+            ranks that are gone are not loaded. ``"strict"``: the resume is refused. ``"reseed"``: the value stays as it
+            is here, and its ``reseed(step, rank)`` is called if it has one. A function of the values of all saved ranks
+            in their order, this rank, and the number of ranks now: what it returns is loaded.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, resize: Resize = "by-rank") -> None:
         _refuse_optimizer(self, value)
         super().__init__(value)
+        self.resize: Resize = checked_resize("PerRank", resize)
 
 
 class Replicated(Declared):

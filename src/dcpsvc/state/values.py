@@ -17,7 +17,7 @@ from dcpsvc.state.sharing import Declared, OneRank, PerGroup, PerRank, Replicate
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
-    from dcpsvc.state.sharing import Validate
+    from dcpsvc.state.sharing import Resize, Validate
 
 _HELD_BY = "$rank"
 """Stands for a value that another rank holds."""
@@ -70,8 +70,27 @@ class ValueComponent:
         for key, tensor in tensors.items():
             into.add_value(key, tensor, alike)
 
+    @property
+    def resize(self) -> Resize | None:
+        """What becomes of it when the number of ranks has changed; None where that makes no difference."""
+        return self._given.resize if isinstance(self._given, PerRank | Rng) else None
+
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor the document refers to, in the box this rank holds of it now."""
+        match self.resize if saved.resized else None:
+            case "strict":
+                here = f"{saved.ranks} ranks, and resize is 'strict'"
+                saved.drift.add(self._name, "ranks", f"{saved.world_size} ranks", here)
+                return []
+            case "reseed":
+                return []
+            case resize if callable(resize):
+                names = [key for each in self._of_all(saved) for key in documents.tensor_names(each)]
+                return [saved.want_whole(key) for key in names]
+            case _:
+                return self._wanted(saved)
+
+    def _wanted(self, saved: Saved) -> list[Want]:
         document = self._document(saved)
         if document is _ELSEWHERE or not self._is_of_kind(saved, document):
             return []
@@ -86,16 +105,32 @@ class ValueComponent:
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the value back, in place where the object allows it."""
+        target, resize = bare(self._given), self.resize if saved.resized else None
+        if resize == "reseed":
+            if callable(reseed := getattr(target, "reseed", None)):
+                reseed(saved.step, saved.rank)
+            return
+        if callable(resize):
+            values = [documents.decode(each, self._name, tensors.__getitem__) for each in self._of_all(saved)]
+            self._take(resize(values, saved.rank, saved.ranks))
+            return
         document = self._document(saved)
         if document is _ELSEWHERE:
             return
+        if isinstance(target, torch.Tensor):
+            copy_into(target, tensors[document["$tensor"]])
+            return
         templates = self._templates(saved, document)
-        value = documents.decode(document, self._name, lambda key: like(templates.get(key), tensors[key]))
+        self._take(documents.decode(document, self._name, lambda key: like(templates.get(key), tensors[key])))
+        if isinstance(target, Rng) and saved.rank >= saved.world_size:
+            target.reseed(saved.step, saved.rank)
+
+    def _take(self, value: Any) -> None:
         target = bare(self._given)
         if is_stateful(target):
             target.load_state_dict(value)
         elif isinstance(target, torch.Tensor):
-            copy_into(target, tensors[document["$tensor"]])
+            copy_into(target, value)
         elif isinstance(target, dict):
             target.clear()
             target.update(value)
@@ -103,8 +138,14 @@ class ValueComponent:
             self._given.value = value
         else:
             self._state[self._name] = value
-        if isinstance(target, Rng) and saved.rank >= saved.world_size:
-            target.reseed(saved.step, saved.rank)
+
+    def _of_all(self, saved: Saved) -> list[Any]:
+        """What each rank had that wrote the checkpoint."""
+        name = saved.saved_name(self._name)
+        found = [saved.document_of(rank, name) for rank in range(saved.world_size)]
+        if None in found:
+            raise StateMismatchError(name, f"the checkpoint holds nothing of that name of rank {found.index(None)}")
+        return found
 
     def _document(self, saved: Saved) -> Any:
         """What this rank takes over, or that another rank has it."""
