@@ -310,3 +310,18 @@ def test_what_killed_writers_left_is_counted_and_only_what_is_older_than_a_time_
     assert store.remove_unfinished(2000.0) == 1
     assert not old.exists()
     assert new.exists()
+
+
+def test_folders_of_attempts_that_a_killed_writer_left_empty_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path)
+    old, full, new = (tmp_path / "data" / name for name in ("step-1.dead", "step-2.whole", "step-3.begun"))
+    for folder in (old, full, new):
+        folder.mkdir(parents=True)
+    (full / "rank-00000.safetensors").write_bytes(b"x")
+    for folder in (old, full):
+        os.utime(folder, (1000.0, 1000.0))
+    os.utime(new, (3000.0, 3000.0))
+    store.remove_unfinished(2000.0, dry_run=True)
+    assert old.is_dir()
+    store.remove_unfinished(2000.0)
+    assert [folder.is_dir() for folder in (old, full, new)] == [False, True, True]

@@ -566,10 +566,21 @@ def test_a_process_that_is_killed_before_it_answers_is_told_to_the_client(run_id
     assert list((runtime / "dcpsvc").iterdir()) == []
 
 
+def await_stopped(pid):
+    """A signal takes effect some time after it was sent."""
+    tasks = (path / "stat" for path in Path(f"/proc/{pid}/task").iterdir())
+    for task in tasks:
+        ends = time.monotonic() + 20
+        while task.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+
+
 def test_a_stopped_process_is_shown_as_one_that_does_not_answer(run_id, monkeypatch):
     monkeypatch.setattr(live, "ANSWER_S", 0.5)
     with job(run_id) as process:
         process.send_signal(signal.SIGSTOP)
+        await_stopped(process.pid)
         rank = one(run_id)
         process.send_signal(signal.SIGCONT)
 

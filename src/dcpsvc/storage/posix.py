@@ -158,6 +158,8 @@ class PosixStore:
                             found += 1
                             if not dry_run:
                                 _unlink_temp(path)
+            if not dry_run:
+                _remove_empty(self._real_root() / "data", limit_s)
         return found
 
     def _place(
@@ -217,6 +219,15 @@ class PosixStore:
 
     def _where(self, key: str) -> str:
         return f"{self._root}/{key}"
+
+
+def _remove_empty(data: Path, before_s: float) -> None:
+    """Folders of attempts whose writer was killed before its first file, or after the last one was deleted."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(data) as found:
+        for folder in found:
+            with contextlib.suppress(FileNotFoundError):
+                if folder.is_dir(follow_symlinks=False) and folder.stat(follow_symlinks=False).st_mtime < before_s:
+                    posixfile.remove_if_empty(Path(folder.path))
 
 
 def _unlink_temp(path: Path) -> None:
