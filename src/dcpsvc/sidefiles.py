@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dcpsvc.errors import CheckpointGoneError, ConfigError, FormatError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys, sidefiles
 from dcpsvc.policies import is_name
+from dcpsvc.storage.base import is_there
 from dcpsvc.storage.threads import each
 
 if TYPE_CHECKING:
@@ -268,26 +269,18 @@ def _counts(key: str, now_s: float) -> bool:
 
 
 def _check_there(store: Store, attempt: Attempt) -> None:
-    if not _is_there(store, attempt.manifest):
+    if not is_there(store, attempt.manifest):
         raise CheckpointGoneError(store.url, attempt.step, "it is not committed, or deleted")
 
 
 def _take_back_if_gone(store: Store, attempt: Attempt, key: str, *, condemned_too: bool = False) -> None:
     """Beside a checkpoint that was deleted meanwhile nothing may stay."""
-    reason = "" if _is_there(store, attempt.manifest) else "it was deleted meanwhile"
-    if not reason and condemned_too and _is_there(store, attempt.tombstone):
+    reason = "" if is_there(store, attempt.manifest) else "it was deleted meanwhile"
+    if not reason and condemned_too and is_there(store, attempt.tombstone):
         reason = "its deletion has begun; if that was broken off, the next start of the job decides anew"
     if reason:
         store.delete(key)
         raise CheckpointGoneError(store.url, attempt.step, reason)
-
-
-def _is_there(store: Store, key: str) -> bool:
-    try:
-        store.size(key)
-    except StoreNotFoundError:
-        return False
-    return True
 
 
 def _now() -> str:

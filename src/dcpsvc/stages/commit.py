@@ -83,7 +83,7 @@ def _check_owner(store: Store, manifest: Manifest, within: Within) -> None:
     """Before anything is written: a job that was replaced must not even try."""
     try:
         theirs = within(lambda: fence.successor(store, manifest.key.epoch))
-    except Exception as err:
+    except Exception as err:  # whatever it is, every rank hears of it: nothing was written
         raise RefusalError([RankFailure(0, "commit", type(err).__name__, str(err))]) from err
     if theirs:
         raise _replaced(manifest, theirs)

@@ -15,6 +15,7 @@ from dcpsvc.errors import FormatError, StoreNotFoundError, StoreObjectError
 from dcpsvc.format import manifest
 from dcpsvc.format.keys import DATA, MANIFESTS, TOMBSTONES, Attempt, Epoch, attempt_below, attempt_of, rank_of
 from dcpsvc.format.parse import compact
+from dcpsvc.storage.base import is_there
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -171,15 +172,7 @@ def _is_hollow(store: Store, attempt: Attempt) -> bool:
         return True
     except (FormatError, StoreObjectError):
         named = [attempt.shard(0)]
-    return not any(_is_there(store, path) for path in named)
-
-
-def _is_there(store: Store, key: str) -> bool:
-    try:
-        store.size(key)
-    except StoreNotFoundError:
-        return False
-    return True
+    return not any(is_there(store, path) for path in named)
 
 
 def condemned(store: Store) -> list[Attempt]:

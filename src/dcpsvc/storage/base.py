@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from dcpsvc.errors import StoreNotFoundError
 from dcpsvc.storage.cargo import Carried
 
 if TYPE_CHECKING:
@@ -192,6 +193,15 @@ def carry(store: Store, key: str, cargo: Cargo) -> Carried:
         return store.carry(key, cargo)
     store.put_file(key, cargo.path, progress=cargo.progress)
     return Carried(proven=False)
+
+
+def is_there(store: Store, key: str) -> bool:
+    """Whether an object has that key; raises where the store cannot say."""
+    try:
+        store.size(key)
+    except StoreNotFoundError:
+        return False
+    return True
 
 
 def copies(store: Store) -> bool:

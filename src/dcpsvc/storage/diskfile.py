@@ -50,7 +50,7 @@ class DiskFile:
         self._descriptor, self.direct = _open(path)
         try:
             self.reserved_nbytes = self._reserve(nbytes)
-        except BaseException:
+        except BaseException:  # the name is given back, whatever it is
             self._close()
             raise
 

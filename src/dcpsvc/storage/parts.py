@@ -141,6 +141,6 @@ class Work:
         """An error inside ends the work of all."""
         try:
             yield
-        except BaseException:
+        except BaseException:  # an interrupt too: the other threads must not go on alone
             self._failed = True
             raise

@@ -139,7 +139,7 @@ class S3Wire(BlobWire):
             return super().read_rest(path, begin, max_nbytes)
         try:
             return self._direct.read_rest(path, begin, max_nbytes)
-        except Exception as err:
+        except Exception as err:  # every library below has an error tree of its own
             answer = answer_of(err)
             if answer and answer.status == _NO_SUCH_RANGE:
                 return self.size(path), b""
@@ -204,7 +204,7 @@ class S3Wire(BlobWire):
         """Whether it refuses bytes with the checksum of others."""
         try:
             direct.put(Request(place, "put_object"), memoryview(b"these bytes"), (kind, kind.of(b"not those")))
-        except Exception as err:
+        except Exception as err:  # likewise
             answer = answer_of(err)
             if answer and (answer.code in _REFUSED_SUM):
                 return True

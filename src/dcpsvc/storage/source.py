@@ -90,7 +90,7 @@ class Source:
         try:
             table = self._read_rest(self._record.body_nbytes)
             self._check_table(table)
-        except BaseException as err:
+        except BaseException as err:  # an interrupt too: the others wait for this answer
             self._asked = None  # whoever comes now asks anew
             asked.set_exception(err)
             raise
