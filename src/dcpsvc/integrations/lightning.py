@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Checkpoints(Callback):  # type: ignore[misc]
+class Checkpoints(Callback):
     """Model, optimizers, schedulers, scaler, loops, other callbacks and generators of a Lightning run.
 
     Args:

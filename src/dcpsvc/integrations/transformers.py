@@ -179,7 +179,7 @@ class _Progress:
         """Nothing: the Trainer has read it from its own file."""
 
 
-class _AfterEachStep(TrainerCallback):  # type: ignore[misc]
+class _AfterEachStep(TrainerCallback):
     """So that a stop is agreed on, and its step saved."""
 
     def __init__(self, owner: Checkpointed) -> None:
