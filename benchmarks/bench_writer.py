@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.table import Table
@@ -27,24 +26,20 @@ from benchmarks.common.options import plain_parser
 from benchmarks.common.process import tree_cpu_s
 from benchmarks.common.report import write
 from dcpsvc.format import digest
+from dcpsvc.stages.shard import write_durably
 from dcpsvc.storage.diskfile import DiskFile
 
-_WRITE_NBYTES = 64 << 20
+_WRITE_NBYTES = 32 << 20
 _QUIET_STEPS = 3
 
 
 def write_image(image, path):
     """As the shard stage does it."""
-    with DiskFile(path, len(image)) as file, ThreadPoolExecutor(1) as digesting:
-        tables = []
-        for begin in range(0, len(image), _WRITE_NBYTES):
-            part = image[begin : begin + _WRITE_NBYTES]
-            table = digesting.submit(digest.table, part)
-            file.write(part)
-            tables.append(table.result())
-        file.sync()
+    parts = (image[begin : begin + _WRITE_NBYTES] for begin in range(0, len(image), _WRITE_NBYTES))
+    with DiskFile(path, len(image) + digest.table_nbytes(len(image))) as file:
+        table = write_durably(file, parts, lasting=True)
         file.keep()
-    return digest.digest(b"".join(tables))
+    return digest.digest(table)
 
 
 class Thread:

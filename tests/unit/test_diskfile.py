@@ -8,6 +8,8 @@ import mmap
 import os
 import shutil
 import subprocess
+import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +20,6 @@ from dcpsvc.storage.diskfile import DiskFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 KIB, MIB = 2**10, 2**20
 PAGE = 4096
@@ -35,10 +36,10 @@ def aligned(nbytes: int) -> memoryview:
     return memoryview(memory)[:nbytes]
 
 
-def write(kind: type[DiskFile], path: Path, *parts: memoryview | bytes) -> DiskFile:
+def write(kind: type[DiskFile], path: Path, *parts: memoryview | bytes, lasting: bool = False) -> DiskFile:
     with kind(path, sum(map(len, parts))) as file:
         for part in parts:
-            file.write(memoryview(part))
+            file.write(memoryview(part), lasting=lasting)
         file.sync()
         file.keep()
     return file
@@ -85,10 +86,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, mount: Callable[..., 
     return mount("overlay", f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work")
 
 
-@pytest.mark.parametrize("nbytes", BORDERS)
-def test_a_file_is_what_was_written_on_every_file_system(folder: Path, nbytes: int) -> None:
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("nbytes", [*BORDERS, 32 * MIB + PAGE, 130 * MIB + 1])
+def test_a_file_is_what_was_written_on_every_file_system(folder: Path, nbytes: int, lasting: bool) -> None:  # noqa: FBT001
     body, table = aligned(nbytes), os.urandom(16 * (nbytes // MIB + 1))
-    write(DiskFile, folder / "file", body, table)
+    write(DiskFile, folder / "file", body, table, lasting=lasting)
     assert (folder / "file").read_bytes() == bytes(body) + table
 
 
@@ -121,11 +123,11 @@ class RefusingToWrite(DiskFile):
 
     takes = 0
 
-    def _write_some(self, data: memoryview) -> int:
+    def _write_some(self, data: memoryview, at: int) -> int:
         if self.direct and self.takes == 0:
             raise OSError(errno.EINVAL, "simulated: not aligned as this disk wants it")
         self.takes -= 1
-        return super()._write_some(data[: 64 * KIB])
+        return super()._write_some(data[: 64 * KIB], at)
 
 
 class RefusingLater(RefusingToWrite):
@@ -152,18 +154,23 @@ def test_memory_that_does_not_begin_on_a_page_is_written_all_the_same(tmp_path: 
 class Sluggish(DiskFile):
     """Takes a little at a time, and never as much as it is given."""
 
-    def _write_some(self, data: memoryview) -> int:
-        return super()._write_some(data[: max(1, len(data) // 3 // PAGE * PAGE)])
+    def _write_some(self, data: memoryview, at: int) -> int:
+        return super()._write_some(data[: max(1, len(data) // 3 // PAGE * PAGE)], at)
 
 
-@given(st.lists(st.integers(0, 5 * PAGE), max_size=6), st.sampled_from([DiskFile, Sluggish, RefusingLater]))
-@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 5 * PAGE), max_size=6), st.sampled_from([DiskFile, Sluggish, RefusingLater]), st.booleans()
+)
+@settings(max_examples=60, deadline=None)
 def test_parts_of_any_size_come_out_end_to_end(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], kind: type[DiskFile]
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    kind: type[DiskFile],
+    lasting: bool,  # noqa: FBT001
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "file"
     parts = [aligned(size) for size in sizes]
-    write(kind, path, *parts)
+    write(kind, path, *parts, lasting=lasting)
     content = path.read_bytes()
     path.unlink()
     assert content == b"".join(parts)
@@ -174,11 +181,11 @@ class Broken(DiskFile):
 
     error, calls = errno.EIO, 0
 
-    def _write_some(self, data: memoryview) -> int:
+    def _write_some(self, data: memoryview, at: int) -> int:
         self.calls += 1
         if self.calls == 2:
             raise OSError(self.error, "simulated")
-        return super()._write_some(data)
+        return super()._write_some(data, at)
 
 
 class Full(Broken):
@@ -188,11 +195,45 @@ class Full(Broken):
         return 0  # a file system that does not say in advance
 
 
+@pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("kind", [Broken, Full])
-def test_an_error_on_the_way_leaves_nothing_and_comes_out_as_it_is(tmp_path: Path, kind: type[Broken]) -> None:
+def test_an_error_on_the_way_leaves_nothing_and_comes_out_as_it_is(
+    tmp_path: Path,
+    kind: type[Broken],
+    lasting: bool,  # noqa: FBT001
+) -> None:
     with pytest.raises(OSError, match="simulated") as caught:
-        write(kind, tmp_path / "file", aligned(MIB), aligned(MIB))
+        write(kind, tmp_path / "file", aligned(MIB), aligned(MIB), lasting=lasting)
     assert caught.value.errno == kind.error
+    assert list(tmp_path.iterdir()) == []
+
+
+class Held(DiskFile):
+    """The first write fails while the second is under way, and that one takes its time."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.begun, self.failed = threading.Event(), threading.Event()
+        self.wrote_into = ""
+        super().__init__(path, nbytes)
+
+    def _write_some(self, data: memoryview, at: int) -> int:
+        if at == 0:
+            assert self.begun.wait(10)
+            self.failed.set()
+            raise OSError(errno.EIO, "simulated")
+        self.begun.set()
+        assert self.failed.wait(10)
+        threading.Event().wait(0.2)  # for whoever would close it meanwhile
+        self.wrote_into = str((Path("/proc/self/fd") / str(self._descriptor)).readlink())
+        return super()._write_some(data, at)
+
+
+def test_a_call_under_way_ends_before_the_descriptor_is_given_back(tmp_path: Path) -> None:
+    with Held(tmp_path / "file", 64 * MIB) as file:
+        file.write(aligned(64 * MIB), lasting=True)
+        with pytest.raises(OSError, match="simulated"):
+            file.sync()
+    assert file.wrote_into == str(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 
 

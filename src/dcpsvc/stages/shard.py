@@ -62,6 +62,11 @@ class Body(Protocol):
         """Of all parts together."""
         ...
 
+    @property
+    def lasting(self) -> bool:
+        """All parts stay as they are until the generator of them is closed; else each until the next is asked for."""
+        ...
+
     def parts(self, resolve: Callable[[str], torch.Tensor]) -> Generator[memoryview]:
         """In file order, whole blocks each but for the last; ``resolve`` gives a piece by its name in the file."""
         ...
@@ -121,7 +126,7 @@ class ShardWriter(StorageWriter):
         try:
             # Closed in this order: nobody writes or hashes what the parts were made in when that is given back.
             with contextlib.closing(self._body.parts(_Resolver(plan, planner))) as parts, self._new_file() as file:
-                self._finish(_write(file, self._while_wanted(parts)))
+                self._finish(write_durably(file, self._while_wanted(parts), lasting=self._body.lasting))
                 file.keep()
         except OSError as err:
             if err.errno in _FULL:
@@ -267,15 +272,19 @@ class _Resolver:
         return cast("torch.Tensor", self._planner.resolve_data(self._items[name]))
 
 
-def _write(file: DiskFile, parts: Iterable[memoryview]) -> bytes:
-    """Write the parts and their block table, durably; return the table."""
-    tables: list[bytes] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-digest") as digesting:  # while the disk is at work
+def write_durably(file: DiskFile, parts: Iterable[memoryview], *, lasting: bool) -> bytes:
+    """Write the parts and their block table, durably; return the table.
+
+    A busy training thread keeps the one that computes checksums waiting: the disk does not wait for it.
+    """
+    tables: list[Future[bytes]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-digest") as digesting:
         for part in parts:
-            table = digesting.submit(digest.table, part)
-            file.write(part)
-            tables.append(table.result())
-    table_of_all = b"".join(tables)
+            tables.append(digesting.submit(digest.table, part))
+            file.write(part, lasting=lasting)
+            if not lasting:
+                wait(tables[-1:])
+        table_of_all = b"".join(table.result() for table in tables)
     file.write(memoryview(table_of_all))
     file.sync()
     return table_of_all

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from dcpsvc.format.shardfile import Placement
     from dcpsvc.outline import Large, Outline
 
-_WRITE_NBYTES = 64 << 20
-"""Written by one call. A busy training thread gives the interpreter back after 5 ms, which is 16 MiB of disk time."""
+_WRITE_NBYTES = 32 << 20
+"""How far the writer may be behind the copy, at least."""
 
 _BATCH = 4096
 _BATCH_NBYTES = 256 << 20
@@ -44,6 +44,11 @@ class Staged(Protocol):
     @property
     def nbytes(self) -> int:
         """Of the file up to its block table."""
+        ...
+
+    @property
+    def lasting(self) -> bool:
+        """Each of its parts is valid until the last has been written; else until the next one is asked for."""
         ...
 
     @property
@@ -64,7 +69,7 @@ class Staged(Protocol):
         ...
 
     def parts(self, resolve: Callable[[str], torch.Tensor]) -> Generator[memoryview]:
-        """The file up to its block table, in pieces of whole blocks; each is valid until the next is asked for."""
+        """The file up to its block table, in pieces of whole blocks."""
         ...
 
 
@@ -85,6 +90,8 @@ class Snapshot:
         copying: What is not copied when :meth:`stage` returns.
         reader: Who writes the file, once somebody does.
     """
+
+    lasting = True
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ class Stream:
         given: Nothing: what DCP holds on to would be held for too long.
     """
 
+    lasting = False
+
     def __init__(self, outline: Outline, window_nbytes: int) -> None:
         self._outline, self._window_nbytes = outline, window_nbytes
         self.tensors = dict(zip(outline.placement.names, outline.sources, strict=True))

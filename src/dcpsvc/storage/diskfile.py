@@ -11,6 +11,8 @@ import contextlib
 import errno
 import fcntl
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 from dcpsvc import linux
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 _PAGE_NBYTES = 4096
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_LANES, _PIECE_NBYTES = 3, 32 << 20
+"""Calls under way at once, and what each takes: the disk has the next one while this thread waits for a processor."""
+
 _NEW_DIRECTORIES = 3
 """How far up a directory may be new: the attempt's, ``data/``, and the one it is in."""
 
@@ -47,6 +52,7 @@ class DiskFile:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self._path, self._at, self._kept = path, 0, False
+        self._lanes, self._under_way = ThreadPoolExecutor(_LANES, "dcpsvc-write"), deque[Future[None]]()
         self._descriptor, self.direct = _open(path)
         try:
             self.reserved_nbytes = self._reserve(nbytes)
@@ -64,16 +70,27 @@ class DiskFile:
         """Close, and remove what is not whole."""
         self._close()
 
-    def write(self, data: memoryview) -> None:
-        """Append. Fast for whole pages that begin on a page in memory; from the first others on it is buffered."""
+    def write(self, data: memoryview, *, lasting: bool = False) -> None:
+        """Append. Fast for whole pages that begin on a page in memory; from the first others on it is buffered.
+
+        Args:
+            data: What.
+            lasting: It stays as it is until :meth:`sync` returns or the file is closed: then this returns before
+                all of it is written.
+        """
         whole = len(data) // _PAGE_NBYTES * _PAGE_NBYTES if self.direct else 0
-        self._write(data[:whole])
+        if lasting:
+            self._begin(data[:whole])
+        else:
+            self._append(data[:whole])
         if whole < len(data):
+            self._settle(0)
             self._go_buffered()
-            self._write(data[whole:])
+            self._append(data[whole:])
 
     def sync(self) -> None:
         """All that was written is durable when this returns, its name and its directories' included."""
+        self._settle(0)
         os.fsync(self._descriptor)
         for directory in self._path.parents[:_NEW_DIRECTORIES]:
             posixfile.sync_directory(directory)
@@ -82,25 +99,40 @@ class DiskFile:
         """The file stays."""
         self._kept = True
 
-    def _write(self, data: memoryview) -> None:
-        begin = self._at
+    def _begin(self, data: memoryview) -> None:
+        for begin in range(0, len(data), _PIECE_NBYTES):
+            piece = data[begin : begin + _PIECE_NBYTES]
+            self._under_way.append(self._lanes.submit(self._write, piece, self._at))
+            self._at += len(piece)
+            self._settle(_LANES)
+
+    def _settle(self, at_most: int) -> None:
+        while len(self._under_way) > at_most:
+            self._under_way.popleft().result()
+
+    def _append(self, data: memoryview) -> None:
+        self._write(data, self._at)
+        self._at += len(data)
+
+    def _write(self, data: memoryview, at: int) -> None:
+        begin = at
         while data:
             try:
-                count = self._write_some(data)
+                count = self._write_some(data, at)
             except OSError as err:
                 # A file system that takes O_DIRECT when opening and not when writing, or wants another alignment.
                 if err.errno not in _REFUSED or not self.direct:
                     raise
                 self._go_buffered()
                 continue
-            data, self._at = data[count:], self._at + count
-        if not self.direct and self._at > begin:
+            data, at = data[count:], at + count
+        if not self.direct and at > begin:
             with contextlib.suppress(OSError):  # it says no more than that the page cache decides
-                linux.begin_writeback(self._descriptor, begin, self._at - begin)
+                linux.begin_writeback(self._descriptor, begin, at - begin)
 
-    def _write_some(self, data: memoryview) -> int:
+    def _write_some(self, data: memoryview, at: int) -> int:
         """One call, which may take less."""
-        return os.pwrite(self._descriptor, data, self._at)
+        return os.pwrite(self._descriptor, data, at)
 
     def _reserve(self, nbytes: int) -> int:
         try:
@@ -118,6 +150,7 @@ class DiskFile:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
 
     def _close(self) -> None:
+        self._lanes.shutdown(cancel_futures=True)  # the number of the descriptor may be another file's soon
         os.close(self._descriptor)
         if not self._kept:
             with contextlib.suppress(OSError):
