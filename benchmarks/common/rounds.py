@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.common import size
 from benchmarks.common.crew import Crew, CrewError
 from benchmarks.common.limits import Limits
 from benchmarks.peers import OURS, SYSTEMS, install
@@ -76,7 +77,7 @@ class _Batch:
 
     def run(self, exercises, *, fresh, after):
         with tempfile.TemporaryDirectory(prefix="dcpsvc-bench-", dir=self._options.dir) as directory:
-            limits = Limits(self._options.mib * 2**20 // self._setting.ranks, self._setting.ranks, directory)
+            limits = Limits(size.nbytes(self._options.mib) // self._setting.ranks, self._setting.ranks, directory)
             crews = {}
             try:
                 if not fresh:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 
-_COPIES = 3  # a parameter, and AdamW's two moments of it
-_ITEM_NBYTES = 4
+from benchmarks.common import size
+
 _HEAD_WIDTH = 64
 _TOKENS = 64  # few, so that a step is short: 0.3 to 0.5 s for 1.5 GiB of state on two cores
 
@@ -43,16 +43,14 @@ class Workload:
     def __init__(self, kind, mib):
         torch.manual_seed(0)
         self.kind, self.rank, self.world = kind, dist.get_rank(), dist.get_world_size()
-        width = next(width for width in (1024, 256, 64) if mib >= 12 * width**2 * _ITEM_NBYTES * _COPIES / 2**20)
-        depth = max(1, round(mib * 2**20 / (12 * width**2 * _ITEM_NBYTES * _COPIES)))
+        width, depth = size.shape(mib)
         blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
         self.model = _wrapped(kind, blocks)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.input = torch.randn(1, _TOKENS, width)
         self.forward_backward()
         self.optimizer.step()
-        whole = sum(parameter.numel() for parameter in blocks.parameters())  # of a DTensor: of the whole tensor
-        self.nbytes = whole * _COPIES * _ITEM_NBYTES
+        self.nbytes = size.nbytes(mib)
 
     def forward_backward(self):
         """The part of a step that changes no state."""
@@ -62,6 +60,11 @@ class Workload:
     def change(self):
         """The part of a step that changes every tensor of the state."""
         self.optimizer.step()
+
+    def step(self):
+        """A whole training step."""
+        self.forward_backward()
+        self.change()
 
     def state_dict(self, *, full=False):
         """As DCP's users get it; ``full`` gathers everything on rank 0."""
