@@ -8,6 +8,7 @@ import contextlib
 import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,30 @@ def saves(workload, system, step, count):
     return {"blocked_s": blocked, "durable_s": durable}
 
 
+def profiled(workload, system, step, count, switch=None):
+    """As many saves as that with nothing beside them; a profiler is switched on while they are under way."""
+    durable = []
+    for number in range(step, step + count):
+        workload.change()
+        _quiet()
+        _tell(switch, "enable")
+        dist.barrier()
+        began = time.perf_counter()
+        system.save(number)
+        system.durable()
+        durable.append(time.perf_counter() - began)
+        dist.barrier()
+        _tell(switch, "disable")
+        system.finish(number)
+        dist.barrier()
+    return {"durable_s": statistics.median(durable)}
+
+
+def _tell(switch, word):
+    if switch is not None and dist.get_rank() == 0:
+        Path(switch).write_text(f"{word}\n")
+
+
 def _torn(workload, system, step, expected):
     """How many tensors of this rank are not as they were. Loads in place, so a tensor left out shows too."""
     system.finish(step)
@@ -125,4 +150,4 @@ def _quiet():
     dist.barrier()
 
 
-ALL = {"at_once": at_once, "training": training, "saves": saves}
+ALL = {"at_once": at_once, "training": training, "saves": saves, "profiled": profiled}

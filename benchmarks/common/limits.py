@@ -38,6 +38,12 @@ class Limits:
             "hash_s": self._hash(),
         }
 
+    def copy_cpu_s(self):
+        """Processor time of that memcpy."""
+        began = time.process_time()
+        self._together(self._copy)
+        return time.process_time() - began
+
     def _copy(self, number):
         target, step = self._targets[number], len(self._source)
         for begin in range(0, len(target), step):
