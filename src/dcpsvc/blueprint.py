@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcpsvc.format import parts, shardfile
+from dcpsvc.format.digest import digest
 from dcpsvc.outline import Large
 from dcpsvc.state import division
 from dcpsvc.state.claims import LARGE_NBYTES
@@ -18,7 +19,12 @@ from dcpsvc.state.saveplan import ShardPlan
 if TYPE_CHECKING:
     import torch
 
+    from dcpsvc.format.parts import Part
     from dcpsvc.state.collected import Collected
+
+
+STRUCTURES = 2
+"""Remembered at a time."""
 
 
 class Blueprint:
@@ -60,7 +66,7 @@ class Blueprint:
 
 
 class Blueprints:
-    """The last one, for as long as it fits. One thread at a time.
+    """The last few: a state that changes its structure now and again mostly has one that it had. One thread at a time.
 
     Attributes:
         made: How many there were.
@@ -68,13 +74,37 @@ class Blueprints:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self._last: Blueprint | None = None
+        self._recent: list[Blueprint] = []
         self.made = 0
 
     def of(self, collected: Collected) -> Blueprint:
-        """The blueprint for this structure: the last one's, or a new one."""
-        if self._last is None or not self._last.fits(collected):
-            self._last = None  # first: two of them at a time take memory for nothing
-            self._last = Blueprint(collected, self._rank, self._world_size)
-            self.made += 1
-        return self._last
+        """The blueprint for this structure: one of the last, or a new one."""
+        for number, known in enumerate(self._recent):
+            if known.fits(collected):
+                self._recent.insert(0, self._recent.pop(number))
+                return known
+        del self._recent[STRUCTURES - 1 :]  # first: it takes memory for nothing
+        self._recent.insert(0, Blueprint(collected, self._rank, self._world_size))
+        self.made += 1
+        return self._recent[0]
+
+
+class Layouts:
+    """What the ranks made together of the parts of each, for the last few structures. Uploader and training thread."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, bytes] = {}
+
+    def known(self, part: Part) -> str:
+        """Digest of the layout made when this rank brought this very part; empty if there is none."""
+        known = self._of.get(part.digest)
+        return digest(known) if known else ""
+
+    def of(self, part: Part) -> bytes:
+        """The layout itself."""
+        return self._of[part.digest]
+
+    def add(self, part: Part, layout: bytes) -> None:
+        """The newest: another one of this part is forgotten, or the oldest."""
+        kept = [(name, known) for name, known in self._of.items() if name != part.digest]
+        self._of = dict([*kept[1 - STRUCTURES :], (part.digest, layout)])

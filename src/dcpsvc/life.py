@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import deadline, fence, outcomes
+from dcpsvc.blueprint import Layouts
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
@@ -58,7 +59,7 @@ class Life:
         self._job, self._run, self._options, self._events = job, run, options, events
         self._retention = Retention(job, run, options, events, catalog)
         self.catalog = catalog
-        self._layouts: dict[str, bytes] = {}
+        self._layouts = Layouts()
         self.abandoned = threading.Event()
         self._previous: Save | None = None
         self._committed: upload.Known | None = None
@@ -68,8 +69,7 @@ class Life:
 
     def known_layout(self, part: Part) -> str:
         """Digest of the layout that the ranks made when this rank brought this very part; empty if never."""
-        known = self._layouts.get(part.digest)
-        return digest(known) if known else ""
+        return self._layouts.known(part)
 
     def live(self, save: Save) -> SaveError | None:
         """Take one save to its commit, or to the error that every rank gets. Never raises."""
@@ -200,10 +200,10 @@ class Life:
         if save.replicas is not None:
             ack.compare_bytes(self._job, save.replicas.held)
         if agreement.gather:
-            self._layouts = {proposal.part.digest: ack.gather_layout(self._job, proposal.part).dumps()}
+            self._layouts.add(proposal.part, ack.gather_layout(self._job, proposal.part).dumps())
         self._emit(Point.PLAN_AGREED, save)
         shard.open()
-        return self._layouts[proposal.part.digest]
+        return self._layouts.of(proposal.part)
 
     def _write(self, save: Save) -> ShardRecord:
         shard = save.shard

@@ -71,7 +71,11 @@ def test_another_structure_is_worked_out_anew(what: str) -> None:
     blueprints = Blueprints(0, 1)
     first = blueprints.of(collected(**BASE))
     assert blueprints.of(OTHERS[what]) is not first
+    assert blueprints.of(collected(**BASE)) is first
+    blueprints.of(collected(third=torch.ones(3)))
+    blueprints.of(collected(fourth=torch.ones(3)))
     assert blueprints.of(collected(**BASE)) is not first
+    assert blueprints.made == 5
 
 
 STATES = st.dictionaries(
