@@ -103,12 +103,19 @@ def test_what_cannot_be_saved_is_named_and_the_step_is_no_checkpoint(tmp_path: P
     assert list_checkpoints(tmp_path / "root") == []
 
 
-@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.empty(2, device="meta")])
-def test_a_tensor_that_cannot_be_stored_is_refused_by_key(tmp_path: Path, value: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        (torch.eye(2).to_sparse(), "x"),
+        (torch.empty(2, device="meta"), "x"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")), "x.1.weight"),
+    ],
+)
+def test_a_tensor_that_cannot_be_stored_is_refused_by_key(tmp_path: Path, value: object, key: str) -> None:
     with (
-        pytest.raises(SaveFailedError, match="x"),
+        pytest.raises(SaveFailedError, match=key),
         Checkpointer(tmp_path / "root", {"x": value}, local=tmp_path / "local") as ckpt,
-        pytest.raises(StateError, match=r"^x: "),
+        pytest.raises(StateError, match=f"^{key}: "),
     ):
         ckpt.save(1)
 
