@@ -31,12 +31,13 @@ def main():
     made = plain_parser(__doc__)
     made.add_argument("--ranks", default="8,512,4096,16384")
     made.add_argument("--tensors", default="1000,5000,100000")
+    made.add_argument("--replicas", type=int, default=1, help="of each shard, as in HSDP, which divide its bytes")
     options = made.parse_args()
     rows = []
     for ranks in map(int, options.ranks.split(",")):
         for tensors in map(int, options.tensors.split(",")):
             say(f"{ranks} ranks x {tensors} tensors")
-            rows += Simulation(ranks, tensors).run()
+            rows += Simulation(ranks, tensors, options.replicas).run()
     write(options, {"facts": facts("/", {}), "rows": rows}, lambda console: _draw(console, rows))
 
 

@@ -69,10 +69,12 @@ class Records:
 
 
 class Simulation:
-    """A job of ``ranks`` that saves a model of ``tensors`` sharded tensors."""
+    """A job of ``ranks`` that saves a model of ``tensors`` sharded tensors, of which there are ``replicas`` (HSDP)."""
 
-    def __init__(self, ranks, tensors):
-        self.ranks, self.tensors = ranks, tensors
+    def __init__(self, ranks, tensors, replicas=1):
+        if ranks % replicas or (replicas > 1 and ranks == replicas):
+            raise ValueError(f"{ranks} ranks are no mesh of {replicas} replicas of several shards")
+        self.ranks, self.tensors, self.shards = ranks, tensors, ranks // replicas
         self.wire, self.phases = Wire(), {}
         self.key = EPOCH.attempt(500, 0)
         self.store = MemoryStore(f"scale-{ranks}-{tensors}")
@@ -89,40 +91,48 @@ class Simulation:
             lambda: (_said(later), blueprints.of(later).part)[0],
             nbytes=lambda _: 0,
         )
-        made = self._layout(part)
+        made = self._layout()
         manifest = self._agree(said, part, made)
         self._commit(manifest, made)
         self._steady()
         return [{"ranks": self.ranks, "tensors": self.tensors, "phase": name, **p} for name, p in self.phases.items()]
 
     def _collected(self, rank):
-        """What one rank would save: a row of every tensor."""
-        collected = Collected(rank)
-        local = torch.empty(1, 2)
+        """What one rank would save: a row of every tensor; where replicas divide them, enough rows to be cut."""
+        collected, shard = Collected(rank), rank % self.shards
+        alike = tuple(range(shard, self.ranks, self.shards)) if self.shards < self.ranks else ()
+        local = torch.empty(()).expand(512, 1024) if alike else torch.empty(1, 2)
+        how = {"alike": alike, "validate": "off"}  # there are no bytes to compare
+        offsets, shape = (shard * local.shape[0], 0), (self.shards * local.shape[0], local.shape[1])
         for index in range(self.tensors):
-            offsets, shape = (rank, 0), (self.ranks, 2)
-            item = Item(local, "F32", shape, offsets, Sharing.SHARDED, writes=True, origin=local)
+            item = Item(local, "F32", shape, offsets, Sharing.SHARDED, writes=True, origin=local, **how)
             collected.items[f"model.layers.{index}.mlp.weight"] = item
         return collected
 
-    def _layout(self, part):
+    def _part(self, rank):
+        return Blueprint(self._collected(rank), rank, self.ranks).part
+
+    def _layout(self):
         """The parts of all ranks, put together; only when the structure changed.
 
-        The last rank's is made by production code; those between are like it.
+        Those of the first and last rank of each replica are made by production code; those between are like them.
         """
-        last = Blueprint(self._collected(self.ranks - 1), self.ranks - 1, self.ranks).part
-        if last.common != part.common:
-            raise ValueError("the ranks of an even mesh have all in common")
-        said = json.loads(last.own)
-        owns = [part.own, *(compact(said | {"rank": n, "position": [n]}) for n in range(1, self.ranks - 1)), last.own]
-        data = self._timed("layout", lambda: self._merged(owns, part.common), nbytes=len)
-        self.phases["layout"]["received_nbytes"] = sum(map(len, owns)) + len(part.common)
+        owns, common = [], {}
+        for begin in range(0, self.ranks, self.shards):
+            first, last = self._part(begin), self._part(begin + self.shards - 1)
+            if last.common != first.common:
+                raise ValueError("the ranks of an even mesh have all in common")
+            common[digest(first.common)] = first.common
+            said = json.loads(last.own)
+            between = range(1, self.shards - 1)
+            owns += [first.own, *(compact(said | {"rank": begin + n, "position": [n]}) for n in between), last.own]
+        data = self._timed("layout", lambda: self._merged(owns, common), nbytes=len)
+        self.phases["layout"]["received_nbytes"] = sum(map(len, (*owns, *common.values())))
         self._timed("read layout", lambda: layout.loads("layout", data, digest(data)), nbytes=lambda _: len(data))
         return data
 
     def _merged(self, owns, common):
-        (speaker,) = parts.speakers(owns)
-        return parts.merge(owns, {speaker: common}).dumps()
+        return parts.merge(owns, {name: common[name] for name in parts.speakers(owns)}).dumps()
 
     def _agree(self, said, part, made):
         """First meeting, then the acknowledgements, then the manifest every rank makes of them."""

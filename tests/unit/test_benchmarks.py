@@ -116,6 +116,12 @@ def test_the_scale_benchmark_measures_every_phase_and_what_each_rank_says_does_n
     assert small["steady"]["nbytes"] == pytest.approx(large["steady"]["nbytes"], abs=50)
 
 
+def test_the_scale_benchmark_has_a_layout_that_does_not_grow_with_the_ranks_under_hsdp_either():
+    found = [run("bench_scale", "--ranks", ranks, "--tensors", "50", "--replicas", "4") for ranks in ("16", "512")]
+    small, large = ({row["phase"]: row for row in result["rows"]} for result in found)
+    assert large["layout"]["nbytes"] < 1.5 * small["layout"]["nbytes"]
+
+
 def test_a_snapshot_that_changes_with_the_state_is_told_from_a_whole_one(tmp_path):
     torn, whole = (
         crew_does(entry, tmp_path)["torn"] for entry in (Entry("torn", "tests.unit.torn_system"), SYSTEMS["dcp"])

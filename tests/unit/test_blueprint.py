@@ -59,6 +59,7 @@ OTHERS = {
     "fewer": collected(a=BASE["a"]),
     "sharing": change(collected(**BASE), sharing=Sharing.FIRST),
     "who writes": change(collected(**BASE), writes=False),
+    "who holds the same": change(collected(**BASE), alike=(0, 1)),
     "whole shape": change(collected(**BASE), shape=(4, 3)),
     "offsets": change(collected(**BASE), offsets=(1, 0)),
     "local shape": change(collected(**BASE), tensor=torch.ones(1, 3)),

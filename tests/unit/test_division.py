@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -89,6 +90,107 @@ def test_every_rank_comes_to_the_same_answer_whatever_the_order_of_its_tensors(
     turned = dict(reversed(state.items()))
     for one, other in zip(divided(collected(state), world_size), divided(collected(turned), world_size), strict=True):
         assert [share.piece for share in one] == [share.piece for share in other]
+
+
+@st.composite
+def meshes(draw: st.DrawFn) -> list[Collected]:
+    """What each rank of a mesh of replicas and shards holds: parts cut along rows, consecutive elements, or all."""
+    replicas, shards = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    state = draw(states)
+    kinds = {key: draw(st.sampled_from(["rows", "elements", "all", "column 0"])) for key in state}
+    found = [Collected(rank) for rank in range(replicas * shards)]
+    for key, (dtype, shape) in state.items():
+        for rank, into in enumerate(found):
+            into.items[key] = held(kinds[key], dtype, shape, rank=rank, replicas=replicas, shards=shards)
+    return found
+
+
+def held(kind: str, dtype: str, shape: tuple[int, ...], *, rank: int, replicas: int, shards: int) -> Item:
+    """A part as HSDP, FSDP1's HYBRID_SHARD or ``Replicate()`` has it; or a part of which another mesh has a copy."""
+    replica, shard = divmod(rank, shards)
+    alike = tuple(range(shard, replicas * shards, shards))
+    offsets, sizes = (0,) * len(shape), shape
+    match kind:
+        case "rows" if shape:
+            extent = -(-shape[0] // shards)
+            first = min(shard * extent, shape[0])
+            offsets, sizes = (first, *offsets[1:]), (min(extent, shape[0] - first), *shape[1:])
+        case "elements" if shape:
+            extent = -(-math.prod(shape) // shards)
+            first = min(shard * extent, math.prod(shape))
+            offsets, sizes = (first,), (min(extent, math.prod(shape) - first),)
+            if len(shape) == 1 and sizes == (0,):
+                offsets, sizes = shape, (0,)
+        case _:
+            alike = tuple(range(replicas * shards))
+    writes = kind != "column 0" or replica == 0
+    if kind == "column 0":  # each replica has one copy of its own
+        alike = tuple(range(replica * shards, (replica + 1) * shards))
+    tensor = torch.zeros((), dtype=dtype_of(dtype)).expand(sizes)
+    alike = alike if len(alike) > 1 else ()
+    return Item(tensor, dtype, shape, offsets, Sharing.SHARDED, writes, tensor, alike=alike)
+
+
+def of_each(found: list[Collected]) -> list[list[Share]]:
+    return [division.shares(each, rank, len(found)) for rank, each in enumerate(found)]
+
+
+@given(meshes())
+@settings(max_examples=300)
+def test_what_some_ranks_hold_alike_they_write_once_together(found: list[Collected]) -> None:
+    layout = merged(of_each(found))
+    assert {key: (tensor.dtype, tensor.shape) for key, tensor in layout.tensors.items()} == {
+        key: (item.dtype, item.shape) for key, item in found[0].items.items()
+    }
+
+
+@given(meshes())
+def test_a_share_of_a_part_is_a_view_of_those_of_its_elements_that_it_names(found: list[Collected]) -> None:
+    for each, mine in zip(found, of_each(found), strict=True):
+        for share in mine:
+            assert tuple(share.source(each).shape) == share.piece.sizes
+
+
+def transformer(replicas: int, shards: int, kind: str) -> list[Collected]:
+    """A model and its moments, of which each rank holds what such a mesh leaves it."""
+    width, layers = 1024, 8
+    shapes = {"embed": (32000, width), "head": (32000, width), "norm": (width,)}
+    for layer in range(layers):
+        shapes |= {f"{layer}.qkv": (3 * width, width), f"{layer}.out": (width, width), f"{layer}.norm": (width,)}
+        shapes |= {f"{layer}.up": (4 * width, width), f"{layer}.down": (width, 4 * width), f"{layer}.b": (4 * width,)}
+    found = [Collected(rank) for rank in range(replicas * shards)]
+    for rank, into in enumerate(found):
+        for key, shape in shapes.items():
+            for what in ("model", "exp_avg", "exp_avg_sq"):
+                into.items[f"{what}.{key}"] = held(kind, "F32", shape, rank=rank, replicas=replicas, shards=shards)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["rows", "elements", "all"])
+@pytest.mark.parametrize(("replicas", "shards"), [(2, 2), (8, 1), (4, 8), (16, 4)])
+def test_replicas_of_a_sharded_transformer_write_as_much_each(kind: str, replicas: int, shards: int) -> None:
+    written = [nbytes(mine) for mine in of_each(transformer(replicas, shards, kind))]
+    assert max(written) / (sum(written) / len(written)) <= 1.05
+
+
+def test_every_holder_of_a_part_comes_to_the_same_answer_whatever_the_order_of_its_tensors() -> None:
+    found = transformer(4, 2, "rows")
+    turned = [replace(each, items=dict(reversed(each.items.items()))) for each in found]
+    assert [[share.piece for share in mine] for mine in of_each(found)] == [
+        sorted((share.piece for share in mine), key=lambda piece: names.index(piece.name))
+        for mine, names in zip(of_each(turned), [[s.piece.name for s in m] for m in of_each(found)], strict=True)
+    ]
+
+
+def test_what_the_ranks_of_one_replica_write_they_say_alike() -> None:
+    found = transformer(4, 16, "rows")
+    said = [
+        parts.part(shardfile.place(share.piece for share in mine), rank, {}) for rank, mine in enumerate(of_each(found))
+    ]
+    assert len({part.common for part in said}) == 4
+    assert max(len(part.own) for part in said) < 200
+    layout = parts.merge([part.own for part in said], {digest(part.common): part.common for part in said})
+    assert max(len(tensor.runs) for tensor in layout.tensors.values()) <= 3
 
 
 @given(states, st.integers(1, 9))

@@ -54,16 +54,23 @@ def part(placement: Placement, rank: int, aliases: Mapping[str, str]) -> Part:
             own.append([piece.key, piece.dtype, piece.shape, piece.offsets, piece.sizes, begin])
         else:
             places = [_place(piece, dim, position) for dim in range(len(piece.shape))]
-            common.append([piece.key, piece.dtype, piece.shape, places, piece.sizes, begin])
+            rows = [piece.sizes, _within(piece)] if piece.held else []
+            common.append([piece.key, piece.dtype, piece.shape, places, piece.held or piece.sizes, begin, *rows])
     shared = compact({"aliases": dict(aliases), "pieces": common})
     return Part(shared, compact({"rank": rank, "position": [*position], "common": digest(shared), "pieces": own}))
 
 
 def _place(piece: Piece, dim: int, position: dict[int, int]) -> int:
     """Which number of the position says where it begins along a dimension; -1: at its beginning, on every rank."""
-    if piece.sizes[dim] == piece.shape[dim]:
+    extent = (piece.held or piece.sizes)[dim]
+    if extent == piece.shape[dim]:
         return -1
-    return position.setdefault(piece.offsets[dim] // piece.sizes[dim], len(position))
+    return position.setdefault(piece.offsets[dim] // extent, len(position))
+
+
+def _within(piece: Piece) -> list[int]:
+    """Where it begins in the part that it is rows of."""
+    return [offset % extent for offset, extent in zip(piece.offsets, piece.held, strict=True)]
 
 
 def speakers(owns: Sequence[bytes]) -> dict[str, int]:
@@ -117,9 +124,10 @@ class _Found:
     def add_common(self, said: dict[str, Any], members: Sequence[Grid]) -> None:
         """``members``: of those who have it their rank and position."""
         self._aliases |= said["aliases"]
-        for key, dtype, shape, places, sizes, begin in said["pieces"]:
+        for key, dtype, shape, places, part, begin, *rows in said["pieces"]:
             self._described.setdefault(key, (dtype, tuple(shape)))
-            self._runs[key] += (Run(tuple(sizes), _at(grid, places, sizes, begin)) for grid in members)
+            sizes, within = rows or (part, [0] * len(part))
+            self._runs[key] += (Run(tuple(sizes), _at(grid, places, part, within, begin)) for grid in members)
 
     def layout(self) -> Layout:
         tensors = {
@@ -129,12 +137,13 @@ class _Found:
         return Layout(tensors, self._aliases)
 
 
-def _at(members: Grid, places: Sequence[int], sizes: Sequence[int], begin: int) -> Grid:
+def _at(members: Grid, places: Sequence[int], part: Sequence[int], within: Sequence[int], begin: int) -> Grid:
     """From ranks and positions to ranks, offsets and where they begin in the file."""
 
-    def vector(member: Sequence[int], begin: int) -> tuple[int, ...]:
-        offsets = (0 if at < 0 else member[1 + at] * size for at, size in zip(places, sizes, strict=True))
+    def vector(member: Sequence[int], within: Sequence[int], begin: int) -> tuple[int, ...]:
+        along = zip(places, part, within, strict=True)
+        offsets = ((0 if at < 0 else member[1 + at] * extent) + rest for at, extent, rest in along)
         return member[0], *offsets, begin
 
-    levels = (Level(count, vector(steps, 0)) for count, steps in members.levels)
-    return Grid(vector(members.first, begin), tuple(levels))
+    levels = (Level(count, vector(steps, [0] * len(part), 0)) for count, steps in members.levels)
+    return Grid(vector(members.first, within, begin), tuple(levels))

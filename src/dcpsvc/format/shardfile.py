@@ -65,6 +65,7 @@ class Piece:
         shape: Shape of the whole tensor.
         offsets: Where the chunk begins in it.
         sizes: The chunk's extent.
+        held: Extent of the part that it is rows of, where several ranks hold that part and each writes some.
     """
 
     key: str
@@ -72,6 +73,7 @@ class Piece:
     shape: Shape
     offsets: Shape
     sizes: Shape
+    held: Shape = ()
 
     @property
     def name(self) -> str:
@@ -88,11 +90,14 @@ class Piece:
 
     @property
     def position(self) -> tuple[int, ...] | None:
-        """Of a part of an evenly cut tensor: the how manieth it is, along each dimension; None of any other."""
+        """Of a part of an evenly cut tensor: the how manieth it, or that it is rows of, is along each dimension.
+
+        None of any other.
+        """
         if self.sizes == self.shape or 0 in self.sizes:
             return None
-        found = [divmod(offset, size) for offset, size in zip(self.offsets, self.sizes, strict=True)]
-        return None if any(rest for _, rest in found) else tuple(number for number, _ in found)
+        found = [divmod(offset, size) for offset, size in zip(self.offsets, self.held or self.sizes, strict=True)]
+        return None if any(rest for _, rest in found) and not self.held else tuple(number for number, _ in found)
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -48,11 +47,12 @@ class Item:
         shape: Of the whole tensor.
         offsets: Where the local part begins in it; of a ragged one, in the flat tensor.
         sharing: Who holds it.
-        writes: Whether this rank writes its part (a sharded tensor may also be replicated).
+        writes: Whether what this rank holds is written by those that hold it, or by others who hold the whole too.
         origin: What training writes to, as far as torch counts writes: the DTensor around a local part.
         owner: ``id`` of the optimizer that alone changes it; None: anybody may, at any time.
-        validate: How replicas are compared before one of them, or each a share, is written.
-        alike: Of a tensor not all ranks hold alike: the ranks that hold this very part, if there are several.
+        validate: How replicas are compared before each writes a share.
+        alike: Of a tensor not all ranks hold alike: the ranks that hold this very part, if there are several. They are
+            compared, and each writes a share.
     """
 
     tensor: torch.Tensor
@@ -131,14 +131,15 @@ class Collected:
         Args:
             key: The name in the whole that no other part has.
             tensor: A DTensor is cut as its mesh says.
-            holder: Of the ranks that hold the same, the one whose value counts; of DTensors, whose mesh.
+            holder: Whose value counts, where nobody holds the same; of DTensors, whose mesh.
             owner: ``id`` of the optimizer that alone changes it.
-            alike: The ranks that hold the same, if it is no DTensor; they are compared.
+            alike: The ranks that hold the same, if it is no DTensor.
         """
-        self._put(key, tensor, Sharing.PER_RANK, holder=holder, writes=holder == self.rank, owner=owner, alike=alike)
+        writes = self.rank in (alike or (holder,))
+        self._put(key, tensor, Sharing.PER_RANK, holder=holder, writes=writes, owner=owner, alike=alike)
 
     def add_value(self, key: str, tensor: torch.Tensor, alike: Shape) -> None:
-        """Take a tensor in that a rank has, or that some have alike: the first of them writes it.
+        """Take a tensor in that a rank has, or that some have alike.
 
         Args:
             key: Carries a rank.
@@ -147,7 +148,7 @@ class Collected:
         """
         if isinstance(tensor, DTensor | Ragged):
             raise UnsupportedStateError(key, "a sharded tensor is shared by ranks and cannot be the value of one")
-        self._put(key, tensor, Sharing.PER_RANK, writes=alike[0] == self.rank, owner=None, alike=alike)
+        self._put(key, tensor, Sharing.PER_RANK, writes=True, owner=None, alike=alike)
 
     def _put(
         self,
@@ -166,13 +167,14 @@ class Collected:
         offsets, _ = local_chunk(tensor)
         local = origin = tensor
         if isinstance(tensor, DTensor):
-            writes = _is_in(tensor.device_mesh, holder) and _writes(key, tensor)
+            _check_reduced(key, tensor)
             alike = _alike(tensor.device_mesh, tensor.placements)
+            writes = bool(alike) and _is_in(tensor.device_mesh, holder)
             with torch.no_grad():  # spares a DTensor on the way, 20 us
                 local = tensor.to_local()
         elif isinstance(tensor, Ragged):
             local, origin = tensor.local, tensor.origin
-            offsets, writes = (tensor.begin,), tensor.holders.writes(key, self.rank, holder)
+            offsets, writes = (tensor.begin,), tensor.holders.count(holder)
             alike = tensor.holders.alike
         _check_storable(key, local)
         dtype, shape = name_of(tensor.dtype, key), tuple(tensor.shape)
@@ -220,6 +222,11 @@ def _check_storable(key: str, tensor: torch.Tensor) -> None:
         raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
 
 
+def _check_reduced(key: str, tensor: DTensor) -> None:
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise UnsupportedStateError(key, "a DTensor with a pending reduction (Partial) has no values to save")
+
+
 @functools.lru_cache(maxsize=64)
 def _is_in(mesh: DeviceMesh, rank: int) -> bool:
     """Whether a rank is in a mesh.
@@ -232,23 +239,10 @@ def _is_in(mesh: DeviceMesh, rank: int) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _alike(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Shape:
-    """The ranks of a mesh that hold the same part as this one."""
+    """The ranks of a mesh that hold the same part as this one; none if it is not in it."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return ()
     where = zip(coordinate, placements, strict=True)
     along = tuple(slice(None) if placement.is_replicate() else place for place, placement in where)
     return tuple(sorted(mesh.mesh[along].flatten().tolist()))
-
-
-def _writes(key: str, tensor: DTensor) -> bool:
-    """Of the ranks that hold the same part, one writes it: a different one for different keys."""
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
-        return False
-    for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
-        if placement.is_partial():
-            raise UnsupportedStateError(key, "a DTensor with a pending reduction (Partial) has no values to save")
-        if placement.is_replicate() and place != zlib.crc32(key.encode()) % size:
-            return False
-    return True

@@ -1,12 +1,14 @@
 """Who writes what: each rank's share of the state, decided without a word between the ranks.
 
-Replicated tensors are laid end to end and cut into equal parts, one a rank, so with N replicas each copies,
-holds and writes 1/N of the bytes. Every rank computes the same cuts because the claims are the same.
+What several ranks hold alike, all of them or those with the same part, is laid end to end and cut into equal parts, one
+a rank: with N replicas each copies, holds and writes 1/N of the bytes. Every one of them computes the same cuts because
+they hold the same.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +18,14 @@ from dcpsvc.state import ragged
 from dcpsvc.state.collected import Collected, Item, Sharing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
 
+    from dcpsvc.format.layout import Shape
+
 MIN_SPLIT_NBYTES = 1 << 20
-"""Tensors smaller than this are not cut: balance to the byte is not worth the pieces."""
+"""Tensors, and parts of them, that are smaller are not cut: balance to the byte is not worth the pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class Structure:
 
     def __init__(self, collected: Collected) -> None:
         self._items = [
-            (key, item.dtype, item.shape, item.offsets, item.sharing, item.writes, tuple(item.tensor.shape))
+            (key, item.dtype, item.shape, item.offsets, item.sharing, item.writes, item.alike, tuple(item.tensor.shape))
             for key, item in collected.items.items()
         ]
 
@@ -65,79 +69,93 @@ class Structure:
             and item.offsets == offsets
             and item.sharing is sharing
             and item.writes == writes
+            and (item.alike is alike or item.alike == alike)  # of thousands of ranks, mostly the same object
             and item.tensor.shape == local
-            for key, dtype, shape, offsets, sharing, writes, local in self._items
+            for key, dtype, shape, offsets, sharing, writes, alike, local in self._items
         )
 
 
 def shares(collected: Collected, rank: int, world_size: int) -> list[Share]:
     """What ``rank`` of ``world_size`` writes."""
-    mine = [share for key, item in collected.items.items() if _is_mine(item, rank) for share in _of(key, item)]
-    return mine + list(_replicated(collected, rank, world_size))
+    by_writers: dict[Shape, dict[str, Item]] = defaultdict(dict)
+    by_all: dict[str, Item] = {}
+    for key, item in collected.items.items():
+        if item.sharing is Sharing.REPLICATED:
+            by_all[key] = item
+        elif writers := _writers(item, rank):
+            by_writers[writers][key] = item
+    by_writers[tuple(range(world_size))] |= by_all
+    return [
+        share for writers, items in by_writers.items() for share in _divided(items, writers.index(rank), len(writers))
+    ]
 
 
-def _is_mine(item: Item, rank: int) -> bool:
-    match item.sharing:
-        case Sharing.SHARDED | Sharing.PER_RANK:
-            return item.writes and (item.tensor.numel() > 0 or math.prod(item.shape) == 0)
-        case Sharing.FIRST:
-            return rank == 0
-        case Sharing.REPLICATED:
-            return False
+def _writers(item: Item, rank: int) -> Shape:
+    """Those that write what this rank holds of a tensor, together; nobody, if others do."""
+    if item.sharing is Sharing.FIRST:
+        return (0,) if rank == 0 else ()
+    is_empty = item.tensor.numel() == 0 and math.prod(item.shape) > 0
+    return (item.alike or (rank,)) if item.writes and not is_empty else ()
 
 
-def _of(key: str, item: Item) -> Iterator[Share]:
-    if not item.is_ragged:
-        yield _whole(key, item)
-        return
-    if 0 in item.shape:
-        yield Share(Piece(key, item.dtype, item.shape, (0,) * len(item.shape), item.shape), after=0)
-    for after, offsets, sizes in ragged.boxes(item.shape, item.offsets[0], item.tensor.numel()):
-        yield Share(Piece(key, item.dtype, item.shape, offsets, sizes), after=after)
+def _divided(items: dict[str, Item], place: int, number: int) -> Iterator[Share]:
+    """What one of ``number`` ranks writes of tensors that they hold alike.
 
-
-def _whole(key: str, item: Item) -> Share:
-    return Share(Piece(key, item.dtype, item.shape, item.offsets, tuple(item.tensor.shape)))
-
-
-def _replicated(collected: Collected, rank: int, world_size: int) -> Iterator[Share]:
-    items = sorted((key, item) for key, item in collected.items.items() if item.sharing is Sharing.REPLICATED)
-    total = sum(_nbytes(item) for _, item in items)
-    low, high = rank * total // world_size, (rank + 1) * total // world_size
+    A tensor that is not cut belongs to the rank in whose part its first byte is.
+    """
+    total = sum(map(_nbytes, items.values()))
+    low, high = place * total // number, (place + 1) * total // number
     begin = 0
-    for key, item in items:
+    for key, item in sorted(items.items()):
         end = begin + _nbytes(item)
-        rows = _rows(item, begin, end, low, high, last=rank == world_size - 1)
-        if rows is not None:
-            yield _part(key, item, *rows)
+        unit = _unit(item)
+        if unit is None or end - begin < MIN_SPLIT_NBYTES:
+            if low <= begin < high or (place == number - 1 and begin >= high):
+                yield from _part(key, item, 0, item.tensor.numel())
+        else:
+            first, stop = (_cut(item, at - begin, unit) for at in (low, high))
+            if first < stop:
+                yield from _part(key, item, first, stop)
         begin = end
 
 
-def _rows(item: Item, begin: int, end: int, low: int, high: int, *, last: bool) -> tuple[int, int, int] | None:
-    """Dimension and row range of ``item``, at bytes ``[begin, end)``, that belong to the part ``[low, high)``.
-
-    A tensor that is not cut belongs to the part its first byte is in.
-    """
-    dim = next((d for d, extent in enumerate(item.shape) if extent > 1), None)
-    if dim is None or end - begin < MIN_SPLIT_NBYTES:
-        owned = low <= begin < high or (last and begin >= high)
-        return (0, 0, -1) if owned else None
-    row_nbytes = (end - begin) // item.shape[dim]
-    first, stop = (_row(at - begin, row_nbytes, item.shape[dim]) for at in (low, high))
-    return (dim, first, stop) if first < stop else None
+def _unit(item: Item) -> int | None:
+    """Elements of a row along the first dimension that has several: a tensor is cut between rows. None: it has none."""
+    shape = item.shape if item.is_ragged else item.tensor.shape
+    dim = next((d for d, extent in enumerate(shape) if extent > 1), None)
+    return None if dim is None else math.prod(shape[dim + 1 :])
 
 
-def _row(nbytes: int, row_nbytes: int, rows: int) -> int:
-    return min(max(-(-nbytes // row_nbytes), 0), rows)
+def _cut(item: Item, nbytes: int, unit: int) -> int:
+    """Before how manieth of its elements a tensor is cut: where the first row begins that has ``nbytes`` before it."""
+    if nbytes <= 0:
+        return 0
+    before = item.offsets[0] if item.is_ragged else 0  # its elements may begin within a row
+    elements = before - (-nbytes // ITEM_NBYTES[item.dtype])
+    return min(max(-(-elements // unit) * unit - before, 0), item.tensor.numel())
 
 
-def _part(key: str, item: Item, dim: int, first: int, stop: int) -> Share:
-    if stop < 0 or (first == 0 and stop == item.shape[dim]):
-        return _whole(key, item)
-    offsets = tuple(first if d == dim else 0 for d in range(len(item.shape)))
-    sizes = tuple(stop - first if d == dim else extent for d, extent in enumerate(item.shape))
-    return Share(Piece(key, item.dtype, item.shape, offsets, sizes), (dim, first, stop - first))
+def _part(key: str, item: Item, first: int, stop: int) -> Iterable[Share]:
+    """Of the elements that are here those of ``[first, stop)``, as boxes."""
+    if item.is_ragged:
+        return _boxes(key, item, first, stop)
+    local = tuple(item.tensor.shape)
+    if stop - first == item.tensor.numel():
+        return [Share(Piece(key, item.dtype, item.shape, item.offsets, local))]
+    dim = next(d for d, extent in enumerate(local) if extent > 1)
+    row, number = first * local[dim] // item.tensor.numel(), (stop - first) * local[dim] // item.tensor.numel()
+    offsets = tuple(at + row if d == dim else at for d, at in enumerate(item.offsets))
+    sizes = tuple(number if d == dim else extent for d, extent in enumerate(local))
+    held = local if local != item.shape else ()
+    return [Share(Piece(key, item.dtype, item.shape, offsets, sizes, held), (dim, row, number))]
+
+
+def _boxes(key: str, item: Item, first: int, stop: int) -> Iterator[Share]:
+    if 0 in item.shape:
+        yield Share(Piece(key, item.dtype, item.shape, (0,) * len(item.shape), item.shape), after=0)
+    for after, offsets, sizes in ragged.boxes(item.shape, item.offsets[0] + first, stop - first):
+        yield Share(Piece(key, item.dtype, item.shape, offsets, sizes), after=first + after)
 
 
 def _nbytes(item: Item) -> int:
-    return math.prod(item.shape) * ITEM_NBYTES[item.dtype]
+    return item.tensor.numel() * ITEM_NBYTES[item.dtype]

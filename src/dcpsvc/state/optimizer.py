@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dcpsvc.state.module import ModuleComponent
     from dcpsvc.state.sharing import Validate
 
+_NOBODY = -1
+
 
 class OptimizerComponent:
     """An optimizer's state and hyper-parameters.
@@ -77,8 +79,8 @@ class OptimizerComponent:
             if holder is None:
                 into.add(key, tensor, Sharing.REPLICATED, owner=owner, validate=validate)
             else:
-                writer = _writer(parameter, key, tensor, holder, into.rank)
-                into.add_part(key, tensor, writer, owner=owner, alike=alike)
+                of, sharers = _sharers(parameter, tensor, holder, alike)
+                into.add_part(key, tensor, of, owner=owner, alike=sharers)
         for key, tensor in others.items():
             if holder is None:
                 into.add(key, tensor, Sharing.REPLICATED, validate=validate)
@@ -267,11 +269,15 @@ class OptimizerComponent:
         return not (group.get("capturable") or group.get("fused"))
 
 
-def _writer(parameter: torch.Tensor, key: str, tensor: torch.Tensor, holder: int, rank: int) -> int:
-    """Who writes an entry: what there is once for all elements of a parameter, whoever has the first of them."""
+def _sharers(
+    parameter: torch.Tensor, tensor: torch.Tensor, holder: int, alike: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Whose entry counts, and who has the same: of what there is once for a parameter, those with its first element."""
     if not isinstance(parameter, Ragged) or isinstance(tensor, Ragged):
-        return holder
-    return rank if parameter.leads and parameter.holders.writes(key, rank, holder) else -1
+        return holder, alike
+    if not parameter.leads or not parameter.holders.count(holder):
+        return _NOBODY, ()
+    return parameter.holders.alike[0], parameter.holders.alike
 
 
 def _writers(saved: Saved, names: list[str], prefix: str) -> Iterator[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -32,17 +31,9 @@ class Holders:
     alike: tuple[int, ...]
     everyone: tuple[int, ...] | None = None
 
-    def writes(self, key: str, rank: int, holder: int) -> bool:
-        """Of the ranks that hold the same, one writes: a different one for different keys.
-
-        Args:
-            key: The tensor's.
-            rank: This one.
-            holder: Where other ranks hold the same tensor in a group of their own, the group with this one writes.
-        """
-        if self.everyone is not None and holder not in self.everyone:
-            return False
-        return self.alike[zlib.crc32(key.encode()) % len(self.alike)] == rank
+    def count(self, holder: int) -> bool:
+        """Whether they write: of several groups that hold the same tensor each, the one with ``holder`` does."""
+        return self.everyone is None or holder in self.everyone
 
 
 class Ragged(torch.Tensor):

@@ -112,8 +112,8 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class PerGroup(Declared):
     """Declares that the ranks of a group hold the same value, and other groups others.
 
-    JSON values are written by every rank, tensors by the first rank of the group, whose counts. A rank takes over
-    what the rank of its number had, wrapped around like :class:`PerRank`.
+    JSON values are written by every rank, of tensors each writes a share of the bytes. A rank takes over what the rank
+    of its number had, wrapped around like :class:`PerRank`.
 
     Args:
         value: As for :class:`PerRank`.
@@ -157,8 +157,9 @@ class Part(Declared):
 
     Args:
         value: The module: its parameters bear the names they have in the whole model.
-        group: The ranks that hold this same part, or shards of it, where there are several: of what more than one
-            holds alike the first one's counts. None: this rank alone, or the mesh of its DTensors.
+        group: The ranks that hold this same part, or shards of it, where there are several: what more than one holds
+            alike is compared, and each writes a share; of buffers the first one's count. None: this rank alone, or the
+            mesh of its DTensors.
 
     Attributes:
         ranks: All of them.
