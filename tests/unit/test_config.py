@@ -121,13 +121,27 @@ def test_the_local_variable_is_the_documented_one() -> None:
     assert LOCAL_VARIABLE == "DCPSVC_LOCAL"
 
 
-def test_the_ranks_of_a_node_share_what_it_may_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Options().limits.concurrency == 8
+@pytest.mark.parametrize(
+    ("ranks", "asked", "allowed"),
+    [
+        (1, None, (8, None)), (2, None, (8, None)), (4, None, (8, None)), (8, None, (8, 32)), (64, None, (8, 32)),
+        (1, 64, (64, None)), (8, 64, (8, None)), (8, 16, (8, 16)), (8, 128, (16, None)), (2, 1, (1, 1)),
+        (1, 1, (1, None)),
+    ],
+)  # fmt: skip
+def test_the_ranks_of_a_node_share_what_it_may_transfer_at_once_and_one_never_takes_much_more_than_its_share(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, ranks: int, asked: int | None, allowed: tuple[int, int | None]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    limits = Options(local=tmp_path, transfer_concurrency=asked).limits
+    assert (limits.concurrency, limits.node_concurrency) == allowed
+    assert limits.node_folder == (tmp_path / "turns" if allowed[1] else None)
+
+
+def test_the_ranks_of_a_node_divide_the_bytes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Options(transfer_nbytes_per_s=1e9).limits.nbytes_per_s == 1e9
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    limits = Options(transfer_concurrency=16, transfer_nbytes_per_s=1e9).limits
-    assert (limits.concurrency, limits.nbytes_per_s) == (4, 2.5e8)
-    assert Options(transfer_concurrency=2).limits.concurrency == 1
-    assert Options().limits.concurrency == 8
+    assert Options(transfer_nbytes_per_s=1e9).limits.nbytes_per_s == 2.5e8
 
 
 @pytest.mark.parametrize("options", [{"transfer_concurrency": 0}, {"transfer_nbytes_per_s": 0.0}])

@@ -1,4 +1,4 @@
-"""How hard one process works a store: so many transfers at once, so many bytes a second, fewer when it says so."""
+"""How hard a process, and its node, work a store: so many transfers at once, so many bytes a second, fewer if asked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dcpsvc.errors import StoreThrottledError
+from dcpsvc.storage.nodeturns import NodeTurns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -40,6 +41,9 @@ class Pace:
         self._changed = threading.Condition()
         self._turns, self._taken, self._slowed = float(limits.concurrency), 0, 0
         self._free_at = 0.0
+        self._node: NodeTurns | None = None
+        if limits.node_concurrency and limits.node_folder:
+            self._node = NodeTurns(limits.node_folder, limits.node_concurrency, pause=pause)
 
     @property
     def turns(self) -> int:
@@ -56,7 +60,9 @@ class Pace:
         try:
             if delay_s > 0:
                 self._pause(delay_s)
-            yield
+            # Last: who waits for anything else holds up no other process.
+            with self._node.turn() if self._node else contextlib.nullcontext():
+                yield
         except StoreThrottledError:
             self._slow_down(slowed)
             raise
