@@ -233,15 +233,15 @@ def another_shape(training, observers, root):
 
 
 @pytest.mark.parametrize(
-    ("fault", "key"),
+    ("fault", "key", "remedy"),
     [
-        (another_key, "trainer.surplus"),
-        (another_component, "surplus"),
-        (another_value, "trainer.steps"),
-        (another_shape, "model.last.weight"),
+        (another_key, "trainer.surplus", "wrap it in PerRank, PerGroup or OneRank"),
+        (another_component, "surplus", "wrap it in PerRank, PerGroup or OneRank"),
+        (another_value, "trainer.steps", "wrap it in PerRank, PerGroup or OneRank"),
+        (another_shape, "model.last.weight", "declare it: Part for a module"),
     ],
 )
-def test_a_rank_with_other_state_is_named_with_the_key(tmp_path, fault, key):
+def test_a_rank_with_other_state_is_named_with_the_key_and_the_remedy(tmp_path, fault, key, remedy):
     root = tmp_path / "run"
     results = values(run_ranks(3, save_around_a_fault, root, fault, 1))
 
@@ -251,6 +251,7 @@ def test_a_rank_with_other_state_is_named_with_the_key(tmp_path, fault, key):
         assert (1, "plan", "StateMismatchError") in failures(second)
         assert key in second.text
         assert "on ranks (1,)" in second.text
+        assert remedy in second.text
 
 
 @contextlib.contextmanager
@@ -315,6 +316,7 @@ def test_a_replica_that_differs_is_named_by_key_and_rank_and_nothing_is_publishe
         assert failures(second) == [(2, "plan", "StateMismatchError")]
         assert key in second.text
         assert "on ranks (2,)" in second.text
+        assert "; broadcast it, or Replicated(validate='off') if it may differ" in second.text
 
 
 # --- disks that fail ------------------------------------------------------------------------------

@@ -195,6 +195,7 @@ def test_where_some_ranks_hold_the_same_one_that_diverged_is_named_on_every_rank
         assert "(1,)" in text
         assert "(3,)" in text
         assert "(0" not in text
+        assert "; broadcast it, or Replicated(validate='off') if it may differ" in text
     assert [found.step for found in dcpsvc.list_checkpoints(tmp_path / "run")] == [1, 3]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from dcpsvc import Checkpointer, Latest
 from dcpsvc.errors import SaveFailedError, UnsupportedStateError
@@ -142,3 +143,47 @@ def test_what_changes_after_save_has_returned_is_not_in_the_checkpoint(tmp_path:
                 parameter.zero_()
     resume(tmp_path, {"model": fresh})
     assert_same(fresh, model(0))
+
+
+class AsTheyWrap(nn.Module):
+    """A model whose parts are wrapped; one part is called as wrappers call what is inside."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.encoder = wrap(nn.Sequential(wrap(Remembering(2, 2)), nn.LayerNorm(2)))
+        self.module = nn.Linear(2, 2)
+        self.register_buffer("scale", torch.ones(2))
+
+
+NAMES = {"encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias", "module.weight", "module.bias"}
+
+
+def compiled_in_parallel(part: nn.Module) -> nn.Module:
+    return nn.DataParallel(torch.compile(part, backend="eager"))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, compiled_in_parallel])
+@pytest.mark.parametrize("around", [lambda module: module, nn.DataParallel, AveragedModel])
+def test_wrapped_parts_have_the_names_of_the_parts_inside(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module], around: Callable[[nn.Module], nn.Module]
+) -> None:
+    saved, fresh = around(AsTheyWrap(wrap)), AsTheyWrap(lambda part: part)
+    inside = [each for each in saved.modules() if isinstance(each, Remembering)][0]  # noqa: RUF015 - as it reads
+    inside.memory = "seen"
+    save(tmp_path, {"model": saved})
+    names = {name for name in shard_names(tmp_path) if not name.endswith("n_averaged")}
+    assert names == {f"model.{name}" for name in (*NAMES, "scale")}
+    resume(tmp_path, {"model": fresh}, strict=False)
+    assert fresh.encoder[0].memory == "seen"
+    assert [bits(p) for p in fresh.parameters()] == [bits(p) for p in saved.parameters()]
+
+
+def test_an_averaged_copy_goes_on_averaging(tmp_path: Path) -> None:
+    saved, fresh = AveragedModel(model(0)), AveragedModel(model(1))
+    saved.update_parameters(model(2))
+    save(tmp_path, {"ema": saved})
+    resume(tmp_path, {"ema": fresh})
+    for each in (saved, fresh):
+        each.update_parameters(model(3))
+    assert fresh.n_averaged == 2
+    assert_same(fresh, saved)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dcpsvc
+from dcpsvc.errors import NoSuchStepError, StepExistsError
 from tests.unit.one_process import told
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class Samples(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+SCORES = {4: 0.3, 8: 0.9, 12: 0.5, 16: 0.9, 20: 0.7}
+SCORED = {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "score", "greater_is_better": True}
+"""Of equal ones the older is the best: step 8."""
+
+
 class Interrupted(Exception):  # noqa: N818 - as a kill would be
     pass
 
@@ -48,14 +54,22 @@ def trainer(folder: Path, *, root: Path | None = None, until: int | None = None,
             self.seen.append([tuple(row) for row in args[1]["input_ids"].tolist()])
             return super().training_step(*args, **kwargs)
 
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            """Scores of the test's own, told as an evaluation tells them."""
+            step = self.state.global_step
+            found = {"eval_score": self.scores[step]} if step in self.scores else {"eval_other": 0.0}
+            self.weights[step] = told(dict(self.model.state_dict()))
+            self.log(dict(found))
+            return found
+
     transformers.set_seed(0)
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
     given = transformers.TrainingArguments(
-        output_dir=str(folder / "out"), max_steps=20, per_device_train_batch_size=4, save_steps=4, logging_steps=4,
-        report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2, **arguments,
+        output_dir=str(folder / "out"), max_steps=20, per_device_train_batch_size=4, logging_steps=4,
+        report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2, **({"save_steps": 4} | arguments),
     )  # fmt: skip
-    made = Ours(model=transformers.GPT2LMHeadModel(config), args=given, train_dataset=Samples())
-    made.seen = []
+    made = Ours(model=transformers.GPT2LMHeadModel(config), args=given, train_dataset=Samples(), eval_dataset=Samples())
+    made.seen, made.scores, made.weights = [], dict(SCORES), {}
     return made
 
 
@@ -83,6 +97,72 @@ def test_the_limit_of_the_trainer_is_kept_and_metrics_are_recorded(tmp_path: Pat
     found = dcpsvc.list_checkpoints(tmp_path / "root")
     assert [checkpoint.step for checkpoint in found] == [16, 20]
     assert found[-1].metrics["loss"] > 0
+
+
+def steps(folder: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in dcpsvc.list_checkpoints(folder / "root")]
+
+
+def test_the_best_checkpoint_stays_beside_the_newest_and_is_loaded_at_the_end(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_total_limit=1, load_best_model_at_end=True, **SCORED)
+    made.train()
+    assert steps(tmp_path) == [8, 20]
+    assert told(dict(made.model.state_dict())) == made.weights[8] != made.weights[20]
+    assert made.state.best_model_checkpoint == f"{tmp_path / 'root'}/checkpoint-8"
+
+
+def test_the_last_checkpoint_holds_the_last_model_although_the_best_is_loaded(tmp_path: Path) -> None:
+    made = trainer(tmp_path, load_best_model_at_end=True, **SCORED)
+    made.checkpoint_options = made.checkpoint_options | {"save_last": True}
+    made.train()
+    loaded = {"model": transformers.GPT2LMHeadModel(made.model.config)}
+    dcpsvc.load(tmp_path / "root", loaded, 20)
+    assert told(dict(loaded["model"].state_dict())) == made.weights[20]
+
+
+def test_a_best_checkpoint_of_before_a_kill_is_loaded_after_the_resume(tmp_path: Path) -> None:
+    arguments = {"save_total_limit": 1, "load_best_model_at_end": True, **SCORED}
+    first = trainer(tmp_path, until=13, **arguments)
+    with pytest.raises(Interrupted):
+        first.train()
+    second = trainer(tmp_path, **arguments)
+    second.train(resume_from_checkpoint=True)
+    assert told(dict(second.model.state_dict())) == first.weights[8]
+
+
+def test_without_a_metric_on_any_checkpoint_it_is_said_that_the_last_model_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer(tmp_path, load_best_model_at_end=True, **(SCORED | {"save_steps": 8}))
+    made.scores = {}
+    made._determine_best_metric = lambda **_: False
+    made.train()
+    assert "no checkpoint has eval_score: the last model stays, not the best" in caplog.text
+
+
+@pytest.mark.parametrize("named", [8, "{root}/checkpoint-8"])
+def test_a_trainer_goes_on_from_the_step_that_is_named(tmp_path: Path, named: int | str) -> None:
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    trainer(tmp_path).train()
+    second = trainer(tmp_path)
+    second.train(resume_from_checkpoint=named if isinstance(named, int) else named.format(root=tmp_path / "root"))
+    assert second.seen == straight.seen[8:]
+    assert outcome(second) == outcome(straight)
+
+
+def test_a_named_step_that_is_not_there_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    second = trainer(tmp_path)
+    with pytest.raises(NoSuchStepError, match="step 5"):
+        second.train(resume_from_checkpoint=5)
+    assert second.seen == []
+
+
+def test_a_trainer_that_forgot_to_resume_is_told_at_its_first_save(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    with pytest.raises(StepExistsError):
+        trainer(tmp_path).train()
 
 
 def test_a_stop_saves_its_step_and_ends_the_training(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@
     Trainer(...).train(resume_from_checkpoint=True)  # starts fresh where nothing is committed yet
 
 ``save_strategy``, ``save_steps`` and ``save_total_limit`` say when to save and what to keep, as ever; a preemption and
-``dcpsvc save|stop`` save beside them. Every rank writes its own part, in the background.
+``dcpsvc save|stop`` save beside them. Every rank writes its own part, in the background. With
+``metric_for_best_model`` the best checkpoint stays beside the newest ones, and ``load_best_model_at_end`` loads it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 import dataclasses
 import json
+import logging
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +27,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dcpsvc.checkpointer import Checkpointer
-from dcpsvc.errors import RootError
+from dcpsvc.errors import RootError, StepExistsError
 from dcpsvc.loading import load
-from dcpsvc.policies import Latest
+from dcpsvc.policies import Best, Latest
 from dcpsvc.reading import list_checkpoints
 from dcpsvc.state.rng import Rng
 from dcpsvc.state.sharing import OneRank, PerRank
@@ -37,7 +40,11 @@ if TYPE_CHECKING:
 
     from dcpsvc.pending import StepOutcome
 
+logger = logging.getLogger(__name__)
+
 _PROGRESS = "trainer_state.json"
+_LOADING = ("only", "storage_options", "sync_timeout_s")
+"""Options that are those of :func:`dcpsvc.load` too."""
 _OF_A_PROCESS = ("is_local_process_zero", "is_world_process_zero")
 
 
@@ -59,7 +66,7 @@ class Checkpointed:
         self._checkpointer: Checkpointer | None = None
         self._outcome: StepOutcome | None = None
         self._generators: dict[str, Any] = {}
-        self._folder = ""
+        self._folder, self._went_back = "", False
         self._trainer.add_callback(_AfterEachStep(self))
 
     @property
@@ -67,19 +74,27 @@ class Checkpointed:
         """This object as what it is mixed into."""
         return self
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # noqa: FBT001 - theirs
-        """As ever; ``resume_from_checkpoint=True`` takes the newest commit of the run root, if there is one."""
+    def train(self, resume_from_checkpoint: str | int | bool | None = None, **kwargs: Any) -> Any:  # noqa: FBT001
+        """As ever, and from our checkpoints.
+
+        Args:
+            resume_from_checkpoint: True, or the run root, takes the newest commit, if there is one; a step, or
+                ``<root>/checkpoint-<step>``, takes that one; any other path is a folder of the Trainer's own.
+            **kwargs: For the Trainer.
+
+        Raises:
+            NoSuchStepError: The step is not committed.
+        """
         with tempfile.TemporaryDirectory(prefix="dcpsvc-resume-") as folder:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = self._folder = folder if self._write_progress(Path(folder)) else ""
+            if (step := self._step_of(resume_from_checkpoint)) is not None:
+                resume_from_checkpoint = self._folder = folder if self._write_progress(Path(folder), step) else ""
+            self._went_back = bool(step)
             failed = True
             try:
                 result = super().train(resume_from_checkpoint or None, **kwargs)  # type: ignore[misc]
                 failed = False
             finally:
-                if self._checkpointer is not None:
-                    checkpointer, self._checkpointer = self._checkpointer, None
-                    checkpointer.close(failed=failed)
+                self._close(failed=failed)
             return result
 
     def after_step(self) -> StepOutcome:
@@ -94,12 +109,24 @@ class Checkpointed:
 
     def _open(self) -> Checkpointer:
         if self._checkpointer is None:
-            limit = self._trainer.args.save_total_limit
-            options: dict[str, Any] = {"keep": Latest(limit)} if limit else {}
             self._checkpointer = Checkpointer(
-                self.checkpoint_root, self._state(), **(options | {**self.checkpoint_options})
+                self.checkpoint_root, self._state(), **(self._keep() | {**self.checkpoint_options})
             )
         return self._checkpointer
+
+    def _close(self, *, failed: bool) -> None:
+        if self._checkpointer is not None:
+            checkpointer, self._checkpointer = self._checkpointer, None
+            checkpointer.close(failed=failed)
+
+    def _keep(self) -> dict[str, Any]:
+        args = self._trainer.args
+        if not args.save_total_limit:
+            return {}
+        newest = Latest(args.save_total_limit)
+        if not (metric := _metric(args)):
+            return {"keep": newest}
+        return {"keep": newest | Best(1, metric, "max" if args.greater_is_better else "min")}
 
     def _state(self) -> dict[str, Any]:
         trainer = self._trainer
@@ -116,12 +143,66 @@ class Checkpointed:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         del model, trial
-        trainer = self._trainer
-        step = trainer.state.global_step
+        state, checkpointer = self._trainer.state, self._open()
+        step = state.global_step
+        metrics = _numbers(state.log_history, step)
+        if step == state.best_global_step:
+            state.best_model_checkpoint = self._name_of(step)
         if self._outcome is not None and self._outcome.step == step and self._outcome.pending is not None:
-            return  # a stop, or somebody's command, had this very step saved
-        last = trainer.state.log_history[-1] if trainer.state.log_history else {}
-        self._open().save(step, metrics={k: v for k, v in last.items() if isinstance(v, int | float)})
+            checkpointer.record_metrics(step, metrics)  # a stop, or somebody's command, had this very step saved
+        else:
+            try:
+                checkpointer.save(step, metrics=metrics)
+            except StepExistsError:
+                if not self._went_back:  # else the resume has said that newer commits stay
+                    raise
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer looks for the best among folders, and with a limit of 1 deletes all others: so it sees none."""
+        trainer, given = self._trainer, self._trainer.args
+        if given.load_best_model_at_end:
+            self._close(failed=False)  # what is saved from here on would be the best model under the last step
+        best = self._best_step()
+        if best is None and given.load_best_model_at_end:
+            logger.warning("no checkpoint has %s: the last model stays, not the best", _metric(given))
+        name = None if best is None else self._name_of(best)
+        trainer.state.best_model_checkpoint = name if given.load_best_model_at_end else None
+        result = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        trainer.state.best_model_checkpoint = name
+        return result
+
+    def _load_best_model(self) -> None:
+        trainer = self._trainer
+        step = self._step_of(trainer.state.best_model_checkpoint)
+        options = {name: self.checkpoint_options[name] for name in _LOADING if name in self.checkpoint_options}
+        logger.info("loading the best model, step %s (%s)", step, trainer.state.best_metric)
+        load(self.checkpoint_root, {"model": trainer.model}, step, **options)
+        trainer.state.best_model_checkpoint = None
+
+    def _best_step(self) -> int | None:
+        """Of the committed ones, as :class:`~dcpsvc.Best` counts."""
+        args = self._trainer.args
+        if not (metric := _metric(args)):
+            return None
+        if self._checkpointer is not None:
+            self._checkpointer.wait()
+        sign = -1.0 if args.greater_is_better else 1.0
+        listed = list_checkpoints(self.checkpoint_root, storage_options=self.checkpoint_options.get("storage_options"))
+        found = [(sign * c.metrics.get(metric, math.nan), c.step) for c in listed if c.state == "committed"]
+        return min(((value, step) for value, step in found if math.isfinite(value)), default=(0.0, None))[1]
+
+    def _name_of(self, step: int) -> str:
+        return f"{str(self.checkpoint_root).rstrip('/')}/checkpoint-{step}"
+
+    def _step_of(self, resume_from: Any) -> int | None:
+        """Which step of ours that names; 0 for the newest, None if it is none of ours."""
+        root = str(self.checkpoint_root).rstrip("/")
+        if resume_from is True or str(resume_from).rstrip("/") == root:
+            return 0
+        if isinstance(resume_from, int) and resume_from:
+            return resume_from
+        name = str(resume_from).removeprefix(f"{root}/checkpoint-")
+        return int(name) if name != str(resume_from) and name.isdecimal() else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if resume_from_checkpoint != self._folder:
@@ -145,20 +226,34 @@ class Checkpointed:
         else:
             Rng().load_state_dict(self._generators)
 
-    def _write_progress(self, folder: Path) -> bool:
+    def _write_progress(self, folder: Path, step: int) -> bool:
         """What the Trainer reads before there is a model: how far the run was. False if nothing is committed."""
         options = self.checkpoint_options.get("storage_options")
         try:
-            if not any(
-                found.state == "committed" for found in list_checkpoints(self.checkpoint_root, storage_options=options)
-            ):
-                return False
+            listed = list_checkpoints(self.checkpoint_root, storage_options=options)
         except RootError:  # no run yet
+            if step:
+                raise
+            return False
+        if not step and not any(found.state == "committed" for found in listed):
             return False
         progress: dict[str, Any] = {}
-        load(self.checkpoint_root, {"trainer": PerRank(progress)}, storage_options=options)
+        load(self.checkpoint_root, {"trainer": PerRank(progress)}, step or None, storage_options=options)
+        progress["best_model_checkpoint"] = None  # it would be looked for among folders
         (folder / _PROGRESS).write_text(json.dumps(progress))
         return True
+
+
+def _metric(args: Any) -> str:
+    """Under which name the best is told; empty if it is not."""
+    name = args.metric_for_best_model or ""
+    return name if not name or name.startswith("eval_") else f"eval_{name}"
+
+
+def _numbers(history: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """What was logged of a step, by its training and by its evaluation."""
+    found = {name: value for entry in history if entry.get("step") == step for name, value in entry.items()}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
 class _Progress:

@@ -6,6 +6,7 @@ Every message is a value. A rank that failed says so and why; it never leaves th
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from dcpsvc.ranks.rendezvous import Meeting, RefusalError
 from dcpsvc.state import claims
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.parts import Part
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _NAMED_DIFFERENCES = 3
 _COMPARED_NBYTES = 16 << 20
 """A whole number of elements of any dtype."""
+_TENSOR = re.compile(r"[A-Z]\w*\[[\d, ]*\] [a-z-]+( in full)?|part (?=[0-9a-f]{16})")
+"""What a rank says of a tensor, without its hash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +134,7 @@ def compare_bytes(job: Job, held: Mapping[str, Held]) -> None:
         ranks = tuple(rank for rank, one in enumerate(said) if key in one)
         number, here, there = min(one[key] for one in said if key in one)
         reason = f"not the same on all ranks: element {number} is {here} on rank {ranks[0]} and {there} on rank 0"
-        raise StateMismatchError(key, f"{reason}; ranks {ranks} differ from rank 0")
+        raise StateMismatchError(key, f"{reason}; ranks {ranks} differ from rank 0; broadcast it from one of them")
 
 
 def _first_difference(job: Job, held: Held) -> tuple[int, str, str] | None:
@@ -208,4 +211,16 @@ def _explain(details: list[Any]) -> None:
 def _difference(key: str, answers: dict[str, list[int]]) -> RankFailure:
     odd = min(answers.values(), key=len)
     text = "; ".join(f"{said} on ranks {tuple(ranks)}" for said, ranks in answers.items())
-    return RankFailure(odd[0], "plan", "StateMismatchError", f"{key} is not the same on all ranks: {text}")
+    said = f"{key} is not the same on all ranks: {text}; {_remedy(answers)}"
+    return RankFailure(odd[0], "plan", "StateMismatchError", said)
+
+
+def _remedy(answers: Iterable[str]) -> str:
+    """What to do about a key of which the ranks say different things."""
+    found = [_TENSOR.match(said) for said in answers]
+    kinds = {match.group() if match else "" for match in found}
+    if kinds == {""}:
+        return "if each rank has its own, wrap it in PerRank, PerGroup or OneRank"
+    if len(kinds) == 1:
+        return "broadcast it, or Replicated(validate='off') if it may differ"
+    return "if ranks have different ones, declare it: Part for a module, else PerRank, PerGroup or OneRank"

@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 from dcpsvc.errors import ConfigError, SharingError
 from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
-from dcpsvc.state.module import ModuleComponent, fqn, unwrap
+from dcpsvc.state.module import ModuleComponent
 from dcpsvc.state.optimizer import OptimizerComponent
 from dcpsvc.state.optimview import unwrapped
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.values import ValueComponent, is_stateful
+from dcpsvc.state.wrappers import Names, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping, Sequence
@@ -193,4 +194,6 @@ def _check_claimed_once(state: Mapping[str, Any]) -> None:
             continue
         for path, child in unwrap(target).named_modules():
             if (other := owners.get(id(unwrap(child)), name)) != name:
-                raise SharingError(other, f"it is {name}.{fqn(path)} already; leave one of the two out")
+                raise SharingError(
+                    other, f"it is {name}.{Names(unwrap(target)).of(path)} already; leave one of the two out"
+                )

@@ -85,7 +85,7 @@ class Replicas:
         """Add all of them to what this rank says; every task is done."""
         for key, value in (self._hashes | {task.key: task.hash for task in self.tasks}).items():
             component, name = self._places[key]
-            said[component][name] = f"{said[component].get(name, '')} {value:016x}".strip()
+            said[component][name] = f"{said[component].get(name, 'part')} {value:016x}"
         self.tasks.clear()
 
 

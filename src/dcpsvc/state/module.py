@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents, fsdp1, meta, origin
@@ -15,6 +13,7 @@ from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, own_name
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
+from dcpsvc.state.wrappers import Names, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,24 +25,7 @@ Only = Literal["all", "trainable"]
 BASE = "__base__"
 """Stands for all that is not saved of a module, in a table of differences and in ``skip``."""
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _EXTRA = "_extra_state"
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The user's model inside DDP and torch.compile."""
-    while True:
-        if isinstance(module, DistributedDataParallel):
-            module = cast("nn.Module", module.module)
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-            module = inner
-        else:
-            return module
-
-
-def fqn(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    return _WRAPPERS.sub("", name)
 
 
 class ModuleComponent:
@@ -64,21 +46,21 @@ class ModuleComponent:
 
     def __init__(self, name: str, given: Any, only: Only = "all") -> None:
         self.name, self.module = name, unwrap(bare(given))
-        self.only = only
+        self.only, self._names = only, Names(self.module)
         self._trained: set[str] = set()
         self._base: tuple[list[str], dict[str, str]] | None = None
         self.part = given if isinstance(given, Part) else None
         self.dtype = given.dtype if isinstance(given, Cast) else None
         self.validate: Validate = given.validate if isinstance(given, Replicated) else "hash"
-        self.sharded = fsdp1.Sharded(name, self.module, fqn)
+        self.sharded = fsdp1.Sharded(name, self.module, self._names)
 
     def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
         """Every parameter under every name it has; what FSDP1 manages as what of it is here."""
         named = self.module.named_parameters(remove_duplicate=False)
         if not self.sharded:
-            return [(fqn(name), parameter) for name, parameter in named]
+            return [(self._names(name), parameter) for name, parameter in named]
         managed = {id(member.given) for member in self.sharded.members}
-        found: dict[str, torch.Tensor] = {fqn(name): p for name, p in named if id(p) not in managed}
+        found: dict[str, torch.Tensor] = {self._names(name): p for name, p in named if id(p) not in managed}
         found |= {member.name: member.ragged for member in self.sharded.members}
         return list((found | {name: found[of] for name, of in self.sharded.aliases.items()}).items())
 
@@ -165,7 +147,7 @@ class ModuleComponent:
         return {id(tensor) for tensor in (*(p for _, p in self.named_parameters()), *self.module.buffers())}
 
     def _about(self) -> dict[str, Any]:
-        about = origin.described(self.module, fqn)
+        about = origin.described(self.module, self._names)
         if self.only == "trainable":
             about["base"] = self._fingerprint()
         return about
@@ -219,7 +201,7 @@ class ModuleComponent:
     def _extra_states(self, saved: Saved) -> dict[str, Any]:
         prefix = f"{saved.saved_name(self.name)}."
         found = {saved.terms.name_here(k): v for k, v in saved.documents.items() if k.startswith(prefix)}
-        here = {_plain(path) for path, _ in self.module.named_modules()}
+        here = {self._names.of(path) for path, _ in self.module.named_modules()}
         return {
             key: document
             for key, document in found.items()
@@ -231,13 +213,13 @@ class ModuleComponent:
     def _with_extra_state(self, key: str) -> nn.Module:
         """The module a key's extra state is of, and not what wraps it."""
         owner, takes = _owner(key, self.name), nn.Module.set_extra_state
-        found: list[nn.Module] = [child for path, child in self.module.named_modules() if _plain(path) == owner]
+        found: list[nn.Module] = [child for path, child in self.module.named_modules() if self._names.of(path) == owner]
         return next((child for child in found if type(child).set_extra_state is not takes), found[-1])
 
     def _state(self) -> dict[str, Any]:
         state = self._sharded_state() if self.sharded else self.module.state_dict(keep_vars=True)
         return {
-            f"{self.name}.{fqn(name)}": value
+            f"{self.name}.{self._names(name)}": value
             for name, value in state.items()
             if not (name.endswith(_EXTRA) and value is None)
         }
@@ -248,7 +230,7 @@ class ModuleComponent:
         for path, child in self.module.named_modules(remove_duplicate=False):
             cast("Any", child)._save_to_state_dict(state, f"{path}." if path else "", keep_vars=True)  # noqa: SLF001 - see above
         managed = {id(member.given) for member in self.sharded.members}
-        found = {fqn(name): value for name, value in state.items() if id(value) not in managed}
+        found = {self._names(name): value for name, value in state.items() if id(value) not in managed}
         return found | {name: p for name, p in self.named_parameters() if isinstance(p, Ragged)}
 
 
@@ -261,10 +243,6 @@ class _NoTensors(dict[str, torch.Tensor]):
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedStateError(name, f"a tensor inside the extra state {self._key}; register it as a buffer")
-
-
-def _plain(path: str) -> str:
-    return fqn(f"{path}.").rstrip(".")
 
 
 def _is_parameter(value: Any) -> bool:

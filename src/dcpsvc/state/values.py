@@ -166,6 +166,8 @@ class ValueComponent:
     def _is_of_kind(self, saved: Saved, document: Any) -> bool:
         """A tensor or a dict is loaded in place, so it must have been one."""
         target = bare(self._given)
+        if isinstance(target, Rng):
+            self._compare_generators(saved, document, target)
         if is_stateful(target):
             return True
         kinds = {torch.Tensor: "$tensor", dict: "dict"}
@@ -175,6 +177,14 @@ class ValueComponent:
             return True
         saved.drift.add(self._name, "kind", there.strip("$"), type(target).__name__)
         return False
+
+    def _compare_generators(self, saved: Saved, document: Any, target: Rng) -> None:
+        theirs, mine = {name: one["kind"] for name, one in document.get("own", {}).items()}, target.kinds
+        for name in sorted(theirs.keys() | mine.keys()):
+            there, here = theirs.get(name, "-"), mine.get(name, "-")
+            kind = "missing" if there == "-" else "unexpected" if here == "-" else "kind"
+            if there != here and (kind == "kind" or saved.terms.strict):
+                saved.drift.add(f"{self._name}.own.{name}", kind, there, here)
 
     def _current(self) -> Any:
         target = bare(self._given)
