@@ -19,6 +19,7 @@ from dcpsvc.commandline.common import (
     EXIT_NOT_LIVE,
     EXIT_UNUSABLE,
     SECONDS,
+    Group,
     as_json_option,
     parse,
     print_json,
@@ -38,7 +39,18 @@ _timeout = click.option(
 )
 
 
+_SECTIONS = {
+    "Look": ("ls", "show", "diff", "du", "verify", "report", "doctor"),
+    "Change": ("pin", "unpin", "edit", "promote", "gc"),
+    "Live job": ("status", "save", "stop", "drill"),
+    "Move": ("fetch", "cp", "export", "import"),
+    "Set up": ("demo", "completion"),
+}
+
+
 @click.group(
+    cls=Group,
+    sections=_SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 well, 1 damaged, missing or not saved, 2 usage, 3 root unusable, 4 no live job of this run "
     "on this host.",
@@ -72,9 +84,8 @@ for _command in (
 @cli.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    r"""Print what makes SHELL complete commands, options and the steps of a run root.
+    """Print what makes SHELL complete commands, options and the steps of a run root.
 
-    \b
     Examples:
       eval "$(dcpsvc completion bash)"
       dcpsvc completion fish > ~/.config/fish/completions/dcpsvc.fish
@@ -91,7 +102,8 @@ def completion_command(shell: str) -> None:
 def status_command(root: str, options: tuple[str, ...], as_json: bool) -> None:
     """Show how the live job of the run at ROOT is doing: its ranks on this host.
 
-    Example: dcpsvc status s3://bucket/runs/exp42
+    Examples:
+      dcpsvc status s3://bucket/runs/exp42
     """
     found = live.ranks(live.run_id(root, parse(options)))
     if not found:
@@ -110,7 +122,10 @@ def status_command(root: str, options: tuple[str, ...], as_json: bool) -> None:
 def save_command(root: str, timeout_s: float, options: tuple[str, ...], as_json: bool) -> None:
     """Have the live job of the run at ROOT save; returns when that is committed.
 
-    Works on any host of the job. Example: dcpsvc save ./runs/exp42
+    Works on any host of the job.
+
+    Examples:
+      dcpsvc save ./runs/exp42
     """
     _ask({"command": "save"}, root, timeout_s, options, as_json=as_json)
 
@@ -127,7 +142,10 @@ def stop_command(
 ) -> None:
     """Have the live job of the run at ROOT save and stop; returns when that save is committed.
 
-    Works on any host of the job. Example: dcpsvc stop ./runs/exp42
+    Works on any host of the job.
+
+    Examples:
+      dcpsvc stop ./runs/exp42
     """
     if no_save and abort:
         raise click.UsageError("--abort never saves: give one of --no-save and --abort")
@@ -135,11 +153,12 @@ def stop_command(
     _ask(asked, root, timeout_s, options, as_json=as_json)
 
 
-@cli.group("drill")
+@cli.group("drill", cls=Group)
 def drill_group() -> None:
     """Rehearse what a cluster does to a job, with the job's own command.
 
-    Example: dcpsvc drill sigterm -- torchrun --nproc-per-node 2 train.py
+    Examples:
+      dcpsvc drill sigterm -- torchrun --nproc-per-node 2 train.py
     """
 
 
@@ -159,8 +178,10 @@ def drill_sigterm_command(
     """Run COMMAND, and after N steps send one of its ranks SIGTERM, as a preemption does; then judge what is left.
 
     The job has S seconds (--grace) to save and to end, before it is killed; it must make its first steps within
-    --start. Exits with 1 if work would be lost, or the job does not end. Example: dcpsvc drill sigterm -- torchrun
-    --nproc-per-node 2 train.py
+    --start. Exits with 1 if work would be lost, or the job does not end.
+
+    Examples:
+      dcpsvc drill sigterm -- torchrun --nproc-per-node 2 train.py
     """
     from dcpsvc.tools import drill
 
@@ -189,7 +210,10 @@ def drill_sigterm_command(
 def demo_command(directory: str | None, tamper: bool, options: tuple[str, ...], **choices: Any) -> None:
     """Train a small GPT, SIGKILL a rank in the middle of a save, resume, and compare every loss bit by bit.
 
-    Exits with 1 if a single step differs from the run that was never interrupted. Example: dcpsvc demo --ranks 4
+    Exits with 1 if a single step differs from the run that was never interrupted.
+
+    Examples:
+      dcpsvc demo --ranks 4
     """
     from pathlib import Path
 

@@ -372,10 +372,3 @@ def test_the_shell_completes_commands_and_the_steps_of_a_root(run):
     done = shell(_DCPSVC_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD="3")
     assert done.stdout.split() == ["plain,20"]
     assert "_DCPSVC_COMPLETE=bash_complete" in told("completion", "bash")
-
-
-@pytest.mark.parametrize("name", sorted(cli.commands))
-def test_every_command_explains_itself_with_an_example(name):
-    text = told(name, "--help")
-    assert "Example" in text
-    assert f"dcpsvc {name}" in text

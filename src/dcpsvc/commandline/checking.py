@@ -12,6 +12,7 @@ import click
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     SECONDS,
+    Command,
     as_json_option,
     local_option,
     parse,
@@ -25,7 +26,7 @@ from dcpsvc.config import Options
 _MARK = "dcpsvc-doctor: "
 
 
-class _WithLauncher(click.Command):
+class _WithLauncher(Command):
     """Takes what follows ``--`` for itself: ROOT may be left out before it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -63,12 +64,11 @@ class _WithLauncher(click.Command):
 @as_json_option
 @click.pass_context
 def doctor_command(context: click.Context, /, as_rank: bool, as_json: bool, **choices: Any) -> None:
-    r"""Examine this machine, these ranks and the run root, with a real small checkpoint that is removed again.
+    """Examine this machine, these ranks and the run root, with a real small checkpoint that is removed again.
 
     Exits with 1 if jobs would not work. Without ROOT only the machine is examined. Run it where the job will run;
     under a launcher, or with one after --, every rank takes part.
 
-    \b
     Examples:
       dcpsvc doctor s3://bucket/runs/exp42 --local /nvme/ckpt
       dcpsvc doctor ./runs/exp42 --model 105GB --mtbf 12h -- torchrun --nproc-per-node 8

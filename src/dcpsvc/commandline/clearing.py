@@ -11,6 +11,7 @@ import click
 from dcpsvc import progress
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
+    Command,
     as_json_option,
     local_option,
     local_path,
@@ -36,7 +37,7 @@ def _age(text: str) -> float:
     return 0.0 if text in {"0", "0s"} else time_in_seconds(text)
 
 
-@click.command("gc")
+@click.command("gc", cls=Command)
 @click.argument("root")
 @click.option("--dry-run", is_flag=True, help="Only tell what would go, and why the rest stays.")
 @click.option(
@@ -59,7 +60,7 @@ def _age(text: str) -> float:
 @store_options
 @as_json_option
 def gc_command(root: str, local: str | None, options: tuple[str, ...], **choices: Any) -> None:
-    r"""Delete what the run at ROOT need not keep: by its policy, and what is no checkpoint.
+    """Delete what the run at ROOT need not keep: by its policy, and what is no checkpoint.
 
     Checkpoints that the policy lets go; attempts that were never committed; shards, layouts and notes of nothing; ended
     leases, old probes, unfinished uploads. The same on this node's disk. No job of the run may be alive. What is
@@ -67,7 +68,6 @@ def gc_command(root: str, local: str | None, options: tuple[str, ...], **choices
 
     Exits with 1 if something had to stay that somebody began to use meanwhile.
 
-    \b
     Examples:
       dcpsvc gc s3://bucket/runs/exp42 --dry-run
       dcpsvc gc ./runs/exp42 --keep latest:3,best:2:loss:min,steps:10000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,7 @@ from dcpsvc.stages import discover
 from dcpsvc.tools.verifying import AT_ONCE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from dcpsvc.storage.base import Store
@@ -44,6 +45,44 @@ def time_in_seconds(text: str) -> float:
     if match is None or not float(match["number"]):
         raise click.BadParameter(f"{text!r} is no time: write 24h, 90min, 30s or 7d")
     return float(match["number"]) * {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}[match["unit"]]
+
+
+class Command(click.Command):
+    """Its help keeps the lines below ``Examples:`` as they are."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Mark them the way that click wants it, which no docstring need know."""
+        written = self.help
+        self.help = written and inspect.cleandoc(written).replace("\n\nExamples:\n", "\n\n\b\nExamples:\n")
+        try:
+            super().format_help_text(ctx, formatter)
+        finally:
+            self.help = written
+
+
+class Group(Command, click.Group):
+    """Lists its commands by what they are for.
+
+    Args:
+        sections: Names of commands below titles; None: one list.
+    """
+
+    command_class = Command
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.sections = sections
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A list for each section."""
+        if self.sections is None:
+            super().format_commands(ctx, formatter)
+            return
+        width = max(map(len, self.commands))
+        for title, names in self.sections.items():
+            with formatter.section(title):
+                shown = [(f"{name:{width}}", self.commands[name].get_short_help_str(200)) for name in names]
+                formatter.write_dl(shown)
 
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<prefix>[kKMGTP]?)(?P<binary>i?)B?")

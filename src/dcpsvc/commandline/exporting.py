@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dcpsvc import progress
-from dcpsvc.commandline.common import open_store, store_options
+from dcpsvc.commandline.common import Command, open_store, store_options
 from dcpsvc.errors import NoSuchStepError
 from dcpsvc.stages import discover
 
@@ -18,7 +18,7 @@ _MIB = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @click.argument("root")
 @click.argument("step")
 @click.argument("directory", type=click.Path(file_okay=False))
@@ -46,7 +46,8 @@ def export_command(
     hf: safetensors with index for from_pretrained. peft: adapters. dcp: a stock DCP directory. torch: model.pt.
     Every byte is verified. An export that was cut short goes on where it was.
 
-    Example: dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
+    Examples:
+      dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
     """
     from dcpsvc.tools import exporting  # takes NumPy, which the other commands do without
 

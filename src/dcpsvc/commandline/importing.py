@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dcpsvc import progress
-from dcpsvc.commandline.common import as_json_option, parse, print_json, store_options
+from dcpsvc.commandline.common import Command, as_json_option, parse, print_json, store_options
 from dcpsvc.storage import open as stores
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 5
 
 
-@click.command("import")
+@click.command("import", cls=Command)
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("root")
 @click.argument("step", type=click.IntRange(min=0), default=0)
@@ -38,12 +38,11 @@ _SHOWN = 5
 @store_options
 @as_json_option
 def import_command(source: Path, root: str, options: tuple[str, ...], **choices: Any) -> None:
-    r"""Commit the tensors of SOURCE as the checkpoint of STEP (0 if not given) of the run at ROOT.
+    """Commit the tensors of SOURCE as the checkpoint of STEP (0 if not given) of the run at ROOT.
 
     SOURCE: a folder of safetensors (hf) or of PEFT, a directory of torch.distributed.checkpoint (dcp), or a file of
     torch.save (torch). Nothing in it is executed. An import that was cut short goes on where it was.
 
-    \b
     Examples:
       dcpsvc import ./Llama-3-8B s3://bucket/runs/exp42
       dcpsvc import ./old.pt ./runs/exp42 1000 --prefix state_dict --rename module=

@@ -13,6 +13,7 @@ import click
 from dcpsvc import progress
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
+    Command,
     as_json_option,
     complete_step,
     jobs_option,
@@ -29,16 +30,15 @@ from dcpsvc.tools import listing, showing, tables, verifying
 _attempt_option = click.option("--attempt", help="Which attempt, where a step has several commits.")
 
 
-@click.command("ls")
+@click.command("ls", cls=Command)
 @click.argument("root")
 @click.option("--committed", is_flag=True, help="Leave out attempts that are no checkpoint.")
 @local_option
 @store_options
 @as_json_option
 def ls_command(root: str, committed: bool, local: str | None, options: tuple[str, ...], as_json: bool) -> None:
-    r"""List the checkpoints of the run at ROOT, a directory or URL.
+    """List the checkpoints of the run at ROOT, a directory or URL.
 
-    \b
     Examples:
       dcpsvc ls s3://bucket/runs/exp42
       dcpsvc ls ./runs/exp42 --json | jq '.[] | select(.metrics.loss < 2).step'
@@ -53,7 +53,7 @@ def ls_command(root: str, committed: bool, local: str | None, options: tuple[str
         tables.print_listing(rows)
 
 
-@click.command("show")
+@click.command("show", cls=Command)
 @click.argument("root")
 @step_argument()
 @_attempt_option
@@ -63,9 +63,8 @@ def ls_command(root: str, committed: bool, local: str | None, options: tuple[str
 def show_command(
     root: str, step: int, attempt: str | None, pattern: str, options: tuple[str, ...], as_json: bool
 ) -> None:
-    r"""Show the shards and tensors of the checkpoint of STEP, and where it comes from.
+    """Show the shards and tensors of the checkpoint of STEP, and where it comes from.
 
-    \b
     Examples:
       dcpsvc show ./runs/exp42 500
       dcpsvc show ./runs/exp42 500 --filter attn --json
@@ -77,7 +76,7 @@ def show_command(
         tables.print_checkpoint(shown, pattern)
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("root")
 @step_argument(required=False)
 @jobs_option
@@ -87,11 +86,10 @@ def show_command(
 def verify_command(
     root: str, step: int | None, jobs: int, resume: bool, options: tuple[str, ...], as_json: bool
 ) -> None:
-    r"""Read every byte of the checkpoint of STEP, or of all, and compare it with the manifest.
+    """Read every byte of the checkpoint of STEP, or of all, and compare it with the manifest.
 
     Exits with 1 if anything is damaged. How far it is stands in $XDG_CACHE_HOME/dcpsvc until it has come to its end.
 
-    \b
     Examples:
       dcpsvc verify s3://bucket/runs/exp42
       dcpsvc verify ./runs/exp42 500 --jobs 16 && echo whole
@@ -113,7 +111,7 @@ def verify_command(
     sys.exit(0 if all(finding.intact for finding in findings) else EXIT_DAMAGED)
 
 
-@click.command("diff")
+@click.command("diff", cls=Command)
 @click.argument("root")
 @step_argument(name="a")
 @click.argument("b", type=click.IntRange(min=0), shell_complete=complete_step)
@@ -124,11 +122,10 @@ def verify_command(
 def diff_command(
     root: str, a: int, b: int, root_b: str | None, values: bool, options: tuple[str, ...], as_json: bool
 ) -> None:
-    r"""Tell what differs between the checkpoints of steps A and B: tensors, dtypes, shapes, plain values.
+    """Tell what differs between the checkpoints of steps A and B: tensors, dtypes, shapes, plain values.
 
     However many ranks wrote them. Exits with 1 if anything differs.
 
-    \b
     Examples:
       dcpsvc diff ./runs/exp42 400 500
       dcpsvc diff ./runs/exp42 500 500 --root-b s3://bucket/runs/exp42 --values
@@ -153,15 +150,14 @@ def diff_command(
     sys.exit(0 if found.same else EXIT_DAMAGED)
 
 
-@click.command("du")
+@click.command("du", cls=Command)
 @click.argument("root")
 @local_option
 @store_options
 @as_json_option
 def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: bool) -> None:
-    r"""Tell what takes how much room: checkpoints, components, and what is not a checkpoint.
+    """Tell what takes how much room: checkpoints, components, and what is not a checkpoint.
 
-    \b
     Examples:
       dcpsvc du s3://bucket/runs/exp42
       dcpsvc du ./runs/exp42 --json | jq .kinds.debris
@@ -176,7 +172,7 @@ def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: 
         tables.print_usage(found)
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @click.argument("root")
 @click.option(
     "-o",
@@ -197,11 +193,10 @@ def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: 
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Passed to fsspec (repeatable).")
 @as_json_option
 def report_command(root: str, output: Path, folder: Path | None, options: tuple[str, ...], as_json: bool) -> None:
-    r"""Write one page about the run at ROOT that needs only a browser: times, ranks, metrics, sizes, failures.
+    """Write one page about the run at ROOT that needs only a browser: times, ranks, metrics, sizes, failures.
 
     Times of saves are those that RunLog has left in the run root.
 
-    \b
     Examples:
       dcpsvc report s3://bucket/runs/exp42 -o exp42.html
       dcpsvc report ./runs/exp42 --log /var/log/exp42 && xdg-open report.html

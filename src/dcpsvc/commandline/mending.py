@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dcpsvc import progress
-from dcpsvc.commandline.common import as_json_option, open_store, parse, print_json, step_argument, store_options
+from dcpsvc.commandline.common import (
+    Command,
+    as_json_option,
+    open_store,
+    parse,
+    print_json,
+    step_argument,
+    store_options,
+)
 from dcpsvc.storage import open as stores
 from dcpsvc.tools import changes, showing
 
@@ -29,7 +37,7 @@ _take_over_option = click.option(
 )
 
 
-@click.command("edit")
+@click.command("edit", cls=Command)
 @click.argument("root")
 @step_argument()
 @_set_option
@@ -40,12 +48,11 @@ _take_over_option = click.option(
 @store_options
 @as_json_option
 def edit_command(root: str, step: int, attempt: str | None, options: tuple[str, ...], **choices: Any) -> None:
-    r"""Commit a changed copy of the checkpoint of STEP, which counts instead of it; the old one stays.
+    """Commit a changed copy of the checkpoint of STEP, which counts instead of it; the old one stays.
 
     No job of the run may be alive. A path that names no param_groups means all of them; a scheduler keeps learning
     rates of its own (sched.base_lrs, sched._last_lr).
 
-    \b
     Examples:
       dcpsvc edit ./runs/exp42 500 --set optim.lr=1e-4 --dry-run
       dcpsvc edit s3://bucket/runs/exp42 500 --set 'sched.base_lrs=[1e-4]' --drop loader
@@ -58,7 +65,7 @@ def edit_command(root: str, step: int, attempt: str | None, options: tuple[str, 
     _run(operation, choices, lambda advance: surgery.edit(operation, advance, take_over=choices["take_over"]))
 
 
-@click.command("promote")
+@click.command("promote", cls=Command)
 @click.argument("root")
 @step_argument()
 @click.argument("new_root")
@@ -72,9 +79,8 @@ def edit_command(root: str, step: int, attempt: str | None, options: tuple[str, 
 def promote_command(
     root: str, step: int, new_root: str, attempt: str | None, options: tuple[str, ...], **choices: Any
 ) -> None:
-    r"""Commit a copy of the checkpoint of STEP in NEW_ROOT, another run, from which training goes on there.
+    """Commit a copy of the checkpoint of STEP in NEW_ROOT, another run, from which training goes on there.
 
-    \b
     Examples:
       dcpsvc promote ./runs/exp42 500 ./runs/exp43
       dcpsvc promote ./runs/exp42 500 ./runs/exp43 --set optim.lr=1e-4 --drop sched

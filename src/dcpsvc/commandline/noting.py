@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from dcpsvc import marking
-from dcpsvc.commandline.common import parse, step_argument, store_options
+from dcpsvc.commandline.common import Command, parse, step_argument, store_options
 
 _attempt_option = click.option("--attempt", help="Which attempt, where a step has several commits.")
 
 
-@click.command("pin")
+@click.command("pin", cls=Command)
 @click.argument("root")
 @step_argument()
 @click.option("--note", default="", metavar="TEXT", help="Why; shown by ls.")
@@ -19,12 +19,13 @@ _attempt_option = click.option("--attempt", help="Which attempt, where a step ha
 def pin_command(root: str, step: int, note: str, attempt: str | None, options: tuple[str, ...]) -> None:
     """Have the checkpoint of STEP stay, whatever the policy of a live job says.
 
-    Example: dcpsvc pin ./runs/exp42 500 --note "paper, table 3"
+    Examples:
+      dcpsvc pin ./runs/exp42 500 --note "paper, table 3"
     """
     marking.pin(root, step, note, attempt=attempt, storage_options=parse(options))
 
 
-@click.command("unpin")
+@click.command("unpin", cls=Command)
 @click.argument("root")
 @step_argument()
 @_attempt_option
@@ -32,6 +33,7 @@ def pin_command(root: str, step: int, note: str, attempt: str | None, options: t
 def unpin_command(root: str, step: int, attempt: str | None, options: tuple[str, ...]) -> None:
     """Leave the checkpoint of STEP to the policy again.
 
-    Example: dcpsvc unpin ./runs/exp42 500
+    Examples:
+      dcpsvc unpin ./runs/exp42 500
     """
     marking.unpin(root, step, attempt=attempt, storage_options=parse(options))

@@ -10,6 +10,7 @@ import click
 
 from dcpsvc import progress
 from dcpsvc.commandline.common import (
+    Command,
     as_json_option,
     jobs_option,
     open_store,
@@ -33,7 +34,7 @@ _attempt_option = click.option("--attempt", help="Which attempt, where a step ha
 _take_over_option = click.option("--take-over", is_flag=True, help="A job has trained there, and has ended: add to it.")
 
 
-@click.command("fetch")
+@click.command("fetch", cls=Command)
 @click.argument("root")
 @step_argument()
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
@@ -45,11 +46,10 @@ _take_over_option = click.option("--take-over", is_flag=True, help="A job has tr
 def fetch_command(
     root: str, step: int, directory: Path, attempt: str | None, options: tuple[str, ...], as_json: bool, **choices: Any
 ) -> None:
-    r"""Copy the checkpoint of STEP into DIRECTORY, every byte proven; DIRECTORY is a run root then.
+    """Copy the checkpoint of STEP into DIRECTORY, every byte proven; DIRECTORY is a run root then.
 
     Begun again, it goes on where it broke off. Metrics and pins come along.
 
-    \b
     Examples:
       dcpsvc fetch s3://bucket/runs/exp42 500 ./exp42
       python -c "import dcpsvc; dcpsvc.load('./exp42', {'model': model})"
@@ -63,7 +63,7 @@ def fetch_command(
         click.echo(_told(found, str(directory)))
 
 
-@click.command("cp")
+@click.command("cp", cls=Command)
 @click.argument("root")
 @click.argument("root2")
 @step_argument(name="steps", required=False, nargs=-1)
@@ -77,12 +77,11 @@ def fetch_command(
 def cp_command(
     root: str, root2: str, steps: tuple[int, ...], options: tuple[str, ...], as_json: bool, **choices: Any
 ) -> None:
-    r"""Copy checkpoints of the run at ROOT to ROOT2, another place for the same run: those of STEPS, or all.
+    """Copy checkpoints of the run at ROOT to ROOT2, another place for the same run: those of STEPS, or all.
 
     Every byte is proven; metrics and pins come along, each manifest comes last, and what is there is left as it is: run
     it again to go on, or to keep a mirror up to date. Nothing is deleted. Training can go on at ROOT2.
 
-    \b
     Examples:
       dcpsvc cp s3://bucket/runs/exp42 s3://archive/runs/exp42
       dcpsvc cp /scratch/exp42 s3://bucket/runs/exp42 500 1000 -o endpoint_url=http://127.0.0.1:9000

@@ -27,6 +27,9 @@ _LOG_COLUMNS = 200
 _MANY = 500
 _HEAD = ["step", "attempt", "age", "size", "ranks", "tier", "state", "metrics / reason"]
 _NUMBERS = frozenset({"step", "age", "size", "ranks"})
+_SPARED = frozenset({"ranks", "tier"})
+_NARROW = 120
+"""Columns below which a terminal has no room for everything side by side."""
 _STYLES = {"committed": "green", "incomplete": "yellow"}
 
 
@@ -53,15 +56,28 @@ def print_listing(rows: Sequence[Row]) -> None:
     if len(rows) > _MANY:
         _print_plainly(rows)
         return
+    out = console()
+    narrow = out.width < _NARROW
     table = Table(box=None, pad_edge=False)
-    for column in _HEAD[:-1]:
+    for column in _facts(_HEAD[:-1], narrow=narrow):
         justify: Literal["left", "right"] = "right" if column in _NUMBERS else "left"
         table.add_column(column, justify=justify, no_wrap=True)
-    for column in ("kept because", _HEAD[-1]) if explained else (_HEAD[-1],):
+    for column in filter(None, _texts(_HEAD[-1], "kept because" if explained else "", narrow=narrow)):
         table.add_column(column, overflow="fold", min_width=16)
     for row in rows:
-        table.add_row(*_cells(row), *([escape(", ".join(row.reasons))] if explained else ()), escape(_about(row)))
-    console().print(table if rows else "no checkpoints")
+        texts = _texts(escape(_about(row)), escape(", ".join(row.reasons)), narrow=narrow)
+        table.add_row(*_facts(_cells(row), narrow=narrow), *(texts if explained or narrow else texts[-1:]))
+    out.print(table if rows else "no checkpoints")
+
+
+def _facts(cells: list[str], *, narrow: bool) -> list[str]:
+    """What a narrow terminal has room for: no ranks, no tier."""
+    return [cell for cell, name in zip(cells, _HEAD, strict=False) if not (narrow and name in _SPARED)]
+
+
+def _texts(about: str, why: str, *, narrow: bool) -> list[str]:
+    """Why a checkpoint stays, and its metrics: beside each other, or below each other."""
+    return ["\n".join(text for text in (why, about) if text)] if narrow else [why, about]
 
 
 def _print_plainly(rows: Sequence[Row]) -> None:
