@@ -30,6 +30,7 @@ BODY_NBYTES = 16
 EPOCH = Epoch(1, "deadbeef")
 STAMP = {"created": "2026-01-31T23:59:59.000Z", "metrics": {"loss": 1.5}, "versions": {"torch": "2.13.0"}}
 TIERS = ("local", "remote")
+TOOK = {"ms": [1500, 12000, 90000]}
 STEADY = ("plan again", "agree", *(f"ack {tier}" for tier in TIERS), "manifest", "commit")
 
 
@@ -80,7 +81,7 @@ class Simulation:
         self.store = MemoryStore(f"scale-{ranks}-{tensors}")
         self.store.create(EPOCH.claim, Claim(epoch=EPOCH, host="here", pid=1, created=STAMP["created"]).dumps())
         self.records = [self._record(rank) for rank in range(ranks)]
-        self.group = Records([compact(record.to_json()) for record in self.records])
+        self.group = Records([compact(record.to_json() | TOOK) for record in self.records])
 
     def run(self):
         blueprints = Blueprints(0, self.ranks)
@@ -139,12 +140,12 @@ class Simulation:
         proposal = ack.Proposal(step=500, said=said, part=part, known_layout=digest(made), stamp=STAMP)
         self._meeting("agree", lambda job: ack.agree(job, "save", proposal, MEETING, lambda: None))
         for tier in TIERS:
-            records = self._meeting(
+            acks = self._meeting(
                 f"ack {tier}", lambda job, t=tier: ack.acknowledge(job, "save", t, self.records[job.rank], MEETING)
             )
         reference = LayoutRef(digest=digest(made), nbytes=len(made))
         manifest = Manifest(
-            run_id="scale", step=500, attempt=self.key.attempt, created=STAMP["created"], shards=tuple(records),
+            run_id="scale", step=500, attempt=self.key.attempt, created=STAMP["created"], shards=tuple(acks.records),
             layout=reference, metrics=STAMP["metrics"], versions=STAMP["versions"],
         )  # fmt: skip
         self._timed("manifest", lambda: (manifest.dumps(), digest(manifest.dumps()))[0], nbytes=len)

@@ -24,6 +24,7 @@ class Catalog:
         unknown: Attempts that may or may not be committed, by step.
         leftovers: Attempts of this job that failed; what is left of them goes with the next commit.
         newest_local: Newest step whose shards are all durable on the ranks' local tiers.
+        slowest: The rank that the newest commit of this job waited for, for people; empty if none stood out.
         manifests: Coordinator: valid commits, ascending; read at the first retention.
     """
 
@@ -33,6 +34,7 @@ class Catalog:
     unknown: dict[int, Attempt] = field(default_factory=dict)
     leftovers: set[Attempt] = field(default_factory=set)
     newest_local: int | None = None
+    slowest: str = ""
     manifests: list[Manifest] | None = None
 
     @property

@@ -17,7 +17,7 @@ logger = logging.getLogger("dcpsvc")
 
 
 class Point(StrEnum):
-    """Labelled points, in the order of life."""
+    """Labelled points, in the order of life; and one that has no place in it."""
 
     OPENED = "opened"
     RECOVERED = "recovered"
@@ -35,7 +35,15 @@ class Point(StrEnum):
     SAVE_SKIPPED = "save-skipped"
     SAVE_FAILED = "save-failed"
     CLOSED = "closed"
+    TRAINING_WAITED = "training-waited"
 
+
+WAITS = ("room", "save", "optimizer")
+"""What the training thread waits for: saves under way, this one inside ``save()``, the copy before an optimizer steps.
+
+``training-waited`` says how long, once it is over: the sum of all is ``blocked_s`` of ``statistics()``. No point of the
+life of a checkpoint, for the uploader has the save by then and may be anywhere.
+"""
 
 _INFO = {Point.OPENED, Point.RECOVERED, Point.RESUMED, Point.COMMITTED, Point.CLOSED}
 
@@ -49,7 +57,7 @@ class Event:
         rank: Global rank it happened on.
         step: Training step, where there is one.
         attempt: Which try to save that step.
-        phase: Stage of the life a failure happened in.
+        phase: Stage of the life a failure happened in; of ``training-waited``, a word of :data:`WAITS`.
         nbytes: Bytes of this rank, or of the checkpoint for ``committed``.
         seconds: How long what just ended took.
         detail: For people.

@@ -57,6 +57,8 @@ class Holdback:
         if os.getpid() != self._pid:
             return  # in a forked child nobody copies, and its state is its own
         for copying, waited in self._copyings:
+            if copying.ended:
+                continue
             began = time.perf_counter()
             copying.release(id(optimizer))
             seconds = time.perf_counter() - began

@@ -28,6 +28,7 @@ from dcpsvc.errors import (
 from dcpsvc.events import Point
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
+from dcpsvc.lateness import OWN, slowest
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.recovery import known_shard
@@ -101,10 +102,12 @@ class Life:
         layout = self._guarded(save, "plan", lambda: self._layout(save, agreement))
         record = self._then(save, "write", layout, lambda _: self._write(save))
         records = self._acknowledged(save, "local", record)
-        manifest = self._then(save, "ack", records, lambda found: self._commit_locally(save, agreement, found, layout))
+        manifest = self._then(
+            save, "ack", records, lambda acks: self._commit_locally(save, agreement, acks.records, layout)
+        )
         record = self._then(save, "upload", manifest, lambda found: self._upload(save, found, layout))
         records = self._acknowledged(save, "remote", record)
-        manifest = self._then(save, "ack", records, lambda _: self._acked_remote(save, manifest))
+        manifest = self._then(save, "ack", records, lambda acks: self._acked_remote(save, manifest, acks))
         created = functools.partial(self._created, save, manifest)
         save.may_exist = isinstance(manifest, Manifest)
         published = commit.publish(
@@ -185,11 +188,12 @@ class Life:
     def _then(self, save: Save, phase: str, before: Any, work: Callable[[Any], T]) -> T | RankFailure:
         return before if isinstance(before, RankFailure) else self._guarded(save, phase, lambda: work(before))
 
-    def _acknowledged(
-        self, save: Save, phase: str, record: ShardRecord | RankFailure
-    ) -> list[ShardRecord] | RankFailure:
+    def _acknowledged(self, save: Save, phase: str, record: ShardRecord | RankFailure) -> ack.Acks | RankFailure:
         mine = record if isinstance(record, RankFailure) else self._given_up(save, phase) or record
-        return self._tried(save, "ack", lambda: ack.acknowledge(self._job, save.place, phase, mine, self._work))
+        times = save.pending.timings
+        took = (times.stage_s, times.write_s, times.upload_s) if phase == "remote" else ()  # as in OWN
+        acknowledge = functools.partial(ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took)
+        return self._tried(save, "ack", acknowledge)
 
     def _layout(self, save: Save, agreement: ack.Agreement) -> bytes:
         """The layout's bytes; then the gate opens and DCP writes."""
@@ -270,8 +274,10 @@ class Life:
             self._committed = known_shard(self._run, self.catalog.attempts[newest], self._job.rank)
         return self._committed
 
-    def _acked_remote(self, save: Save, manifest: Manifest | RankFailure) -> Manifest:
+    def _acked_remote(self, save: Save, manifest: Manifest | RankFailure, acks: ack.Acks) -> Manifest:
         """Every shard is durable and proven at the run root; nothing is a checkpoint yet."""
+        took = {phase: {rank: each[n] for rank, each in enumerate(acks.took)} for n, phase in enumerate(OWN)}
+        save.slowest = slowest(took)
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         self._emit(Point.ACKED_REMOTE, save, nbytes=manifest.nbytes, seconds=save.elapsed_s())
         return manifest
@@ -281,9 +287,12 @@ class Life:
 
     def _finish(self, save: Save, manifest: Manifest) -> None:
         self.catalog.add(manifest)
+        self.catalog.slowest = "" if save.slowest is None else str(save.slowest)
         self._committed = upload.Known(manifest.shards[self._job.rank], [self._run.local])
         save.pending.timings.commit_lag_s = save.elapsed_s()
         detail = f"world_size={manifest.world_size} root={self._run.remote.url}"
+        if save.slowest is not None:
+            detail += f" slowest={save.slowest}"
         self._emit(Point.COMMITTED, save, nbytes=manifest.nbytes, seconds=save.elapsed_s(), detail=detail)
         save.pending.resolve(save.pending.committed)
         if not self._replaced_by:  # else it is the newer job's to delete

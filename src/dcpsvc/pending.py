@@ -127,6 +127,7 @@ class Statistics:
         nbytes: Committed, all ranks.
         newest: Newest committed step; None if there is none.
         resumed_from: Step that was loaded; None on a fresh run.
+        slowest: The rank that the newest commit of this job waited for, where and how long; empty if none stood out.
         retries: Calls to stores that were made again, in this process since the Checkpointer was opened.
     """
 
@@ -139,4 +140,5 @@ class Statistics:
     nbytes: int
     newest: int | None
     resumed_from: int | None
+    slowest: str = ""
     retries: int = 0

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dcpsvc.errors import RankFailure
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import ShardRecord
+    from dcpsvc.lateness import Slowest
     from dcpsvc.pending import PendingSave
     from dcpsvc.stages import ack
     from dcpsvc.state.claims import Replicas
@@ -58,6 +59,7 @@ class Save:
         phase: The last labelled point it came to.
         dropped: Why this save is given up; empty while it is wanted.
         keeps_files: What it has on disk stays when it is given up: the next start may finish it.
+        slowest: The rank that the others waited for, once all have said what they took.
         may_exist: From here on the coordinator may have written the manifest: nothing may be deleted any more,
             and not knowing is not the same as failing.
     """
@@ -73,6 +75,7 @@ class Save:
     phase: str = ""
     dropped: str = ""
     keeps_files: bool = False
+    slowest: Slowest | None = None
     may_exist: bool = False
 
     @property

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dcpsvc.catalog import Catalog
     from dcpsvc.events import Events
     from dcpsvc.pending import PendingSave
+    from dcpsvc.save import Save
     from dcpsvc.saving import Saver
     from dcpsvc.state.collected import Collected
     from dcpsvc.uploader import Uploader
@@ -97,7 +98,15 @@ class Saves:
             raise
         timings.blocked_s = save.elapsed_s()
         self._blocked_s += timings.blocked_s
+        self._tell_blocked(save)
         return save.pending
+
+    def _tell_blocked(self, save: Save) -> None:
+        timings = save.pending.timings
+        for what, seconds in (("room", timings.waited_s), ("save", timings.blocked_s - timings.waited_s)):
+            self._events.emit(
+                Point.TRAINING_WAITED, step=save.key.step, attempt=save.key.attempt, phase=what, seconds=seconds
+            )
 
     def _leave_out(self, pending: PendingSave, reason: str) -> PendingSave:
         self.skipped += 1

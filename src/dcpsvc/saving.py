@@ -69,7 +69,7 @@ class Saver:
         versions: Mapping[str, str],
     ) -> None:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
-        self._staging = Staging(job, options)
+        self._staging = Staging(job, options, self._has_held)
         self._blueprints = Blueprints(job.rank, job.world_size)
         self._tries: dict[int, int] = {}
         self._unwritten: list[tuple[DcpShard, int]] = []
@@ -173,6 +173,12 @@ class Saver:
             return
         while not wait([save.pending.staged], _LOOK_S).done:
             pass  # a Ctrl-C that came a moment before the wait is seen only between two waits
+
+    def _has_held(self, save: Save, seconds: float) -> None:
+        """An optimizer waited for the copy."""
+        save.pending.timings.held_s += seconds
+        key = save.key
+        self._events.emit(Point.TRAINING_WAITED, step=key.step, attempt=key.attempt, phase="optimizer", seconds=seconds)
 
     def let_go(self, save: Save) -> None:
         """The state is going to change, whatever has become of the save: what is half written must not see that."""

@@ -18,7 +18,7 @@ from dcpsvc.stages.stream import Stream
 from dcpsvc.state.claims import Replicas
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.optim import Optimizer
 
@@ -40,17 +40,18 @@ class Staging:
     Args:
         job: The ranks.
         options: How.
+        held: Hears how many seconds an optimizer waited for the copy of a save.
 
     Attributes:
         arenas: The memory.
         overlaps: Large tensors are copied while training goes on.
     """
 
-    def __init__(self, job: Job, options: Options) -> None:
+    def __init__(self, job: Job, options: Options, held: Callable[[Save, float], None]) -> None:
         spare = 1  # for a save after one that the disk has not taken in time
         self.arenas = Arenas(options.staging_nbytes, options.max_inflight + spare, preflight.memory_share_nbytes)
         self.overlaps = options.staging == "overlap"
-        self._job, self._holdback = job, Holdback()
+        self._job, self._holdback, self._held = job, Holdback(), held
         self._watch = Watch.EVERY_BYTE if options.verify_staging else Watch.CLOSELY
         self._copier = copying.thread()
         self._copying: Copying | None = None
@@ -97,7 +98,7 @@ class Staging:
         if isinstance(staged, Snapshot):
             staged.reader, save.copying, self._copying = shard, staged.copying, staged.copying
             save.image = staged.image
-            self._holdback.watch(optimizers, staged.copying, functools.partial(_has_held, save.pending))
+            self._holdback.watch(optimizers, staged.copying, functools.partial(self._held, save))
 
     def wait_copied(self) -> None:
         """Until nothing of the state is being read: it is about to be changed."""
@@ -126,8 +127,3 @@ def _has_copied(pending: PendingSave, began: float) -> None:
     """Any thread."""
     pending.timings.stage_s = time.perf_counter() - began
     pending.resolve(pending.staged)
-
-
-def _has_held(pending: PendingSave, seconds: float) -> None:
-    """An optimizer waited for the copy."""
-    pending.timings.held_s += seconds

@@ -51,6 +51,7 @@ class Standing:
             nbytes=uploader.nbytes,
             newest=self.catalog.newest,
             resumed_from=self.resumed_from,
+            slowest=self.catalog.slowest,
             retries=retries() - self._retried_before,
         )
 

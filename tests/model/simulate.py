@@ -180,7 +180,12 @@ def _print_crash_points(total: Sum, *, everything: bool) -> None:
     missing = sorted(total.visits - crashed.keys())
     covered = len(total.visits) - len(missing)
     print(f"crash points covered: {covered} of {len(total.visits)} (label x role), {sum(crashed.values()):,} crashes")
-    labelled = {f"point {point} ({role})" for point in Point for role in ("coordinator", "other")}
+    labelled = {
+        f"point {point} ({role})"
+        for point in Point
+        if point is not Point.TRAINING_WAITED
+        for role in ("coordinator", "other")
+    }
     unseen = sorted(labelled - crashed.keys())
     print(f"  of the {len(labelled)} labelled points of a life x role: {len(labelled) - len(unseen)}")
     for title, labels in (("never reached", sorted(labelled - total.visits)), ("reached, never crashed at", missing)):

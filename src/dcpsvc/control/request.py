@@ -28,6 +28,7 @@ class Commands(Protocol):
         - ``in_flight``: a list, oldest first, of ``{"step": int, "attempt": str, "phase": str}``.
         - ``committed``, ``failed``, ``skipped``: saves so far.
         - ``blocked_s``: training time lost in ``save()``.
+        - ``slowest``: the rank that the newest commit waited for, for people; empty if none stood out.
         - ``next_save``: for people.
         - ``stop_step``: the step after which all ranks agreed to stop; None while there is none.
         """

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 from dcpsvc.events import Point
+from dcpsvc.lateness import OWN, slowest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from dcpsvc.events import Event
+    from dcpsvc.lateness import Slowest
 
 PHASES = {
     Point.STAGED: "stage",
@@ -26,12 +27,7 @@ PHASES = {
 }
 """The point that ends each phase; it began where the one before ended."""
 
-OWN = ("stage", "write", "upload")
-"""What a rank does by itself; the other phases are mostly waiting for others."""
-
 _ENDS = {Point.COMMITTED: "committed", Point.SAVE_FAILED: "failed", Point.SAVE_SKIPPED: "skipped"}
-_SLOWER, _BY_S = 1.5, 0.1
-"""A rank is a straggler if it took so many times the median, and so much longer."""
 _MAX_OPEN = 64
 """Saves that are followed at once; one whose end is never told is forgotten in the end."""
 
@@ -50,6 +46,7 @@ class SaveTimes:
         outcome: ``committed``, ``failed`` or ``skipped``.
         detail: Why, if it was not committed.
         retries: Calls to stores that its process made again meanwhile, for whatever reason.
+        waited: Seconds that training waited for it, by :data:`~dcpsvc.events.WAITS`; some are told after its end.
     """
 
     step: int
@@ -61,15 +58,21 @@ class SaveTimes:
     outcome: str = "committed"
     detail: str = ""
     retries: int = 0
+    waited: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def total_s(self) -> float:
         """From the call to the end."""
         return sum(self.seconds.values())
 
+    @property
+    def blocked_s(self) -> float:
+        """What training waited for it, all in all."""
+        return sum(self.waited.values())
+
     def to_json(self) -> dict[str, Any]:
         """One line of a log."""
-        return asdict(self) | {"seconds": {name: round(value, 6) for name, value in self.seconds.items()}}
+        return asdict(self) | {"seconds": _rounded(self.seconds), "waited": _rounded(self.waited)}
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Self:
@@ -83,7 +86,8 @@ class SaveTimes:
             nbytes=None if said["nbytes"] is None else int(said["nbytes"]),
             outcome=str(said["outcome"]),
             detail=str(said["detail"]),
-            retries=int(said.get("retries", 0)),
+            retries=int(said["retries"]),
+            waited={str(name): float(value) for name, value in dict(said["waited"]).items()},
         )
 
 
@@ -93,6 +97,7 @@ class _Open:
     retried_before: int
     points: list[tuple[Point, float]] = field(default_factory=list[tuple[Point, float]])
     nbytes: int | None = None
+    waited: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class Tracker:
@@ -125,6 +130,8 @@ class Tracker:
         save = self._open.get(key)
         if save is None:
             return None
+        if event.name is Point.TRAINING_WAITED:
+            save.waited[event.phase] = save.waited.get(event.phase, 0.0) + (event.seconds or 0.0)
         if event.name in PHASES:
             save.points.append((event.name, now))
         if event.name is Point.SHARD_WRITTEN:
@@ -142,11 +149,20 @@ class Tracker:
             outcome=_ENDS[event.name],
             detail="" if event.name is Point.COMMITTED else event.detail,
             retries=self._retries() - save.retried_before,
+            waited=save.waited,
         )
+
+    def follows(self, event: Event) -> bool:
+        """Whether the event is about a save that has not ended."""
+        return (event.step, event.attempt) in self._open
 
     def open_attempts(self) -> int:
         """How many saves are under way."""
         return len(self._open)
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in seconds.items()}
 
 
 def _seconds(points: list[tuple[Point, float]]) -> dict[str, float]:
@@ -160,48 +176,27 @@ class Straggler:
     Attributes:
         step: Training step.
         attempt: Which try.
-        rank: Which.
-        phase: Where it lost most, against the median of all.
-        seconds: What it took there.
-        median_s: What the ranks took there.
+        who: Which rank, where and how long.
     """
 
     step: int
     attempt: str
-    rank: int
-    phase: str
-    seconds: float
-    median_s: float
+    who: Slowest
 
     def __str__(self) -> str:
-        took = f"rank {self.rank} took {self.seconds:.2f} s to {self.phase}"
-        return f"step {self.step}: {took}, the median {self.median_s:.2f} s"
+        who = self.who
+        took = f"rank {who.rank} took {who.seconds:.2f} s to {who.phase}"
+        return f"step {self.step}: {took}, the median {who.median_s:.2f} s"
 
 
 def stragglers(saves: Iterable[SaveTimes]) -> list[Straggler]:
     """The rank that each save waited for, where one stands out; ascending by step. Pure."""
-    by_attempt: defaultdict[tuple[int, str], list[SaveTimes]] = defaultdict(list)
+    by_attempt: defaultdict[tuple[int, str], dict[str, dict[int, float]]] = defaultdict(
+        lambda: {own: {} for own in OWN}
+    )
     for save in saves:
-        by_attempt[save.step, save.attempt].append(save)
-    found = (_straggler(ranks) for _, ranks in sorted(by_attempt.items()))
-    return [straggler for straggler in found if straggler is not None]
-
-
-def _straggler(ranks: list[SaveTimes]) -> Straggler | None:
-    if len(ranks) < 2:  # noqa: PLR2004 - one rank waits for nobody
-        return None
-    worst: Straggler | None = None
-    for phase in OWN:
-        timed = [save for save in ranks if phase in save.seconds]
-        if not timed:
-            continue
-        median_s = statistics.median_low(save.seconds[phase] for save in timed)
-        last = max(timed, key=lambda save: save.seconds[phase])
-        late_s = last.seconds[phase] - median_s
-        stands_out = last.seconds[phase] > _SLOWER * median_s and late_s > _BY_S
-        if stands_out and (worst is None or late_s > worst.seconds - worst.median_s):
-            worst = Straggler(
-                step=last.step, attempt=last.attempt, rank=last.rank, phase=phase,
-                seconds=last.seconds[phase], median_s=median_s,
-            )  # fmt: skip
-    return worst
+        for phase in OWN:
+            if phase in save.seconds:
+                by_attempt[save.step, save.attempt][phase][save.rank] = save.seconds[phase]
+    found = ((key, slowest(took)) for key, took in sorted(by_attempt.items()))
+    return [Straggler(step=step, attempt=attempt, who=who) for (step, attempt), who in found if who is not None]

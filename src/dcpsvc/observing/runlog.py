@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcpsvc import deadline
 from dcpsvc.errors import StoreError
@@ -66,6 +67,8 @@ class RunLog:
         at, now = time.time(), time.perf_counter()
         with self._lock:
             self._write(event, at)
+            if event.name is Point.TRAINING_WAITED and not self._tracker.follows(event):  # it came after the commit
+                self._lines.append(_line({"kind": "waited", "t": round(at, 3), **_about(event)}))
             if (save := self._tracker.take(event, at, now)) is not None:
                 self._lines.append(_line({"kind": "save", **save.to_json()}))
             if event.name in _ABOUT_THE_JOB:
@@ -96,57 +99,104 @@ class RunLog:
             logger.warning("the log of this run is not at the run root: %s", err)
 
 
-def read(store: Store) -> tuple[list[SaveTimes], list[dict[str, Any]]]:
-    """What the jobs of a run have left at its root: saves of all ranks, and events about the jobs, by time.
+class Told(NamedTuple):
+    """What logs tell.
+
+    Attributes:
+        saves: Of all ranks, by time.
+        events: About the jobs, by time.
+        skipped: Files that were not read, and why.
+    """
+
+    saves: list[SaveTimes]
+    events: list[dict[str, Any]]
+    skipped: list[str]
+
+
+def read(store: Store) -> Told:
+    """What the jobs of a run have left at its root.
 
     A line that says something else is passed over: nothing depends on it.
 
     Raises:
         StoreError: The listing failed.
     """
-    saves: list[SaveTimes] = []
-    events: list[dict[str, Any]] = []
-    wanted = [entry.key for entry in store.list(keys.EVENTS) if entry.nbytes <= MAX_NBYTES]
+    told = _Told()
+    listed = list(store.list(keys.EVENTS))
+    told.skipped += [_too_large(entry.key, entry.nbytes) for entry in listed if entry.nbytes > MAX_NBYTES]
+    wanted = [entry.key for entry in listed if entry.nbytes <= MAX_NBYTES]
+
+    def get(key: str) -> bytes | StoreError:
+        try:
+            return store.get(key, max_nbytes=MAX_NBYTES)
+        except StoreError as err:
+            return err
+
     with ThreadPoolExecutor(at_once(store)) as threads:
-        for data in threads.map(lambda key: store.get(key, max_nbytes=MAX_NBYTES), wanted):
+        for key, data in zip(wanted, threads.map(get, wanted), strict=True):
+            if isinstance(data, StoreError):
+                told.skipped.append(f"{key}: {data}")
+                continue
             for said in _parse(data.splitlines()):
-                _sort_in(said, saves, events)
-    return _by_time(saves, events)
+                told.take(said)
+    return told.sorted()
 
 
-def read_folder(folder: Path) -> tuple[list[SaveTimes], list[dict[str, Any]]]:
+def read_folder(folder: Path) -> Told:
     """The same, from the logs that ranks have written to ``folder``: of jobs that were killed, too.
 
     Raises:
         OSError: A file cannot be read.
     """
-    saves: list[SaveTimes] = []
-    events: list[dict[str, Any]] = []
+    told = _Told()
     for path in sorted(folder.glob("*.rank-*.jsonl")):
+        if (nbytes := path.stat().st_size) > MAX_NBYTES:
+            told.skipped.append(_too_large(str(path), nbytes))
+            continue
         tracker = Tracker()
         for said in _parse(path.read_bytes().splitlines()):
-            event = _event(said)
-            if event is not None:
+            if "kind" in said:
+                told.take(said)
+            elif (event := _event(said)) is not None:
+                if event.name is Point.TRAINING_WAITED and not tracker.follows(event):
+                    told.take({"kind": "waited", **said})
                 if (save := tracker.take(event, said["t"], said["t"])) is not None:
-                    saves.append(save)
+                    told.saves.append(save)
                 if event.name in _ABOUT_THE_JOB:
-                    events.append(said)
-    return _by_time(saves, events)
+                    told.events.append(said)
+    return told.sorted()
 
 
-def _by_time(saves: list[SaveTimes], events: list[dict[str, Any]]) -> tuple[list[SaveTimes], list[dict[str, Any]]]:
-    return sorted(saves, key=lambda save: save.began), sorted(events, key=lambda event: event["t"])
+def _too_large(name: str, nbytes: int) -> str:
+    return f"{name}: {nbytes >> 20} MiB, more than {MAX_NBYTES >> 20}"
 
 
-def _sort_in(said: dict[str, Any], saves: list[SaveTimes], events: list[dict[str, Any]]) -> None:
-    if said.get("kind") == "event":
-        if _event(said) is not None:
-            events.append(said)
-        return
-    try:
-        saves.append(SaveTimes.from_json(said))
-    except (KeyError, TypeError, ValueError):
-        return
+@dataclass(slots=True)
+class _Told:
+    saves: list[SaveTimes] = field(default_factory=list[SaveTimes])
+    events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    skipped: list[str] = field(default_factory=list[str])
+    waited: list[Event] = field(default_factory=list[Event])
+
+    def take(self, said: dict[str, Any]) -> None:
+        """One line."""
+        if said.get("kind") == "save":
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                self.saves.append(SaveTimes.from_json(said))
+        elif (event := _event(said)) is not None:
+            if event.name is Point.TRAINING_WAITED:
+                self.waited.append(event)
+            else:
+                self.events.append(said)
+
+    def sorted(self) -> Told:
+        """With what was told after the end of a save added to it."""
+        by_key = {(save.step, save.attempt, save.rank): save.waited for save in self.saves}
+        for event in self.waited:
+            waited = by_key.get((event.step or 0, event.attempt, event.rank), {})
+            waited[event.phase] = waited.get(event.phase, 0.0) + (event.seconds or 0.0)
+        events = sorted(self.events, key=lambda event: event["t"])
+        return Told(sorted(self.saves, key=lambda save: save.began), events, self.skipped)
 
 
 def _event(said: dict[str, Any]) -> Event | None:

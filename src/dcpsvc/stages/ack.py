@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from dcpsvc.ranks.rendezvous import Meeting, RefusalError
 from dcpsvc.state import claims
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.parts import Part
@@ -149,12 +149,38 @@ def _first_difference(job: Job, held: Held) -> tuple[int, str, str] | None:
     return found
 
 
+class Acks(NamedTuple):
+    """What the ranks said, in rank order.
+
+    Attributes:
+        records: Of their shards.
+        took: What each gave as ``took``.
+    """
+
+    records: list[ShardRecord]
+    took: list[tuple[float, ...]]
+
+
 def acknowledge(
-    job: Job, place: str, phase: str, mine: ShardRecord | RankFailure, meeting: Meeting
-) -> list[ShardRecord]:
+    job: Job,
+    place: str,
+    phase: str,
+    mine: ShardRecord | RankFailure,
+    meeting: Meeting,
+    *,
+    took: Sequence[float] = (),
+) -> Acks:
     """Say "my shard is durable at this tier: here is my record", or why not; hear it from all. Uploader thread.
 
     All ranks arrive healthy on the store before the ``all_gather`` is entered.
+
+    Args:
+        job: The ranks.
+        place: The attempt.
+        phase: The tier.
+        mine: Record or reason.
+        meeting: Deadlines.
+        took: Seconds to tell the others, a few; they travel as milliseconds.
 
     Raises:
         DisagreementError: A rank failed or is missing.
@@ -163,8 +189,17 @@ def acknowledge(
     arrival = mine if isinstance(mine, RankFailure) else None
     job.meet(f"{place}/{phase}", arrival, lambda _: None, meeting)
     assert isinstance(mine, ShardRecord)  # noqa: S101 - a failure would have ended the meeting
-    said = job.group.all_gather(compact(mine.to_json()))
-    return [ShardRecord.from_fields(Fields.parse(f"ack of rank {n}", data, LayoutError)) for n, data in enumerate(said)]
+    message = mine.to_json() | {"ms": [round(seconds * 1000) for seconds in took]}
+    said = job.group.all_gather(compact(message))
+    fields = [Fields.parse(f"ack of rank {n}", data, LayoutError) for n, data in enumerate(said)]
+    return Acks([ShardRecord.from_fields(each) for each in fields], [_took(each) for each in fields])
+
+
+def _took(fields: Fields) -> tuple[float, ...]:
+    found = fields.get("ms", list)
+    if not all(type(each) is int for each in found):
+        raise fields.fail("ms: not a list of integers")
+    return tuple(each / 1000 for each in found)
 
 
 def _message(job: Job, proposal: Proposal | RankFailure) -> Any:

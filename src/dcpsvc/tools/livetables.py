@@ -22,6 +22,8 @@ def print_status(ranks: Sequence[LiveRank]) -> None:
     if said:
         about = f"{said.get('root')}  world size {said.get('world_size')}  {said.get('next_save') or ''}"
         console.print(escape(about.rstrip()), highlight=False, soft_wrap=True)
+        if said.get("slowest"):
+            console.print(escape(f"the newest commit waited for {said['slowest']}"), highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("rank", "pid", "step", "newest", "committed", "failed", "skipped", "blocked"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
@@ -11,8 +12,9 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.format import keys, run
+from dcpsvc.lateness import OWN
 from dcpsvc.observing import runlog
-from dcpsvc.observing.phases import OWN, SaveTimes, stragglers
+from dcpsvc.observing.phases import SaveTimes, stragglers
 from dcpsvc.tools import listing
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.listing import Row
+
+logger = logging.getLogger("dcpsvc")
 
 _PLACE = "/*DATA*/"
 _HEAT = (*OWN, "total")
@@ -40,14 +44,18 @@ def report(store: Store, *, folder: Path | None = None) -> str:
         StoreError: The run root could not be listed.
     """
     rows = listing.rows(store)
-    saves, events = runlog.read(store)
+    saves, events, skipped = runlog.read(store)
     if folder is not None:
         more = runlog.read_folder(folder)
-        saves, events = _without_twins([*saves, *more[0]]), _events_once([*events, *more[1]])
+        saves, events = _without_twins([*saves, *more.saves]), _events_once([*events, *more.events])
+        skipped += more.skipped
+    for each in skipped:
+        logger.warning("a file of the log is not read: %s", each)
     about = {
         "root": store.url,
         "run_id": run.loads(store.url, store.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id,
         "generated": datetime.now(UTC).timestamp(),
+        "skipped": skipped,
     }
     return page(about | gather(rows, saves, events))
 
@@ -79,7 +87,7 @@ def gather(rows: Sequence[Row], saves: Sequence[SaveTimes], events: Sequence[dic
             "last": [_failure(event) for event in failures[-_SHOWN:]],
         },
         "stragglers": {
-            "ranks": Counter(str(one.rank) for one in late).most_common(20),
+            "ranks": Counter(str(one.who.rank) for one in late).most_common(20),
             "last": [str(one) for one in late[-_SHOWN:]],
         },
     }
@@ -164,21 +172,25 @@ def _picture(columns: Sequence[Sequence[SaveTimes]], ranks: int, phase: str) -> 
 
 
 def _jobs(saves: Iterable[SaveTimes], events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """How long jobs ran, as rank 0 tells, and what of it the copies took in ``save()``."""
+    """How long jobs ran, as rank 0 tells, and how long training waited meanwhile.
+
+    One that was killed ran, as far as anybody knows, until its last save had ended.
+    """
+    own = [save for save in saves if save.rank == 0]
+    edges = [event for event in events if event.get("rank") == 0 and event["event"] in {"opened", "closed"}]
     ran: list[tuple[float, float]] = []
-    opened: float | None = None
-    for event in events:
-        if event.get("rank") == 0 and event["event"] == "opened":
-            opened = event["t"]
-        elif event.get("rank") == 0 and event["event"] == "closed" and opened is not None:
-            ran.append((opened, event["t"]))
-            opened = None
-    blocked = [
-        save.seconds.get("stage", 0.0)
-        for save in saves
-        if save.rank == 0 and any(begin <= save.began <= end for begin, end in ran)
-    ]
-    return {"starts": len(ran), "seconds": sum(end - begin for begin, end in ran), "blocked_s": sum(blocked)}
+    for event, after in zip(edges, [*edges[1:], None], strict=True):
+        if event["event"] == "opened":
+            ran.append((event["t"], _end(event["t"], after, own)))
+    within = (save.blocked_s for save in own if any(begin <= save.began <= end for begin, end in ran))
+    return {"starts": len(ran), "seconds": sum(end - begin for begin, end in ran), "blocked_s": sum(within)}
+
+
+def _end(begin: float, after: dict[str, Any] | None, saves: Iterable[SaveTimes]) -> float:
+    if after is not None and after["event"] == "closed":
+        return float(after["t"])
+    until = math.inf if after is None else after["t"]
+    return max((save.began + save.total_s for save in saves if begin <= save.began < until), default=begin)
 
 
 def _failure(event: dict[str, Any]) -> dict[str, Any]:
