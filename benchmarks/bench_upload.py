@@ -3,16 +3,19 @@
     python -m benchmarks.bench_upload --rounds 5 --out benchmarks/results/upload.json
 
 One file of 1 GiB, and 64 of 16 MiB, eight at a time. dcpsvc checksums every MiB before it sends it and has the server
-prove every part; the others send. Parts of 16 MiB and eight requests at once for all. Systems take turns, so that what
-the machine does besides meets all of them. Wanted beside dcpsvc: boto3, obstore, s3torchconnector, crc32c; what is not
-installed is left out.
+prove every part, by CRC32C, by CRC32 as without the package, or by MD5; the others send. Parts of 16 MiB and eight
+requests at once for all. Systems take turns, so that what the machine does besides meets all of them. Wanted beside
+dcpsvc: boto3, obstore, s3torchconnector, crc32c, and ``make peers ARGS=awscli``; what is not there is left out, and
+says so. The time of ``aws s3 cp`` is that of its process, which is what one waits for.
 
 Then the file with half of it unchanged since an earlier one, at the speed of the server and over a link of 64 MiB/s.
 
-Last: what a training loop of one thread, in the same process, loses while the file is uploaded again and again. Ours
-also with a limit on the rate, for on a small machine the server itself takes the rest of the processor.
+Last: what a training loop of one thread, in the same process, loses while the file is uploaded again and again. The
+loop has one core for itself; the uploader and the server share the others. Ours also with a limit on the rate, for on
+a small machine the server itself takes the rest of the processor.
 """
 
+import contextlib
 import functools
 import os
 import resource
@@ -29,153 +32,24 @@ from benchmarks.common import ceph
 from benchmarks.common.facts import facts
 from benchmarks.common.options import plain_parser
 from benchmarks.common.report import write
-
-MIB = 2**20
-PART = 16 * MIB
-AT_ONCE = 8
-OURS = "dcpsvc"
-
-
-class Ours:
-    """What the uploader does with a shard."""
-
-    def __init__(self, options, bucket, kinds=None, nbytes_per_s=None):
-        from dcpsvc.config import Limits
-        from dcpsvc.storage import bodysum
-        from dcpsvc.storage.objectstore import ObjectStore
-
-        limits = Limits(concurrency=AT_ONCE, part_nbytes=PART, nbytes_per_s=nbytes_per_s)
-        self.store = ObjectStore(f"s3://{bucket}/ours", options, limits=limits)
-        if kinds:
-            self.store._wire._checksum = (kinds(bodysum)(),)  # noqa: SLF001 - there is no option to be slower
-
-    def put(self, path, key, earlier=None):
-        from dcpsvc.format import digest
-        from dcpsvc.storage.cargo import Cargo
-
-        tables = {}
-
-        def check(begin, view):
-            tables[begin] = digest.table(view)
-
-        if not self.store.carry(key, Cargo(path=path, check=check, earlier=earlier)).proven:
-            raise SystemExit("the server proves nothing")
-
-
-class S3fs:
-    """s3fs, as it is."""
-
-    def __init__(self, options, bucket):
-        from s3fs import S3FileSystem
-
-        self.fs, self.bucket = S3FileSystem(**options, skip_instance_cache=True), bucket
-
-    def put(self, path, key):
-        self.fs.put_file(str(path), f"{self.bucket}/{key}", chunksize=PART, max_concurrency=AT_ONCE)
-
-
-class Boto3:
-    """boto3's S3 Transfer, in Python or with the AWS CRT."""
-
-    def __init__(self, options, bucket, preferred="classic"):
-        import boto3
-        from boto3.s3.transfer import TransferConfig
-        from botocore.config import Config
-
-        self.client = boto3.client(
-            "s3", endpoint_url=options["endpoint_url"], aws_access_key_id=options["key"], region_name="us-east-1",
-            aws_secret_access_key=options["secret"], config=Config(max_pool_connections=32),
-        )  # fmt: skip
-        self.bucket = bucket
-        self.config = TransferConfig(
-            multipart_chunksize=PART, max_concurrency=AT_ONCE, preferred_transfer_client=preferred
-        )
-
-    def put(self, path, key):
-        self.client.upload_file(str(path), self.bucket, key, Config=self.config)
-
-
-class Obstore:
-    """object_store, in Rust; every body signed, or none."""
-
-    def __init__(self, options, bucket, *, unsigned=False):
-        from obstore.store import S3Store
-
-        self.store = S3Store(
-            bucket, endpoint=options["endpoint_url"], access_key_id=options["key"], region="us-east-1",
-            secret_access_key=options["secret"], unsigned_payload=unsigned, client_options={"allow_http": True},
-        )  # fmt: skip
-
-    def put(self, path, key):
-        import obstore
-
-        obstore.put(self.store, key, Path(path), chunk_size=PART, max_concurrency=AT_ONCE)
-
-
-class Crt:
-    """s3torchconnector: the AWS CRT behind a file object."""
-
-    def __init__(self, options, bucket):
-        from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client
-
-        os.environ |= {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
-        self.client = MountpointS3Client(
-            region="us-east-1", part_size=PART, endpoint=options["endpoint_url"], force_path_style=True,
-            user_agent_prefix="bench",
-        )  # fmt: skip
-        self.bucket = bucket
-
-    def put(self, path, key):
-        stream = self.client.put_object(self.bucket, key)
-        with Path(path).open("rb") as file:
-            while data := file.read(PART):
-                stream.write(data)
-        stream.close()
-
-
-class Fsspec:
-    """DCP's own writer for such places, with one tensor of that size."""
-
-    def __init__(self, options, bucket):
-        import torch
-
-        self.options, self.bucket, self.torch = options, bucket, torch
-
-    def put(self, path, key):
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-
-        tensor = self.torch.from_file(str(path), size=Path(path).stat().st_size, dtype=self.torch.uint8)
-        dcp.save({"x": tensor}, storage_writer=FsspecWriter(f"s3://{self.bucket}/{key}", **self.options), no_dist=True)
-
-
-SYSTEMS = {
-    OURS: Ours,
-    "dcpsvc, CRC32": functools.partial(Ours, kinds=lambda module: module.crc32),
-    "dcpsvc, MD5": functools.partial(Ours, kinds=lambda module: module.Md5),
-    "s3fs": S3fs,
-    "boto3": Boto3,
-    "obstore": Obstore,
-    "obstore, unsigned": functools.partial(Obstore, unsigned=True),
-    "s3torchconnector (CRT)": Crt,
-    "DCP FsspecWriter": Fsspec,
-}
-NEEDS = {
-    "boto3": "boto3",
-    "obstore": "obstore",
-    "obstore, unsigned": "obstore",
-    "s3torchconnector (CRT)": "s3torchconnector",
-}
-ONLY_WHOLE = {"DCP FsspecWriter"}
+from benchmarks.common.senders import AT_ONCE, MIB, NEEDS, OURS, SYSTEMS, Boto3, Ours
 
 
 def carry(system, paths, prefix):
-    """Seconds, and processor seconds of this process."""
-    before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda item: system.put(item[1], f"{prefix}/{item[0]}"), enumerate(paths)))
-    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
-    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    """Seconds, and processor seconds."""
+    before, began = cpu_s(), time.perf_counter()
+    if put_all := getattr(system, "put_all", None):
+        put_all(paths, prefix)
+    else:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda item: system.put(item[1], f"{prefix}/{item[0]}"), enumerate(paths)))
+    return time.perf_counter() - began, cpu_s() - before
+
+
+def cpu_s():
+    """Of this process and of those it has started and seen end."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def empty(options, bucket):
@@ -234,23 +108,51 @@ def half_unchanged(options, bucket, path, rounds, nbytes_per_s=None):
 
 def training(systems, path, rounds):
     """Steps a second of a loop of one thread, alone and beside uploads, by turns."""
-    loop, rows = Loop(), []
-    for name, system in systems.items():
-        ratios = []
-        for round_ in range(rounds):
-            alone = loop.steps_per_s()
-            over = threading.Event()
-            sender = threading.Thread(target=_upload_until, args=(system, path, over, round_))
-            sender.start()
-            beside = loop.steps_per_s()
-            over.set()
-            sender.join()
-            ratios.append(alone / beside)
-        rows.append({"system": name, "slower_by": statistics.median(ratios) - 1.0, "of_rounds": sorted(ratios)})
+    rows = []
+    with cores_apart() as (said, cores):
+        loop = Loop()
+        for name, system in systems.items():
+            ratios = []
+            for round_ in range(rounds):
+                alone = loop.steps_per_s()
+                over = threading.Event()
+                sender = threading.Thread(target=_upload_until, args=(system, path, over, round_, cores))
+                sender.start()
+                beside = loop.steps_per_s()
+                over.set()
+                sender.join()
+                ratios.append(alone / beside)
+            slower_by = statistics.median(ratios) - 1.0
+            rows.append({"system": name, "slower_by": slower_by, "of_rounds": sorted(ratios), "cores": said})
     return rows
 
 
-def _upload_until(system, path, over, round_):
+@contextlib.contextmanager
+def cores_apart():
+    """This thread on one core; every other one of this process, and the server, on the others."""
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        yield "one core for all", usable
+        return
+    mine, others = usable[:1], usable[1:]
+    pin([os.getpid(), *ceph.processes()], others)
+    os.sched_setaffinity(0, mine)
+    try:
+        yield f"training on core {mine[0]}; uploads and the server on {', '.join(map(str, others))}", others
+    finally:
+        pin([os.getpid(), *ceph.processes()], usable)
+
+
+def pin(processes, cores):
+    """All threads of these processes; a thread that has ended meanwhile needs none."""
+    for process in processes:
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread.name), cores)
+
+
+def _upload_until(system, path, over, round_, cores):
+    os.sched_setaffinity(0, cores)  # threads that it starts have the same
     count = 0
     while not over.is_set():
         system.put(path, f"training-{round_}-{count % 2}")
@@ -322,8 +224,7 @@ def main():
         with ceph.bucket(options.endpoint, options.dir) as (storage_options, bucket):
             for title, count in (("one file", 1), (f"{options.files} files", options.files)):
                 paths = make_files(folder, options.mib * MIB, count)
-                chosen = [name for name in names if count == 1 or name not in ONLY_WHOLE]
-                result["settings"][title] = measure(storage_options, bucket, paths, options.rounds, chosen)
+                result["settings"][title] = measure(storage_options, bucket, paths, options.rounds, names)
                 if count == 1:
                     result["beside"] = beside(storage_options, bucket, paths[0], options.rounds)
                 for path in paths:

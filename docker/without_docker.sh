@@ -9,6 +9,7 @@ STEPS=${1:-200}
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 CEPH=${DCPSVC_CEPH_ROOT:-$HOME/.cache/dcpsvc-tests/ceph}
 WORK=$(mktemp -d)
+export TMPDIR=$WORK # torchrun leaves folders there
 job=
 leave_nothing() {
     if [ -n "$job" ]; then # first, so that it does not wait for the server

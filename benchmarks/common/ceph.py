@@ -13,6 +13,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).parents[2] / "tests" / "s3" / "ceph"
 KEY, SECRET = "testkey", "testsecretkey0123"
 _BESIDE = (0, 1, *range(100, 104))
+_data = []
 
 
 @contextlib.contextmanager
@@ -24,6 +25,7 @@ def bucket(endpoint=None, parent=None):
         return
     root = Path(os.environ.get("DCPSVC_CEPH_ROOT") or Path.home() / ".cache" / "dcpsvc-tests" / "ceph")
     data = tempfile.mkdtemp(prefix="ceph-", dir=parent)
+    _data.append(data)
     _run("fetch.sh", str(root))
     port = _free_port()
     try:
@@ -32,7 +34,13 @@ def bucket(endpoint=None, parent=None):
         yield options, _make_bucket(options)
     finally:
         _run("stop.sh", data, SIG="KILL")
+        _data.remove(data)
         shutil.rmtree(data, ignore_errors=True)
+
+
+def processes():
+    """Ids of the daemons that were started here."""
+    return [int(path.read_text()) for data in _data for path in Path(data, "run").glob("*.pid")]
 
 
 def client(options):

@@ -1,6 +1,6 @@
 """Make a virtual environment for each peer that is not part of torch: ``make peers``.
 
-Each sees the packages of the environment this runs in, so torch is neither downloaded again nor another one. A peer
+Most see the packages of the environment this runs in, so torch is neither downloaded again nor another one. A peer
 that does not install leaves its reason behind, and the benchmarks skip it with that.
 """
 
@@ -18,7 +18,10 @@ PACKAGES = {
     "torch_checkpointing": ["torch_checkpointing==0.1.1"],
     "nvrx": ["nvidia-resiliency-ext==0.4.1"],
     "dlrover": ["dlrover[torch]==0.6.1", "grpcio", "protobuf"],  # it imports them, and does not say so
+    "awscli": ["awscli"],
 }
+_ALONE = {"awscli"}
+"""They bring all they need, and other versions of it than ours."""
 _FIXED = ("torch", "numpy")
 _LAST_LINES = 3
 
@@ -40,8 +43,9 @@ def install(name):
     place = HOME / name
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
-    purelib = next(place.glob("lib/python*/site-packages"))
-    (purelib / "main.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    if name not in _ALONE:
+        purelib = next(place.glob("lib/python*/site-packages"))
+        (purelib / "main.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     fixed = HOME / "fixed.txt"
     fixed.write_text("".join(f"{package}=={metadata.version(package)}\n" for package in _FIXED))
     pip = [place / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]

@@ -1,98 +1,85 @@
-"""A real S3 server for these tests: Ceph's RADOS Gateway, fetched once and started for the session.
-
-``DCPSVC_TEST_S3`` (an endpoint URL) with ``DCPSVC_TEST_S3_KEY`` and ``DCPSVC_TEST_S3_SECRET`` names a server of your
-own instead; it gets a bucket that is removed at the end. ``DCPSVC_CEPH_ROOT`` says where Ceph is kept.
-"""
+"""A real S3 server for these tests, started for the session: `servers.py` says which one, and how to name another."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
 import shutil
-import socket
-import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 pytest.register_assert_rewrite("store_contract")
 
+from tests.s3.servers import CHOSEN, KINDS, Kind, Server, UnavailableError, choose, fetch, free_port  # noqa: E402
 from tests.s3.spoiling import Proxy  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SCRIPTS = Path(__file__).parent / "ceph"
-PORTS_BESIDE = (0, 1, 100, 101, 102, 103)
+    from _pytest.terminal import TerminalReporter
 
-
-class Server(NamedTuple):
-    """A running S3 server, and an empty bucket on it."""
-
-    endpoint: str
-    access_key: str
-    secret_key: str
-    bucket: str
-    data: Path | None = None
-    """Where our own Ceph keeps its data; None for somebody else's server."""
-
-    @property
-    def storage_options(self) -> dict[str, Any]:
-        return {
-            "endpoint_url": self.endpoint,
-            "key": self.access_key,
-            "secret": self.secret_key,
-            "client_kwargs": {"region_name": "us-east-1"},
-        }
-
-    def client(self) -> Any:
-        """A client that is not ours: what a stranger sees."""
-        from botocore.session import Session
-
-        return Session().create_client(
-            "s3",
-            region_name="us-east-1",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-        )
-
-    def start(self) -> None:
-        """Start our own Ceph, with the data it has."""
-        assert self.data
-        run("start.sh", str(ceph_root()), str(self.data), self.endpoint.rpartition(":")[2])
-
-    def stop(self, signal: str = "TERM") -> None:
-        assert self.data
-        run("stop.sh", str(self.data), SIG=signal)
+SERVED_BY = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    bucket = f"dcpsvc-{uuid.uuid4().hex}"
+def s3_server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Server]:
     if endpoint := os.environ.get("DCPSVC_TEST_S3"):
         key, secret = os.environ["DCPSVC_TEST_S3_KEY"], os.environ["DCPSVC_TEST_S3_SECRET"]
-        server = Server(endpoint, key, secret, bucket)
-        server.client().create_bucket(Bucket=bucket)
+        server = Server(endpoint, key, secret, f"dcpsvc-{uuid.uuid4().hex}")
+        server.client().create_bucket(Bucket=server.bucket)
         yield server
         empty_and_remove(server)
         return
-    fetch()
-    data = tmp_path_factory.mktemp("ceph")
-    server = Server(f"http://127.0.0.1:{free_port()}", "testkey", "testsecretkey0123", bucket, data)
+    kind, reason = choose()
+    if kind is None:
+        pytestconfig.stash[SERVED_BY] = reason = f"NO S3 TEST HAS RUN: {reason}; DCPSVC_TEST_S3 names another server"
+        # Nobody reads what a build skips: there, and for who asked for a certain server, it is a failure.
+        (pytest.fail if os.environ.get("CI") or os.environ.get(CHOSEN) else pytest.skip)(reason)
+    pytestconfig.stash[SERVED_BY] = f"S3 tests ran on {kind.name}" + (f", because {reason}" if reason else "")
+    with started(kind, tmp_path_factory.mktemp(kind.name)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def swift(s3_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of which several may win a conditional create, whichever the other tests run on."""
+    if s3_server.is_swift:
+        yield s3_server
+        return
+    try:
+        fetch(KINDS["swift"])
+    except UnavailableError as err:
+        pytest.skip(f"no server without an atomic create: {err}")
+    with started(KINDS["swift"], tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def started(kind: Kind, data: Path) -> Iterator[Server]:
+    """Our own server, with an empty bucket; it ends with the context, and so do its data."""
+    name = f"dcpsvc-{uuid.uuid4().hex}"
+    server = Server(f"http://127.0.0.1:{free_port()}", kind.access_key, "testsecretkey0123", name, kind, data)
     try:
         server.start()
-        server.client().create_bucket(Bucket=bucket)
+        server.client().create_bucket(Bucket=name)
         yield server
     finally:
         # Nothing here is worth an orderly exit, which takes half a minute.
         server.stop("KILL")
-        # 20 GB of a sparse file; pytest would keep three of them.
+        # Ceph's is 20 GB of a sparse file; pytest would keep three of them.
         shutil.rmtree(data)
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    """Say which server it was: "passed" alone does not tell that one."""
+    if served := config.stash.get(SERVED_BY, ""):
+        bad = served.startswith("NO S3")
+        terminalreporter.write_sep("=", served, red=bad, bold=bad)
 
 
 @pytest.fixture
@@ -140,42 +127,3 @@ def empty_and_remove(server: Server) -> None:
     for upload in client.list_multipart_uploads(Bucket=server.bucket).get("Uploads", []):
         client.abort_multipart_upload(Bucket=server.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
     client.delete_bucket(Bucket=server.bucket)
-
-
-def ceph_root() -> Path:
-    return Path(os.environ.get("DCPSVC_CEPH_ROOT") or Path.home() / ".cache" / "dcpsvc-tests" / "ceph")
-
-
-def fetch() -> None:
-    try:
-        run("fetch.sh", str(ceph_root()))
-    except (subprocess.SubprocessError, OSError) as err:
-        reason = str(getattr(err, "stderr", None) or err).strip().splitlines()[-1:]
-        pytest.skip(f"Ceph cannot be fetched: {''.join(reason)}; set DCPSVC_TEST_S3 to use another server")
-
-
-def run(script: str, *args: str, **env: str) -> None:
-    # stderr goes to a pipe that ends with the script: the daemons it leaves behind have closed theirs.
-    subprocess.run(
-        ["/bin/bash", str(SCRIPTS / script), *args],
-        check=True,
-        timeout=240,
-        env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def free_port() -> int:
-    """The first of a group of ports that are free now, below those the kernel hands out by itself."""
-    for _ in range(100):
-        port = random.randrange(20_000, 32_000)
-        try:
-            for beside in PORTS_BESIDE:
-                socket.create_server(("127.0.0.1", port + beside)).close()
-        except OSError:
-            continue
-        return port
-    raise RuntimeError("no free ports below 32000")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     Fault = Callable[["Spoiler"], None]
 
+STEP_NBYTES = 2**16
 HOP = frozenset({"connection", "transfer-encoding", "expect", "keep-alive"})
 
 
@@ -131,6 +132,13 @@ class Spoiler(BaseHTTPRequestHandler):
         self.server.body_nbytes["received"] += len(body)
         self.wfile.write(body)
 
+    def begin_answer(self, status: int, headers: list[tuple[str, str]]) -> None:
+        """What comes before the body, which the caller sends as it likes."""
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+
     def reset(self) -> None:
         """End the connection with RST, as a middlebox does."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -168,12 +176,8 @@ def resets_in_the_request(spoiler: Spoiler) -> None:
 def resets_in_the_answer(spoiler: Spoiler) -> None:
     """The connection breaks when half of the answer has come down."""
     status, headers, body = spoiler.ask(spoiler.body())
-    spoiler.send_response_only(status)
-    for name, value in headers:
-        spoiler.send_header(name, value)
-    spoiler.end_headers()
+    spoiler.begin_answer(status, headers)
     spoiler.wfile.write(body[: len(body) // 2])
-    spoiler.wfile.flush()
     spoiler.reset()
 
 
@@ -186,6 +190,44 @@ def loses_the_answer(spoiler: Spoiler) -> None:
 def stalls(spoiler: Spoiler) -> None:
     """Nothing comes back, and the connection stays."""
     spoiler.body()
+    spoiler.server.over.wait(20)
+    spoiler.close_connection = True
+
+
+def trickles(nbytes_per_s: float) -> Fault:
+    """A slow link: bytes keep coming, few at a time, both ways."""
+
+    def wait(nbytes: int, spoiler: Spoiler) -> None:
+        spoiler.server.over.wait(nbytes / nbytes_per_s)
+
+    def fault(spoiler: Spoiler) -> None:
+        spoiler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STEP_NBYTES)
+        body = bytearray()
+        while len(body) < spoiler.length and (data := spoiler.rfile.read(min(STEP_NBYTES, spoiler.length - len(body)))):
+            body += data
+            wait(len(data), spoiler)
+        status, headers, answer = spoiler.ask(bytes(body))
+        spoiler.begin_answer(status, headers)
+        for at in range(0, len(answer), STEP_NBYTES):
+            spoiler.wfile.write(answer[at : at + STEP_NBYTES])
+            wait(STEP_NBYTES, spoiler)
+
+    return fault
+
+
+def stalls_in_the_request(spoiler: Spoiler) -> None:
+    """Half of the body is taken, and nothing more happens, but the connection stays."""
+    spoiler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STEP_NBYTES)
+    spoiler.rfile.read(spoiler.length // 2)
+    spoiler.server.over.wait(20)
+    spoiler.close_connection = True
+
+
+def stalls_in_the_answer(spoiler: Spoiler) -> None:
+    """Half of the answer comes, and nothing more, but the connection stays."""
+    status, headers, body = spoiler.ask(spoiler.body())
+    spoiler.begin_answer(status, headers)
+    spoiler.wfile.write(body[: len(body) // 2])
     spoiler.server.over.wait(20)
     spoiler.close_connection = True
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from conftest import Server
-
+    from tests.s3.servers import Server
     from tests.s3.spoiling import Proxy, Spoiler
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -65,8 +64,7 @@ def test_a_job_on_s3_that_loses_a_rank_in_the_middle_of_a_save_comes_back_bit_fo
 def test_and_so_it_does_when_the_server_is_killed_under_an_upload_and_under_a_commit(
     play: Callable[[], dict[str, Any]], between: Proxy, s3_server: Server
 ) -> None:
-    if s3_server.data is None:
-        pytest.skip("somebody else's server is not ours to kill")
+    s3_server.skip_unless_ours()
     killed: list[str] = []
 
     def kills_the_server(spoiler: Spoiler) -> None:

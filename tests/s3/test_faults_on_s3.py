@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from conftest import Server
-
     from dcpsvc.storage.base import Store
+    from tests.s3.servers import Server
     from tests.s3.spoiling import Fault, Proxy
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
@@ -219,8 +218,7 @@ def test_what_a_killed_writer_left_is_found_and_ended_and_nothing_newer_or_elsew
 def test_a_server_killed_under_load_and_started_again_gets_every_file_and_keeps_every_acknowledged_one(
     s3_server: Server, run_root: str, tmp_path: Path
 ) -> None:
-    if s3_server.data is None:
-        pytest.skip("somebody else's server is not ours to kill")
+    s3_server.skip_unless_ours()
     store = open_store(run_root, s3_server.storage_options, limits=Limits(part_nbytes=PART, patience_s=60.0))
     files = {f"data/s/rank-{n:05d}": local_file(tmp_path, 3 * PART + n, f"{n}") for n in range(6)}
     half_way, acknowledged, lock = threading.Event(), list[str](), threading.Lock()

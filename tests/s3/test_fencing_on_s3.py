@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from conftest import Server
-
     from dcpsvc.storage.base import Store
+    from tests.s3.servers import Server
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from conftest import Server
+    from tests.s3.servers import Server
+
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 

@@ -25,9 +25,8 @@ from tests.unit.one_shard import KEY, make_shard
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Server
-
     from dcpsvc.storage.base import Store
+    from tests.s3.servers import Server
     from tests.s3.spoiling import Proxy, Spoiler
 
     Truth = Callable[[], tuple[dict[str, bytes], int]]

@@ -22,7 +22,8 @@ from dcpsvc.storage.open import open_store
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import Server
+    from tests.s3.servers import Server
+
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from conftest import Server
-
     from dcpsvc.events import Event
     from dcpsvc.storage.base import Store
+    from tests.s3.servers import Server
     from tests.s3.spoiling import Fault, Proxy
 
     Truth = Callable[[], tuple[dict[str, bytes], int]]

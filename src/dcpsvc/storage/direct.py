@@ -27,6 +27,7 @@ _GET = "get_object"
 _CODE = re.compile(rb"<Code>([^<]{1,100})</Code>")
 _TOTAL = re.compile(r"/(\d+)$")
 _ERROR_NBYTES = 65536
+_PIECE_NBYTES = 2**20
 _OK = frozenset({200, 206})
 
 
@@ -72,7 +73,7 @@ class Direct:
             kind, value = checksum
             request = request._replace(parameters={**request.parameters, **kind.parameters(value)})
             headers |= kind.headers(value)
-        answer = self._send("PUT", request, headers, body)
+        answer = self._send("PUT", request, headers, _pieces(body))
         answer.content  # noqa: B018 - reads it, so that the connection can be used again
         return str(answer.headers.get("ETag", ""))
 
@@ -101,7 +102,7 @@ class Direct:
                 raw.close()
             raw.release_conn()
 
-    def _send(self, method: str, request: Request, headers: dict[str, str], body: memoryview | None) -> Any:
+    def _send(self, method: str, request: Request, headers: dict[str, str], body: list[memoryview] | None) -> Any:
         url = self._url(request)
         answer = self._session.send(self._requests.AWSPreparedRequest(method, url, headers, body, method == "GET"))
         if answer.status_code in _OK:
@@ -124,6 +125,11 @@ class Direct:
         if operation == _GET:
             self._signed = {path: (time.monotonic(), url)} | dict(list(self._signed.items())[: _SIGNATURES - 1])
         return url
+
+
+def _pieces(body: memoryview) -> list[memoryview]:
+    """What a socket gets at a time: its timeout is for all of one call, and on a slow link a part takes longer."""
+    return [body[at : at + _PIECE_NBYTES] for at in range(0, len(body), _PIECE_NBYTES)]
 
 
 def _fill(raw: Any, view: memoryview) -> int:

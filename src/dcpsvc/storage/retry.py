@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _FIRST_WAIT_S = 0.5
+_ENDLESS = 10**9
 
 
 class Retry:
@@ -95,13 +96,17 @@ class Retry:
 class RetryingStore:
     """A store that tries again. What the inner store can do beyond the contract, this one can too.
 
+    Reading the bytes of a large object is bounded by time only: a job that resumes has nothing else, and a server that
+    is started again takes longer than a few tries.
+
     Args:
         store: Does the work.
         how: See :class:`Retry`.
     """
 
     def __init__(self, store: Store, **how: Any) -> None:
-        self._store, self._retry = store, Retry(**how)
+        patient: dict[str, Any] = {"tries": _ENDLESS, **how}
+        self._store, self._retry, self._reading = store, Retry(**how), Retry(**patient)
 
     def __repr__(self) -> str:
         return f"RetryingStore({self._store!r})"
@@ -166,15 +171,15 @@ class RetryingStore:
 
     def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
         """See :meth:`ScatteringStore.read_into <dcpsvc.storage.base.ScatteringStore.read_into>`."""
-        self._retry.run(lambda: read_into(self._store, key, begin, views))
+        self._reading.run(lambda: read_into(self._store, key, begin, views))
 
     def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
         """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`; after a failure ``look`` sees all anew."""
-        return self._retry.run(lambda: stream(self._store, key, begin, end, look))
+        return self._reading.run(lambda: stream(self._store, key, begin, end, look))
 
     def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
         """See :class:`RestReadingStore <dcpsvc.storage.base.RestReadingStore>`."""
-        return self._retry.run(lambda: read_rest(self._store, key, begin, max_nbytes=max_nbytes))
+        return self._reading.run(lambda: read_rest(self._store, key, begin, max_nbytes=max_nbytes))
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""
