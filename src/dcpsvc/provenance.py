@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _GIT_S = 5.0
+_LIBRARIES = ("accelerate", "lightning", "peft", "transformers")
+"""Recorded where the job has imported them."""
 _QUIET = {"world", "mesh"}
 """Recorded, and no reason for a warning: any number of ranks loads."""
 
@@ -47,7 +50,7 @@ def record(values: Iterable[Any], *, world_size: int, config: Any = None) -> dic
         "mesh": _mesh(values),
         "git": _commit(),
         "config": _hash(config),
-    }
+    } | {name: _version(name) for name in _LIBRARIES if name in sys.modules}
     return {name: value for name, value in found.items() if value}
 
 
@@ -70,14 +73,25 @@ def _mesh(values: Iterable[Any]) -> str:
     return " x ".join(f"{name}={size}" for name, size in zip(names, mesh.shape, strict=True))
 
 
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:  # a folder of that name
+        return ""
+
+
 def _commit() -> str:
-    """Of the working directory; empty where it is not in a git checkout."""
-    command = ["git", "rev-parse", "HEAD"]
+    """Of the working directory, and whether its files are others; empty where it is not in a git checkout."""
+    command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)  # noqa: S603 - fixed
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    told = done.stdout.splitlines()
+    commit = next((line.split()[-1] for line in told if line.startswith("# branch.oid")), "(initial)")
+    if done.returncode or commit == "(initial)":
+        return ""
+    return commit + (" with uncommitted changes" if any(not line.startswith("#") for line in told) else "")
 
 
 def _hash(config: Any) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.parallelisms import KINDS
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -42,7 +44,7 @@ def test_the_make_targets_exist():
     assert named <= targets
 
 
-@pytest.mark.parametrize("document", ["README.md", "DESIGN.md"])
+@pytest.mark.parametrize("document", ["README.md", "DESIGN.md", "docs/states.md"])
 def test_every_link_leads_to_a_file_and_every_named_test_exists(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
@@ -50,6 +52,14 @@ def test_every_link_leads_to_a_file_and_every_named_test_exists(document):
     named = re.findall(r"`(test_\w+)`", text)
     assert named or document == "README.md"
     assert not set(named) - defined_tests()
+
+
+def test_the_matrix_has_every_parallelism_and_the_table_every_requirement():
+    text = (ROOT / "docs/states.md").read_text()
+    lines = re.findall(r"^\| (.+?) \| (\d) \| exact \| exact \|$", text, flags=re.MULTILINE)
+    assert lines == [(kind, str(max(world, 1))) for kind, (world, _) in KINDS.items()]
+    proven = re.findall(r"^\| (R\d+) \| .+ \| .*`test_\w+`.* \|$", text, flags=re.MULTILINE)
+    assert proven == [f"R{number}" for number in (27, 28, 29, 30, 31, 32, 33, 34, 36)]
 
 
 def defined_tests():

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
+    MixedPrecisionPolicy,
     ShardingStrategy,
     StateDictType,
     fully_shard,
@@ -104,6 +105,12 @@ def offloaded(model: Model) -> nn.Module:
     return sharded(model, mesh_of(2, names=("dp",)), offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
+def in_bfloat16(model: Model) -> nn.Module:
+    """Computed so; parameters and moments stay as they are."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return sharded(model, mesh_of(2, names=("dp",)), mp_policy=policy)
+
+
 def fsdp_and_tp(model: Model) -> nn.Module:
     mesh = mesh_of(2, 2, names=("dp", "tp"))
     return sharded(tensor_parallel(model, mesh["tp"]), mesh["dp"])
@@ -143,6 +150,7 @@ KINDS: dict[str, tuple[int, Callable[[Model], nn.Module]]] = {
     "FSDP2": (2, fsdp),
     "FSDP2 on 3": (3, fsdp),
     "FSDP2, offload": (2, offloaded),
+    "FSDP2, bf16": (2, in_bfloat16),
     "FSDP2, recompute": (2, lambda model: fsdp(checkpointed(model))),
     "FSDP2, compiled": (2, lambda model: compiled(fsdp(model))),
     "HSDP 2x2": (4, hsdp),

@@ -10,6 +10,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import dcpsvc
 from tests.ranks.harness import die, run_ranks, values
@@ -104,6 +107,70 @@ def test_the_names_in_a_checkpoint_are_those_of_the_model(runs, kind):
     parameters = {name for name in NAMES if name != "model.scale"}
     states = {f"optim.state.{name[6:]}.{entry}" for name in parameters for entry in ("exp_avg", "exp_avg_sq", "step")}
     assert {name for name in found if name.startswith("optim.")} == states
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("DDP", None), ("FSDP2 on 3", "dp=3"), ("HSDP 2x2", "replica=2 x shard=2"), ("FSDP2 x TP", "dp=2 x tp=2")],
+)
+def test_the_mesh_and_the_number_of_ranks_are_recorded(runs, kind, mesh):
+    root, _ = runs(kind)
+    (manifest,) = [json.loads(path.read_bytes()) for path in (root / "manifests").glob("step-*.json")]
+    assert manifest["versions"].get("mesh") == mesh
+    assert manifest["versions"]["world"] == str(KINDS[kind][0])
+
+
+# --- a rank that owns nothing -----------------------------------------------------------------------
+
+
+class Single:
+    """One row, on whichever rank has it."""
+
+    def __init__(self, seed):
+        torch.manual_seed(seed)
+        self.model = fully_shard(nn.Linear(3, 1, bias=False))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.state = {"model": self.model, "optim": self.optimizer}
+
+    def train(self, first, until):
+        return [self.step(number) for number in range(first, until)]
+
+    def step(self, number):
+        self.optimizer.zero_grad()
+        loss = self.model(torch.randn(2, 3, generator=torch.Generator().manual_seed(number))).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach()).hex()
+
+
+def train_one_row_and_die(rank, world, root):
+    single = Single(0)
+    ckpt = checkpointer(root, single.state, save_last=False)
+    single.train(0, 3)
+    held = single.model.weight.to_local().numel()
+    ckpt.save(3).wait()
+    (root.parent / f"{rank}.json").write_text(json.dumps([held, single.train(3, 6)]))
+    die()
+
+
+def resume_one_row(rank, world, root):
+    single = Single(5)
+    with checkpointer(root, single.state, save_last=False) as ckpt:
+        assert ckpt.resume() == 3
+        return single.train(3, 6)
+
+
+def test_ranks_that_own_nothing_save_and_resume_with_the_others(tmp_path):
+    root = tmp_path / "run"
+    outcomes = run_ranks(3, train_one_row_and_die, root)
+    assert {outcome.signal for outcome in outcomes} == {9}, [each.log[-4000:] for each in outcomes]
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert [held for held, _ in told] == [3, 0, 0]
+    for world in (3, 2):
+        assert values(run_ranks(world, resume_one_row, root)) == [losses for _, losses in told[:world]]
+
+
+# --- each loads what each saved ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

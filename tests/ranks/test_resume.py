@@ -136,7 +136,7 @@ def load_and_look(rank, world, root, kind):
 
 
 ELASTIC = [
-    ("fsdp", 4, [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("ddp", 2), ("plain", 0)]),
+    ("fsdp", 4, [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp", 8), ("ddp", 2), ("plain", 0)]),
     ("ddp", 2, [("fsdp", 4), ("ddp", 4), ("plain", 0)]),
     ("fsdp", 2, [("fsdp", 4)]),
     ("plain", 0, [("fsdp", 2), ("ddp", 2)]),

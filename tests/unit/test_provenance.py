@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import subprocess
+import sys
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 import pytest
@@ -55,7 +57,20 @@ def test_the_commit_is_that_of_the_checkout_the_job_runs_in(tmp_path: Path, monk
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", *command], check=True)  # noqa: S607 - whichever there is
-    assert len(provenance.record([], world_size=1)["git"]) == 40
+    commit = provenance.record([], world_size=1)["git"]
+    assert len(commit) == 40
+    (tmp_path / "train.py").write_text("new")
+    assert provenance.record([], world_size=1)["git"] == commit  # nobody knows whether it is of the code
+    subprocess.run(["git", "add", "train.py"], check=True)  # noqa: S607
+    assert provenance.record([], world_size=1)["git"] == f"{commit} with uncommitted changes"
+
+
+@pytest.mark.parametrize("library", ["accelerate", "lightning", "peft", "transformers"])
+def test_libraries_are_recorded_where_the_job_has_imported_them(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, library, raising=False)
+    assert library not in provenance.record([], world_size=1)
+    pytest.importorskip(library)
+    assert provenance.record([], world_size=1)[library] == metadata.version(library)
 
 
 def test_changes_are_told_with_what_to_do_and_other_ranks_are_none() -> None:

@@ -73,7 +73,7 @@ def every_kind(numel: int) -> dict[str, torch.Tensor]:
 
 
 DTYPES = ["bool", "uint8", "int8", "int16", "uint16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
-DTYPES += ["float8_e4m3fn", "float8_e5m2", "complex64"]
+DTYPES += ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "complex64"]
 DOCUMENTS = {"sched": {"last_epoch": 7, "text": "ä" * 1000}, "rng@0": list(range(50))}
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DTYPES = [
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.uint64,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
+    torch.uint64,
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
     torch.complex128,
@@ -43,6 +44,19 @@ def test_a_tensor_of_any_kind_comes_back_bit_for_bit(tmp_path: Path, value: torc
     for loaded in (state["x"], state["in"]["a"][0]):
         assert (loaded.dtype, loaded.shape) == (value.dtype, value.shape)
         assert bits(loaded) == bits(value)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.float4_e2m1fn_x2], ids=str)
+def test_a_dtype_without_a_name_is_refused_by_key_and_nothing_is_published(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {"x": {"a": [torch.empty(2, dtype=dtype)]}}
+    with (
+        pytest.raises(SaveFailedError, match=r"x\.a\.0"),
+        Checkpointer(tmp_path / "root", state, local=tmp_path / "local") as ckpt,
+        pytest.raises(UnsupportedStateError, match=rf"x\.a\.0: dtype {dtype} has no name in a layout; cast it"),
+    ):
+        ckpt.save(1)
+    assert not list_checkpoints(tmp_path / "root")
 
 
 def test_a_view_of_a_huge_tensor_stores_only_the_view(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ class Rng:
     def __init__(self, resize: Resize = "by-rank", **own: Generator) -> None:
         self.resize: Resize = checked_resize("Rng", resize)
         self._own = own
-        for name, generator in own.items():
+        given: dict[str, object] = {**own}
+        for name, generator in given.items():
             if not isinstance(generator, Generator):
                 kinds = "a torch.Generator, numpy.random.Generator or RandomState, or random.Random"
                 raise ConfigError(f"Rng({name}=...): {kinds} is expected, not {type(generator).__name__}")
