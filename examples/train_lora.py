@@ -70,7 +70,7 @@ def main() -> None:
     }  # fmt: skip
     with dcpsvc.Checkpointer(  # 1: instead of `if rank == 0: model.save_pretrained(...)`
         options.root, state, local=options.nvme, every=dcpsvc.Every(steps=options.every), keep=dcpsvc.Latest(2),
-        only="trainable", on_event=Folders(options.root, f"{options.root}-adapters"), total_steps=options.steps,
+        only="trainable", on_event=Folders(options.root), total_steps=options.steps,
     ) as ckpt:  # fmt: skip
         start = ckpt.resume()  # 2: where the last run was
         for step in range(start + 1, options.steps + 1):

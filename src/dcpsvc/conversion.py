@@ -5,10 +5,11 @@ What is read goes through a file that is mapped into memory, so the state need n
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-import tempfile
+import os
+import shutil
 from collections import OrderedDict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dcpsvc.errors import ExportError
 from dcpsvc.reader import CheckpointReader, read
 from dcpsvc.state import dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
@@ -24,12 +26,13 @@ from dcpsvc.tools.folder import Folder
 from dcpsvc.tools.showing import show
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
+    from pathlib import Path
 
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.exporting import Source
 
+_SCRATCH = ".dcpsvc-scratch"
 _BATCH_NBYTES = 256 << 20
 _MAPPED_NBYTES = 1 << 20
 """What is smaller is kept in memory: a process may map 65,530 things at a time."""
@@ -37,9 +40,23 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def export_dcp(
-    store: Store, step: int, directory: str | os.PathLike[str], *, progress: Callable[[int], None] = lambda _: None
+    store: Store,
+    step: int,
+    directory: str | os.PathLike[str],
+    *,
+    component: str = "",
+    dtype: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """A directory that plain ``torch.distributed.checkpoint.load`` reads: all tensors and JSON values, by our names.
+
+    Args:
+        store: The run root.
+        step: Of a commit.
+        directory: Empty, or not there.
+        component: Only its tensors, by their names in the module, as torchtitan calls them.
+        dtype: Floating-point tensors are cast to it.
+        progress: Called with the bytes just read.
 
     Raises:
         NoSuchStepError: The step is not committed, or damaged.
@@ -49,15 +66,23 @@ def export_dcp(
     shown = show(store, step)
     reader = CheckpointReader(shown.manifest, shown.layout, [store])
     about = {"run_id": shown.manifest.run_id, "step": step, "attempt": shown.manifest.attempt, "format": "dcp"}
-    folder = Folder(directory, about)
+    keys = [key for key in shown.layout.names() if not component or key.startswith(f"{component}.")]
+    if component and not keys:
+        raise ExportError(f"{store.url} step {step}", f"no tensors below {component!r}")
+    folder = Folder(directory, about | {"component": component, "dtype": dtype})
     dcp_quirks.quiet()
-    with tempfile.TemporaryDirectory(dir=folder.path) as scratch:
-        state: dict[str, Any] = _mapped(reader, list(shown.layout.names()), Path(scratch) / "state", progress)
-        state |= {name: state[of] for name, of in shown.layout.aliases.items()}  # DCP knows no ties
-        state |= _values(reader, state)
+    with _scratch(folder.path) as scratch:
+        found = _mapped(reader, keys, scratch / "state", progress)
+        cast = _cast(found, dtype)
+        state: dict[str, Any] = {key: cast[shown.layout.aliases.get(key, key)] for key in keys}  # DCP knows no ties
+        if component:
+            state = {key.removeprefix(f"{component}."): tensor for key, tensor in state.items()}
+        else:
+            state |= _values(reader, state)
         writer = FileSystemWriter(folder.path, single_file_per_rank=True, overwrite=True)
         save(state, storage_writer=writer, no_dist=True)
-        del state
+        del state, cast, found
+    _sync(folder.path)
     folder.finish()
 
 
@@ -79,17 +104,43 @@ def export_torch(
     reader = CheckpointReader(source.manifest, source.layout, [store])
     prefix = f"{source.component}."
     keys = [key for key in source.layout.names() if key.startswith(prefix)]
-    wanted = _DTYPES.get(dtype or "")
-    with tempfile.TemporaryDirectory(dir=folder.path) as scratch:
-        found = _mapped(reader, keys, Path(scratch) / "state", progress)
-        cast = {key: t.to(wanted) if wanted and t.is_floating_point() else t for key, t in found.items()}
+    with _scratch(folder.path) as scratch:
+        found = _mapped(reader, keys, scratch / "state", progress)
+        cast = _cast(found, dtype)
         tied = {key: cast[source.layout.aliases.get(key, key)] for key in keys}
         state = OrderedDict((key.removeprefix(prefix), tied[key]) for key in keys)
         target = folder.path / "model.pt.partial"
-        torch.save(state, target)
+        with target.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         target.replace(folder.path / "model.pt")
         del found, cast, tied, state
     folder.finish()
+
+
+def _cast(tensors: dict[str, torch.Tensor], dtype: str | None) -> dict[str, torch.Tensor]:
+    wanted = _DTYPES.get(dtype or "")
+    return {key: t.to(wanted) if wanted and t.is_floating_point() else t for key, t in tensors.items()}
+
+
+def _sync(folder: Path) -> None:
+    """DCP syncs ``.metadata`` before its last bytes are out of Python's buffer."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Generator[Path]:
+    """An empty directory of a fixed name: what an export that was killed left in it goes first."""
+    path = folder / _SCRATCH
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _mapped(

@@ -16,17 +16,19 @@ from dcpsvc.errors import (
     NoValidCheckpointError,
     RankFailure,
     RestoreFailedError,
+    StateError,
 )
 from dcpsvc.format import manifest as manifests
 from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
 from dcpsvc.ranks.exchange import Exchange
-from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
+from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, RefusalError
 from dcpsvc.reader import CheckpointReader, load
 from dcpsvc.sharing import Sharing, Sources
 from dcpsvc.stages import discover, restore
 from dcpsvc.state import app as states
+from dcpsvc.state import fingerprint
 from dcpsvc.state.drift import Drift, Terms
 from dcpsvc.storage.scatter import Needs
 
@@ -195,15 +197,16 @@ class Resuming:
         summary = restore.summary(loaded.saved, loaded.components, sorted(terms.skip))
         return f"{summary}; read {self._sources}", loaded.versions
 
-    def _agreed(self, where: str, work: Callable[[], T]) -> T:
-        """What this rank's work gives, once all have done theirs."""
-        found: T | None = None
-        message = None
+    def _agreed(self, where: str, work: Callable[[], _Loaded]) -> _Loaded:
+        """What this rank's work gives, once all have done theirs, over the base that the checkpoint is for."""
+        found: _Loaded | None = None
+        message: Any = None
         try:
             found = self._within(work)
+            message = found.saved.bases
         except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
-        self._meet(where, message, lambda _: None)
+        self._meet(where, message, lambda said: _check_bases(found, said))
         assert found is not None  # noqa: S101 - a failure would have ended the meeting
         return found
 
@@ -278,6 +281,15 @@ class Resuming:
         except RuntimeError as err:  # the ranks' store does not answer
             failure = RankFailure(self.job.rank, "control", type(err).__name__, str(err))
             raise RestoreFailedError(self.remote.url, (failure,), (), changed) from err
+
+
+def _check_bases(loaded: _Loaded | None, said: list[Any]) -> None:
+    """Coordinator: an adapter over another base is refused on all ranks."""
+    assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
+    try:
+        fingerprint.check(loaded.saved.step, loaded.versions, said)
+    except StateError as err:
+        raise RefusalError([RankFailure(0, "restore", type(err).__name__, str(err))]) from err
 
 
 def _told(found: Manifest | None) -> str:

@@ -213,6 +213,7 @@ class Saver:
             known_layout=self._life.known_layout(blueprint.part),
             stamp=_stamp(metrics) | {"versions": dict(self._versions)},
             disk=self._disk_need(),
+            bases=collected.bases,
         )
         self._events.emit(Point.STAGED, step=save.key.step, attempt=save.key.attempt, nbytes=outline.nbytes)
 

@@ -43,12 +43,12 @@ def test_the_example_stopped_half_way_goes_on_as_one_run_and_leaves_peft_folders
     second = train(tmp_path / "pieces", 20, 2)
     assert (len(first), len(second)) == (20, 20)
     assert first | second == whole
-    folders = sorted(path.name for path in (tmp_path / "pieces" / "run-adapters").iterdir())
-    assert folders == ["step-10", "step-20"]
+    folders = sorted((tmp_path / "pieces" / "run" / "data").glob("step-*/adapter"))
+    assert [folder.parent.name.split(".")[0] for folder in folders] == ["step-000000000010", "step-000000000020"]
     base = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64, n_positions=16)
     )
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "pieces" / "run-adapters" / "step-20")
+    loaded = peft.PeftModel.from_pretrained(base, folders[-1])
     stored = dcpsvc.storage_reader(tmp_path / "pieces" / "run").layout.tensors
     moved = [p for name, p in loaded.named_parameters() if "lora_B" in name]
     assert moved

@@ -103,6 +103,18 @@ def test_a_parameter_that_was_trained_and_then_frozen_is_still_stored(tmp_path: 
     assert "model.down" in names(tmp_path)
 
 
+def test_a_base_that_is_written_to_between_two_saves_is_recorded_anew(tmp_path: Path) -> None:
+    state = training()
+    with dcpsvc.Checkpointer(tmp_path / "root", state, local=tmp_path / "local", only="trainable") as ckpt:
+        ckpt.save(1).wait(30)
+        ckpt.save(2).wait(30)
+        with torch.no_grad():
+            state["model"].base[0].weight[0, 0] += 1
+        ckpt.save(3).wait(30)
+    found = [dcpsvc.storage_reader(tmp_path / "root", step).manifest.versions["base.model"] for step in (1, 2, 3)]
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_full_checkpoint_is_loaded_into_an_adapter_run_with_its_base(tmp_path: Path) -> None:
     state = steps(training())
     with torch.no_grad():
@@ -165,5 +177,6 @@ def test_a_peft_model_inside_another_comes_back_and_its_bytes_are_few(tmp_path: 
     full = tmp_path / "full"
     save(full, {"model": model})
     (whole,) = (full / "root" / "data").glob("*/rank-00000.safetensors")
+    assert dcpsvc.storage_reader(tmp_path / "root").manifest.versions["base.model"].startswith("tiny-gpt2 ")
     stored_nbytes = dcpsvc.latest(tmp_path / "root").nbytes
     assert stored_nbytes == shard.stat().st_size < whole.stat().st_size

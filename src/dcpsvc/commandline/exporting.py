@@ -24,9 +24,10 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 @click.argument("directory", type=click.Path(file_okay=False))
 @click.option("--format", "kind", type=click.Choice(["hf", "peft", "dcp", "torch"]), required=True)
 @click.option(
-    "--component", default="model", show_default=True, help="The module, or a dotted beginning below it (not for dcp)."
+    "--component",
+    help="The module, or a dotted beginning below it; else model; of dcp: only its tensors, as it calls them.",
 )
-@click.option("--dtype", type=click.Choice(_FLOATS), help="Cast floating-point tensors (not for dcp).")
+@click.option("--dtype", type=click.Choice(_FLOATS), help="Cast floating-point tensors.")
 @click.option(
     "--max-shard-mib", type=click.IntRange(min=1), default=5120, show_default=True, help="Largest file of hf, in MiB."
 )
@@ -36,7 +37,7 @@ def export_command(
     step: str,
     directory: str,
     kind: str,
-    component: str,
+    component: str | None,
     dtype: str | None,
     max_shard_mib: int,
     options: tuple[str, ...],
@@ -49,17 +50,18 @@ def export_command(
     Examples:
       dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
     """
-    from dcpsvc.tools import exporting  # takes NumPy, which the other commands do without
+    from dcpsvc.tools import exporting, showing  # takes NumPy, which the other commands do without
 
     store = open_store(root, options)
     number = _step(store, step)
     if kind == "dcp":
         from dcpsvc import conversion
 
-        with progress.shown("exported", 0, quiet=True) as advance:
-            conversion.export_dcp(store, number, directory, progress=advance)
+        total = sum(tensor.nbytes for tensor in showing.show(store, number).layout.tensors.values())
+        with progress.shown("exported", total) as advance:
+            conversion.export_dcp(store, number, directory, component=component or "", dtype=dtype, progress=advance)
         return
-    source = exporting.Source(store, number, component)
+    source = exporting.Source(store, number, component or "model")
     with progress.shown("exported", exporting.planned_nbytes(source)) as advance:
         if kind == "hf":
             exporting.export_hf(source, directory, dtype=dtype, max_shard_nbytes=max_shard_mib * _MIB, progress=advance)

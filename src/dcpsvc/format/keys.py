@@ -8,6 +8,7 @@
     manifests/epochs/00000007.<token>.inherited.json  what was committed then
     layouts/<digest>.json
     data/step-000000000500.<attempt>/rank-00003.safetensors
+    data/step-000000000500.<attempt>/adapter/         a folder of PEFT, made of the shards after the commit
     metrics/step-000000000500.<attempt>/00000001.<token>.json  numbers recorded after the commit
     pins/step-000000000500.<attempt>/<token>.json              it must stay
     pins/step-000000000500.<attempt>/<token>.until-001763690000.json  until then: somebody reads it
@@ -121,6 +122,11 @@ class Attempt(NamedTuple):
     def data(self) -> str:
         """Prefix of every shard."""
         return f"{DATA}{self}/"
+
+    @property
+    def adapter(self) -> str:
+        """Prefix of the folder of PEFT that was made of it."""
+        return f"{self.data}adapter/"
 
     @property
     def metrics(self) -> str:

@@ -1,34 +1,44 @@
-"""A ready PEFT folder beside each commit, for whoever serves or evaluates adapters: ``pip install dcpsvc[peft]``.
+"""A ready PEFT folder in each checkpoint, for whoever serves or evaluates adapters: ``pip install dcpsvc[peft]``.
 
 ::
 
-    folders = dcpsvc.integrations.peft.Folders("s3://bucket/runs/exp42", "./adapters")
+    folders = dcpsvc.integrations.peft.Folders("s3://bucket/runs/exp42")
     ckpt = dcpsvc.Checkpointer("s3://bucket/runs/exp42", state, only="trainable", on_event=folders)
 
-Written by rank 0 in a thread of its own, out of what was committed, verified. A step becomes visible as ``step-N`` when
-its folder is whole.
+Rank 0 writes it right after the commit, in a thread of its own, out of what was committed, verified:
+``data/step-<step>.<attempt>/adapter/`` at the run root, which a policy deletes with the checkpoint. What a kill, or a
+store that was down, left out is caught up by the next start. The last file of a folder is ``files.json``.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import DcpsvcError
 from dcpsvc.events import Point
+from dcpsvc.format.digest import digest
+from dcpsvc.format.keys import Attempt
+from dcpsvc.format.seal import seal
 from dcpsvc.reading import open_root
+from dcpsvc.stages import discover
+from dcpsvc.storage.base import is_there
 from dcpsvc.tools.exporting import Source, export_peft
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from dcpsvc.events import Event
+    from dcpsvc.storage.base import Store
 
 logger = logging.getLogger("dcpsvc")
+
+_LAST = "files.json"
 
 
 class Folders:
@@ -36,7 +46,6 @@ class Folders:
 
     Args:
         root: The run root.
-        directory: Where ``step-N`` folders go.
         component: The module's name in the state, or a dotted beginning below it.
         storage_options: For fsspec.
         on_event: Another observer, called first.
@@ -45,26 +54,25 @@ class Folders:
     def __init__(
         self,
         root: str | os.PathLike[str],
-        directory: str | os.PathLike[str],
         *,
         component: str = "model",
         storage_options: Mapping[str, Any] | None = None,
         on_event: Any = None,
     ) -> None:
-        self._root, self._directory, self._component = root, Path(directory), component
+        self._root, self._component = root, component
         self._options, self._next = storage_options, on_event
         self._thread: ThreadPoolExecutor | None = None
 
     def __call__(self, event: Event) -> None:
-        """Begin a folder when a step is committed; wait for what is begun when the Checkpointer closes."""
+        """Begin what is missing at the start, and a folder at each commit; wait for them at the end."""
         if self._next is not None:
             self._next(event)
         if event.rank != 0:
             return
-        if event.name == Point.COMMITTED and event.step is not None:
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-peft")
-            self._thread.submit(self._write, event.step)
+        if event.name == Point.OPENED:
+            self._begin(self._catch_up)
+        elif event.name == Point.COMMITTED and event.step is not None:
+            self._begin(functools.partial(self._write, Attempt(event.step, event.attempt)))
         elif event.name == Point.CLOSED:
             self.wait()
 
@@ -74,12 +82,40 @@ class Folders:
             thread, self._thread = self._thread, None
             thread.shutdown()
 
-    def _write(self, step: int) -> None:
-        name, partial = self._directory / f"step-{step}", self._directory / f".step-{step}.partial"
+    def _begin(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcpsvc-peft")
+        self._thread.submit(self._tried, work)
+
+    def _tried(self, work: Callable[[], None]) -> None:
         try:
-            if not name.exists():
-                export_peft(Source(open_root(self._root, self._options), step, self._component), partial)
-                partial.rename(name)
+            work()
         except (DcpsvcError, OSError) as err:  # the commit stands, whatever becomes of its folder
-            shutil.rmtree(partial, ignore_errors=True)
-            logger.warning("step %s: no PEFT folder was made: %s", step, err)
+            logger.warning("a PEFT folder was not made, the next start tries again: %s", err)
+
+    def _catch_up(self) -> None:
+        store = open_root(self._root, self._options)
+        for attempt in reversed(discover.committed(store)):
+            if not is_there(store, attempt.adapter + _LAST):
+                self._write(attempt)
+
+    def _write(self, attempt: Attempt) -> None:
+        store = open_root(self._root, self._options)
+        with tempfile.TemporaryDirectory(prefix="dcpsvc-peft-") as scratch:
+            export_peft(Source(store, attempt.step, self._component, attempt.attempt), scratch)
+            _carry(store, attempt, Path(scratch))
+        if not is_there(store, attempt.manifest):  # it was deleted meanwhile, and so is this
+            for entry in store.list(attempt.adapter):
+                store.delete(entry.key)
+
+
+def _carry(store: Store, attempt: Attempt, folder: Path) -> None:
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: {"nbytes": (folder / name).stat().st_size, "digest": _digest(folder / name)} for name in names}
+    for name in names:
+        store.put_file(attempt.adapter + name, folder / name)
+    store.put(attempt.adapter + _LAST, seal({"step": attempt.step, "attempt": attempt.attempt, "files": files}))
+
+
+def _digest(path: Path) -> str:
+    return digest(path.read_bytes())

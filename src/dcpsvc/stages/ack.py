@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.format.parse import Fields, compact
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import Meeting, RefusalError
-from dcpsvc.state import claims
+from dcpsvc.state import claims, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +47,7 @@ class Proposal:
         known_layout: Digest of the layout it used last with this very part; empty if none.
         stamp: What the coordinator gives to the manifest: time, metrics, versions.
         disk: Room it needs on its local tier; None: it has not looked.
+        bases: What it says about what of the modules is not saved.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Proposal:
     known_layout: str
     stamp: Mapping[str, Any]
     disk: DiskNeed | None = None
+    bases: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +214,7 @@ def _message(job: Job, proposal: Proposal | RankFailure) -> Any:
         "generation": job.group.generation + int(job.group.poisoned),
         "stamp": dict(proposal.stamp) if job.coordinates else None,
         "disk": proposal.disk.to_json() if proposal.disk else None,
+        "bases": dict(proposal.bases),
     }
 
 
@@ -221,9 +224,17 @@ def _compare(messages: list[Any]) -> dict[str, Any]:
         "differ": claims.differing([message["claims"] for message in messages]),
         "gather": layouts == {""} or len(layouts) > 1,
         "generation": max(message["generation"] for message in messages),
-        "stamp": messages[0]["stamp"],
+        "stamp": _stamp(messages),
         "short": bool(_shortage([message["disk"] for message in messages])),
     }
+
+
+def _stamp(messages: list[Any]) -> dict[str, Any]:
+    """The coordinator's, with what all ranks together know of the bases of adapters."""
+    stamp: dict[str, Any] = messages[0]["stamp"]
+    if bases := fingerprint.versions([message["bases"] for message in messages]):
+        stamp["versions"] = stamp["versions"] | bases
+    return stamp
 
 
 def _shortage(needs: list[Any]) -> list[preflight.Shortage]:

@@ -156,7 +156,8 @@ def debris(store: Store, epoch: Epoch, inherited: Collection[Attempt]) -> list[A
     was finished by another job, and deleted.
     """
     shards, manifests = ([entry.key for entry in store.list(prefix)] for prefix in (DATA, MANIFESTS))
-    attempts = {attempt for key in (*shards, *manifests) if (attempt := attempt_of(key)) is not None}
+    found = [*(attempt_below(key) for key in shards), *(attempt_of(key) for key in manifests)]
+    attempts = {attempt for attempt in found if attempt is not None}
     attempts |= sidefiles.beside(store)
     older = {one for one in attempts if one.epoch.number > 0 and one.epoch < epoch}
     hollow = older.intersection(inherited) - {attempt_below(key) for key in shards}

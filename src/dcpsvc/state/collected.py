@@ -88,6 +88,7 @@ class Collected:
         documents: JSON values by component that all ranks share.
         own_documents: JSON values of this rank alone; the names carry the rank.
         owners: ``id`` of each parameter that exactly one optimizer changes, and of that optimizer.
+        bases: What this rank says about what of the modules is not saved, by component.
     """
 
     rank: int
@@ -96,6 +97,7 @@ class Collected:
     documents: dict[str, Any] = field(default_factory=dict[str, Any])
     own_documents: dict[str, Any] = field(default_factory=dict[str, Any])
     owners: dict[int, int] = field(default_factory=dict[int, int])
+    bases: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def add(
         self,

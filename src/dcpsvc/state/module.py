@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents, fsdp1, meta, origin
+from dcpsvc.state import documents, fingerprint, fsdp1, meta, origin
 from dcpsvc.state.collected import Collected, Sharing
+from dcpsvc.state.fingerprint import BASE, Said, Sums
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, own_name
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from dcpsvc.state.sharing import Validate
 
 Only = Literal["all", "trainable"]
-
-BASE = "__base__"
-"""Stands for all that is not saved of a module, in a table of differences and in ``skip``."""
 
 _EXTRA = "_extra_state"
 
@@ -48,7 +46,7 @@ class ModuleComponent:
         self.name, self.module = name, unwrap(bare(given))
         self.only, self._names = only, Names(self.module)
         self._trained: set[str] = set()
-        self._base: tuple[list[str], dict[str, str]] | None = None
+        self._base: tuple[list[tuple[str, int, int]], dict[str, str], Sums | None] | None = None
         self.part = given if isinstance(given, Part) else None
         self.dtype = given.dtype if isinstance(given, Cast) else None
         self.validate: Validate = given.validate if isinstance(given, Replicated) else "hash"
@@ -73,7 +71,7 @@ class ModuleComponent:
 
     def collect(self, into: Collected) -> None:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
-        about = documents.encode(self._about(), self.name, _NoTensors(self.name))
+        about = documents.encode(self._about(into), self.name, _NoTensors(self.name))
         if self.part is None:
             into.documents[self.name] = about
         else:
@@ -146,21 +144,29 @@ class ModuleComponent:
     def _own(self) -> set[int]:
         return {id(tensor) for tensor in (*(p for _, p in self.named_parameters()), *self.module.buffers())}
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self, into: Collected) -> dict[str, Any]:
         about = origin.described(self.module, self._names)
         if self.only == "trainable":
-            about["base"] = self._fingerprint()
+            base, sums = self._fingerprint(into.rank)
+            into.bases[self.name] = self._said(base["name"], sums)
+            shared = sums is not None and self.part is None
+            about["base"] = base | ({"whole": f"{sums.whole:016x}"} if shared and sums is not None else {})
         return about
 
-    def _fingerprint(self) -> dict[str, str]:
-        """Of the parameters that are not saved, taken anew only when they are others: nothing is to change them."""
+    def _said(self, name: str, sums: Sums | None) -> Said:
+        return Said(name, sums and sums.counted, None if sums is None or self.part is not None else sums.whole)
+
+    def _fingerprint(self, rank: int) -> tuple[dict[str, str], Sums | None]:
+        """Of the parameters that are not saved, taken anew only when they are others, or torch saw one written to."""
         names = self.parameter_names()
         named = {names[id(parameter)]: parameter for _, parameter in self.named_parameters()}
-        frozen = [n for n, p in named.items() if not _is_trained(p) and f"{self.name}.{n}" not in self._trained]
-        if self._base is None or self._base[0] != frozen:
-            values = origin.fingerprint((name, named[name]) for name in frozen)
-            self._base = (frozen, values | {"name": origin.base_name(self.module)})
-        return self._base[1]
+        frozen = [(n, p) for n, p in named.items() if not _is_trained(p) and f"{self.name}.{n}" not in self._trained]
+        seen = [(n, id(_origin(p)), _origin(p)._version) for n, p in frozen]  # noqa: SLF001 - torch's only counter
+        if self._base is None or self._base[0] != seen:
+            base = {"structure": origin.structure(frozen), "name": origin.base_name(self.module)}
+            holder = None if self.part is None else self.part.holder
+            self._base = (seen, base, fingerprint.sums(frozen, rank, holder))
+        return self._base[1:]
 
     def _check_base(self, saved: Saved) -> None:
         """An adapter over another base is of no use, and no shape would tell."""
@@ -170,11 +176,11 @@ class ModuleComponent:
         key = f"{self.name}.{BASE}"
         if not theirs or saved.terms.skips(key):
             return
-        mine = self._fingerprint()
-        for what in ("structure", "values"):
-            if theirs.get(what, mine.get(what)) != mine.get(what, theirs.get(what)):
-                texts = [f"{base.get('name') or 'unnamed'} ({what} {base.get(what)})" for base in (theirs, mine)]
-                saved.drift.add(key, "base", *texts)
+        mine, sums = self._fingerprint(saved.rank)
+        saved.bases[self.name] = self._said(saved.saved_name(self.name), sums)
+        if theirs.get("structure") != mine["structure"]:
+            texts = [f"{base.get('name') or 'unnamed'} (structure {base.get('structure')})" for base in (theirs, mine)]
+            saved.drift.add(key, "base", *texts)
 
     def _wanted(self, saved: Saved, key: str, value: torch.Tensor) -> list[Want]:
         if key.endswith(_EXTRA):
@@ -185,7 +191,7 @@ class ModuleComponent:
         return self.dtype if value.is_floating_point() else None
 
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
-        owner = into.owners.get(id(value.origin if isinstance(value, Ragged) else value))
+        owner = into.owners.get(id(_origin(value)))
         if self.part is not None:
             alike = self.part.ranks if _is_parameter(value) else ()  # of buffers, the holder's count
             into.add_part(key, value, self.part.holder, owner=owner, alike=alike)
@@ -250,7 +256,12 @@ def _is_parameter(value: Any) -> bool:
 
 
 def _is_trained(parameter: torch.Tensor) -> bool:
-    return (parameter.origin if isinstance(parameter, Ragged) else parameter).requires_grad
+    return _origin(parameter).requires_grad
+
+
+def _origin(parameter: torch.Tensor) -> torch.Tensor:
+    """What training writes to."""
+    return parameter.origin if isinstance(parameter, Ragged) else parameter
 
 
 def _no_tensor(name: str) -> torch.Tensor:

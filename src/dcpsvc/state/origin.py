@@ -10,19 +10,14 @@ import json
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.distributed.tensor import DTensor
-
 from dcpsvc.format.digest import digest
 from dcpsvc.format.parse import compact
-from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    import torch
     from torch import nn
-
-_AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def described(module: nn.Module, fqn: Callable[[str], str]) -> dict[str, Any]:
@@ -35,17 +30,10 @@ def described(module: nn.Module, fqn: Callable[[str], str]) -> dict[str, Any]:
     return found
 
 
-def fingerprint(frozen: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """Of the tensors that are not saved: their names and shapes, and their bits where this rank holds all of them.
-
-    Reads each once; the same for any number of ranks and on any device.
-    """
+def structure(frozen: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Of the tensors that are not saved: a digest of their names and shapes."""
     tensors = sorted(frozen, key=lambda pair: pair[0])
-    structure = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors]
-    found = {"structure": digest(compact(structure))}
-    if not any(isinstance(tensor, DTensor | Ragged) or tensor.is_meta for _, tensor in tensors):
-        found["values"] = digest(compact([_bits(tensor) for _, tensor in tensors]))
-    return found
+    return digest(compact([[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors]))
 
 
 def base_name(module: nn.Module) -> str:
@@ -55,14 +43,6 @@ def base_name(module: nn.Module) -> str:
             if name := getattr(config, "base_model_name_or_path", None):
                 return str(name)
     return ""
-
-
-def _bits(tensor: torch.Tensor) -> int:
-    """A reduction over all elements, wherever they are."""
-    kind = _AS_INTEGER.get(tensor.element_size())
-    flat = tensor.detach().contiguous().view(-1)
-    found = torch.hash_tensor(flat.view(kind) if kind is not None else torch.view_as_real(flat).view(torch.int64))
-    return int(found.cpu().view(torch.int64).item())
 
 
 def _config(module: nn.Module) -> Any:

@@ -45,6 +45,7 @@ class Saved:
         documents_of: Gives the JSON values in the shard of a rank that wrote the checkpoint.
         terms: What the user asked to be let pass.
         drift: Where what is wanted and what was saved differ, as far as was looked.
+        bases: What this rank says about what of the modules is not saved, by component.
     """
 
     layout: Layout
@@ -56,6 +57,7 @@ class Saved:
     documents_of: Callable[[int], Mapping[str, Any]] | None = None
     terms: Terms = field(default_factory=Terms)
     drift: Drift = field(default_factory=Drift)
+    bases: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def source_rank(self) -> int:

@@ -59,14 +59,15 @@ class Source:
         store: The run root.
         step: Of a commit.
         component: The module's name in the state, or a dotted beginning below it.
+        attempt: Which of the step; None: the newest.
 
     Raises:
         NoSuchStepError: The step is not committed, or damaged.
         ExportError: It has no such component.
     """
 
-    def __init__(self, store: Store, step: int, component: str) -> None:
-        shown = show(store, step)
+    def __init__(self, store: Store, step: int, component: str, attempt: str | None = None) -> None:
+        shown = show(store, step, attempt)
         self.component, self.layout, self.manifest = component, shown.layout, shown.manifest
         self._shards = {record.rank: VerifiedShard([store], record) for record in shown.manifest.shards}
         if not any(key.startswith(f"{component}.") for key in self.layout.names()):
