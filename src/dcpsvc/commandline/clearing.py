@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.clearing import Cleared
-    from dcpsvc.tools.leftovers import Leftovers, Rules
+    from dcpsvc.tools.clearrules import Rules
+    from dcpsvc.tools.leftovers import Leftovers
     from dcpsvc.tools.localtier import LocalLeftovers
 
 
@@ -73,25 +74,26 @@ def gc_command(root: str, local: str | None, options: tuple[str, ...], **choices
       dcpsvc gc ./runs/exp42 --keep latest:3,best:2:loss:min,steps:10000
       dcpsvc gc ./runs/exp42 --remove 500 --older-than 1h --deletes-per-s 50
     """
-    from dcpsvc.tools import leftovers, localtier
+    from dcpsvc.tools import clearrules, localtier
 
     store = open_store(root, options)
     here = local_path(store, local)
     try:
-        rules = leftovers.Rules(
+        rules = clearrules.Rules(
             keep=None if choices["keep"] is None else policy.parse(choices["keep"]),
+            typed=True,
             steps=choices["steps"],
             older_than_s=choices["older_than"],
             damaged=choices["damaged"],
             force_last=choices["force_last"],
             waiting=localtier.waiting(here, discover.committed(store)),
         )
+        if choices["dry_run"]:
+            _tell(store, here, rules, as_json=choices["as_json"])
+        else:
+            _clear(store, here, rules, choices)
     except ConfigError as err:
         raise click.BadParameter(str(err), param_hint="--keep") from err
-    if choices["dry_run"]:
-        _tell(store, here, rules, as_json=choices["as_json"])
-    else:
-        _clear(store, here, rules, choices)
 
 
 def _tell(store: Store, here: Path, rules: Rules, *, as_json: bool) -> None:
@@ -127,7 +129,7 @@ def _clear(store: Store, here: Path, rules: Rules, choices: dict[str, Any]) -> N
     if choices["as_json"]:
         print_json(_document(found, nearby) | _done(done, nearby, pace.nbytes))
     else:
-        cleartables.print_cleared(done, nearby, pace.nbytes)
+        cleartables.print_cleared(done, nearby, pace.nbytes, found.remarks)
     sys.exit(EXIT_DAMAGED if done.held else 0)
 
 
