@@ -20,6 +20,7 @@ from dcpsvc.commandline.common import (
     store_options,
     time_in_seconds,
 )
+from dcpsvc.commandline.steps import attempt_option, check_one, complete_step
 from dcpsvc.errors import ConfigError
 from dcpsvc.format import keys, policy, run
 from dcpsvc.stages import discover
@@ -44,7 +45,16 @@ def _age(text: str) -> float:
 @click.option(
     "--keep", metavar="RULES", help="Instead of the recorded policy, e.g. latest:3,best:2:loss:min,steps:1000."
 )
-@click.option("--remove", "steps", type=click.IntRange(min=0), multiple=True, metavar="STEP", help="This one goes too.")
+@click.option(
+    "--remove",
+    "steps",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="STEP",
+    shell_complete=complete_step,
+    help="This one goes too.",
+)
+@attempt_option
 @click.option("--damaged", is_flag=True, help="Damaged checkpoints go too.")
 @click.option("--force-last", is_flag=True, help="So may the newest checkpoint.")
 @click.option(
@@ -78,11 +88,16 @@ def gc_command(root: str, local: str | None, options: tuple[str, ...], **choices
 
     store = open_store(root, options)
     here = local_path(store, local)
+    if choices["attempt"] is not None and len(choices["steps"]) != 1:
+        raise click.UsageError("--attempt goes with one --remove STEP")
+    for step in choices["steps"]:
+        check_one(store, step, choices["attempt"])
     try:
         rules = clearrules.Rules(
             keep=None if choices["keep"] is None else policy.parse(choices["keep"]),
             typed=True,
             steps=choices["steps"],
+            attempt=choices["attempt"],
             older_than_s=choices["older_than"],
             damaged=choices["damaged"],
             force_last=choices["force_last"],

@@ -22,6 +22,7 @@ class Rules:
     Attributes:
         keep: None: what the newest start of the job has recorded.
         steps: Go, whatever the policy says.
+        attempt: Of that step, where only one attempt goes.
         older_than_s: Age in seconds from which things go that somebody may still be about to use: attempts without a
             manifest (a copy under way, an upload that a start on their nodes would finish), layouts, probes.
         damaged: Damaged checkpoints go too.
@@ -32,6 +33,7 @@ class Rules:
 
     keep: Keep | None = None
     steps: tuple[int, ...] = ()
+    attempt: str | None = None
     older_than_s: float = 86400.0
     typed: bool = False
     damaged: bool = False

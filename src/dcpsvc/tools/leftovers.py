@@ -127,7 +127,8 @@ class _Look:
         self._committed = discover.committed(store)
         self._newest = max((attempt.step for attempt in self._committed), default=-1)
         self._pins = notes.pins(now_s)
-        self._named = [one for one in self._committed if one.step in rules.steps]
+        named = [one for one in self._committed if one.step in rules.steps]
+        self._named = [one for one in named if rules.attempt in {None, one.attempt}]
         rest = [seen for attempt, seen in self._seen.items() if attempt not in self._named]
         self._plan = keeping.plan(store, rest, notes, rules.keep, now_s=now_s)
         self._marked = set(retain.condemned(store))
@@ -164,6 +165,11 @@ class _Look:
         for step in self._rules.steps:
             if step not in steps:
                 raise NoSuchStepError(self._store.url, step, steps)
+        if self._rules.attempt is not None and not self._named:
+            step = self._rules.steps[0]
+            there = tuple(one.attempt for one in self._committed if one.step == step)
+            reason = f"has no committed attempt {self._rules.attempt}"
+            raise NoSuchStepError(self._store.url, step, steps, reason, there)
         for attempt in self._named:
             if pins := self._pins.get(attempt):
                 reason = f"is held ({', '.join(pins)}); first: dcpsvc unpin"
