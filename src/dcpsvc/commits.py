@@ -42,6 +42,11 @@ class Commit:
         return is_diverged(self.metrics)
 
 
+def listed_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without what a divergence detector keeps for itself, which is of no use to people."""
+    return {name: value for name, value in metrics.items() if not name.startswith(OWN_METRICS)}
+
+
 def is_diverged(metrics: Mapping[str, float]) -> bool:
     """Whether the metric ``diverged`` is there and not 0."""
     return metrics.get(DIVERGED, 0.0) != 0.0

@@ -266,16 +266,23 @@ class RestoreError(DcpsvcError):
 
 
 class NoSuchStepError(RestoreError):
-    """An explicitly named step that is not committed. Never a fresh start."""
+    """An explicitly named step that is not committed. Never a fresh start.
 
-    def __init__(self, root: str, step: int, available: tuple[int, ...], reason: str = "") -> None:
-        super().__init__(root, step, available, reason)
-        self.root, self.step, self.available, self.reason = root, step, available, reason
+    ``attempts`` are those of the step, where it is the attempt that is not there.
+    """
+
+    def __init__(
+        self, root: str, step: int, available: tuple[int, ...], reason: str = "", attempts: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(root, step, available, reason, attempts)
+        self.root, self.step, self.available, self.reason, self.attempts = root, step, available, reason, attempts
 
     def __str__(self) -> str:
+        if self.attempts:
+            return f"{self.root}: step {self.step} {self.reason}; its attempts are {', '.join(self.attempts)}"
         have = f"committed steps: {', '.join(map(str, self.available))}" if self.available else "nothing is committed"
-        why = f" ({self.reason})" if self.reason else ""
-        return f"{self.root}: step {self.step} cannot be loaded{why}; {have}"
+        why = f"cannot be loaded ({self.reason})" if self.reason else "is not committed"
+        return f"{self.root}: step {self.step} {why}; {have}"
 
 
 class NoValidCheckpointError(RestoreError):

@@ -89,5 +89,7 @@ def find(store: Store, step: int, attempt: str | None = None) -> Attempt:
     found = [one for one in everything if one.step == step and attempt in {None, one.attempt}]
     if not found:
         have = tuple(sorted({one.step for one in everything}))
-        raise NoSuchStepError(store.url, step, have, "" if attempt is None else f"it has no attempt {attempt}")
+        there = tuple(one.attempt for one in everything if one.step == step)
+        reason = f"has no committed attempt {attempt}" if there else ""
+        raise NoSuchStepError(store.url, step, have, reason, there)
     return discover.newest_first(store, found)[0]

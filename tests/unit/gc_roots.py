@@ -190,7 +190,7 @@ def main() -> None:
     """Clear a root, and be killed around the n-th change of it: for a process of its own."""
     from dcpsvc.format import policy
     from dcpsvc.tools import clearing
-    from dcpsvc.tools.leftovers import Rules
+    from dcpsvc.tools.clearrules import Rules
 
     folder, changes, after = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "after"
     rules = Rules(keep=policy.parse("latest:2,best:1:loss:min"), older_than_s=0.0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -14,14 +16,20 @@ from typing import TYPE_CHECKING
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 import dcpsvc
 from dcpsvc.cli import cli
+from dcpsvc.errors import NoSuchStepError
 from dcpsvc.policies import Latest
+from dcpsvc.reading import open_root
+from dcpsvc.stages import discover
+from dcpsvc.tools import tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 def commands(group: click.Group = cli, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -88,3 +96,145 @@ def test_ls_shows_reasons_and_metrics_whole_on_a_terminal_of(columns, tmp_path):
     for text in ("kept because", "metrics / reason", "latest 1 of 9", "loss=0.25 eval=0.5", "committed"):
         assert text in shown
     assert ("ranks" in shown) == (columns == 160)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Steps 10 and 20 of a small model, and a second attempt at 20."""
+    folder = tmp_path_factory.mktemp("run")
+    state = {"model": torch.nn.Linear(4, 3), "note": "hello"}
+    with dcpsvc.Checkpointer(folder / "root", state, local=folder / "local", keep=Latest(9)) as ckpt:
+        for step in (10, 20):
+            ckpt.save(step, metrics={"loss": 0.25}).wait(30)
+    told("edit", folder / "root", 20, "--set", 'note="bye"')
+    return folder / "root"
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """The same run, to be changed."""
+    shutil.copytree(run, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def attempts(root: Path, step: int = 20) -> list[str]:
+    return [one.attempt for one in discover.committed(open_root(root)) if one.step == step]
+
+
+READING = {
+    "show": ("show", "ROOT", "20"),
+    "diff": ("diff", "ROOT", "20", "20"),
+    "fetch": ("fetch", "ROOT", "20", "OUT"),
+    "export": ("export", "ROOT", "20", "OUT", "--format", "hf"),
+}
+
+
+@pytest.mark.parametrize("arguments", READING.values(), ids=READING)
+def test_a_command_that_reads_says_which_attempt_of_several_it_takes(arguments, run, tmp_path):
+    places = {"ROOT": str(run), "OUT": str(tmp_path / "out")}
+    done = CliRunner().invoke(cli, [places.get(one, one) for one in arguments])
+    assert done.exit_code == 0, done.output
+    assert f"step 20 has 2 attempts; taking {attempts(run)[-1]}" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("pin", "20"), ("unpin", "20"), ("gc", "--remove", "20", "--force-last")])
+def test_a_command_that_changes_one_of_several_attempts_wants_it_named(arguments, copy):
+    name, *more = arguments
+    done = CliRunner().invoke(cli, [name, str(copy), *more])
+    assert done.exit_code == 2, done.output
+    assert all(attempt in done.stderr for attempt in ("--attempt", *attempts(copy)))
+    before = attempts(copy)
+    told(name, copy, *more, "--attempt", before[0])
+    assert attempts(copy) == (before[1:] if name == "gc" else before)
+    assert all(before[1] not in path.name for path in (copy / "pins").glob("*"))
+
+
+@pytest.mark.parametrize("arguments", [("show", "20"), ("pin", "20"), ("gc", "--remove", "20")])
+def test_an_attempt_that_is_not_there_is_told_with_those_that_are(arguments, copy):
+    name, *more = arguments
+    failed = CliRunner().invoke(cli, [name, str(copy), *more, "--attempt", "9-abc-0"]).exception
+    assert isinstance(failed, NoSuchStepError)
+    assert str(failed).endswith(
+        f"step 20 has no committed attempt 9-abc-0; its attempts are {', '.join(attempts(copy))}"
+    )
+
+
+def test_to_pin_what_is_not_committed_says_so(run):
+    failed = CliRunner().invoke(cli, ["pin", str(run), "7"]).exception
+    assert str(failed).endswith("step 7 is not committed; committed steps: 10, 20")
+
+
+def test_latest_is_a_step_wherever_one_is_named(copy):
+    newest = attempts(copy)[-1]
+    assert json.loads(told("show", copy, "latest", "--json"))["attempt"] == newest
+    assert {one["step"] for one in json.loads(told("verify", copy, "latest", "--json"))} == {20}
+    assert json.loads(told("pin", copy, "latest", "--attempt", newest, "--json"))["step"] == 20
+    told("show", copy, "newest", code=2)
+
+
+def test_show_tells_metrics_that_came_late_pins_and_why_it_stays(copy):
+    dcpsvc.record_metrics(copy, 10, {"eval": 0.5})
+    said = told("pin", copy, 10, "--note", "paper")
+    assert "pinned (paper)" in said
+    shown = " ".join(told("show", copy, 10).split())
+    assert "loss=0.25 eval=0.5" in shown
+    assert "latest 3 of 9, pinned" in shown
+    assert "paper" in shown
+    listed = json.loads(told("ls", copy, "--json"))[0]
+    document = json.loads(told("show", copy, 10, "--json"))
+    assert {name: document[name] for name in listed} == listed
+    assert "1 pin removed" in told("unpin", copy, 10)
+    assert "it was not pinned" in told("unpin", copy, 10)
+
+
+def test_show_takes_patterns_and_dtypes_and_says_when_nothing_matches(run):
+    assert set(json.loads(told("show", run, 10, "--filter", "*.bias", "--json"))["tensors"]) == {"model.bias"}
+    assert set(json.loads(told("show", run, 10, "--dtype", "F32", "--json"))["tensors"]) == {
+        "model.bias",
+        "model.weight",
+    }
+    done = CliRunner().invoke(cli, ["show", str(run), "10", "--dtype", "BF16"])
+    assert (done.exit_code, "no tensor matches" in done.stderr) == (1, True)
+
+
+def test_ranks_in_a_row_are_told_as_a_range():
+    assert tables.ranges([*range(512), 600, 602, 603]) == "0-511,600,602-603"
+
+
+OFFLINE = {
+    "ls": ("ROOT",),
+    "show": ("ROOT", "10"),
+    "diff": ("ROOT", "10", "10"),
+    "du": ("ROOT",),
+    "verify": ("ROOT",),
+    "report": ("ROOT", "-o", "OUT"),
+    "doctor": ("--size", "64KiB"),
+    "pin": ("ROOT", "10"),
+    "unpin": ("ROOT", "10"),
+    "edit": ("ROOT", "10", "--set", 'note="x"'),
+    "promote": ("ROOT", "10", "OUT"),
+    "gc": ("ROOT",),
+    "fetch": ("ROOT", "10", "OUT"),
+    "cp": ("ROOT", "OUT", "10"),
+    "export": ("ROOT", "10", "OUT", "--format", "hf"),
+}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_json_is_one_document(name, copy, tmp_path):
+    places = {"ROOT": str(copy), "OUT": str(tmp_path / "out")}
+    done = CliRunner().invoke(cli, [name, *(places.get(one, one) for one in OFFLINE[name]), "--json"])
+    assert done.exit_code in {0, 1}, done.output
+    json.loads(done.stdout, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(("words", "command"), [pytest.param(*one, id=" ".join(one[0])) for one in commands()])
+def test_every_command_that_tells_something_has_json(words, command):
+    has = any("--json" in parameter.opts for parameter in command.params)
+    assert has or isinstance(command, click.Group) or words == ("completion",)
+
+
+def test_a_url_is_no_name_for_the_report(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["report", str(run), "-o", "endpoint_url=http://x"])
+    assert (done.exit_code, "--option KEY=VALUE" in done.stderr) == (2, True), done.output

@@ -131,5 +131,5 @@ def test_only_an_unavailable_store_is_worth_another_try() -> None:
 
 
 def test_a_step_that_is_not_there_lists_those_that_are() -> None:
-    assert str(errors.NoSuchStepError("/r", 4, (1, 2))) == "/r: step 4 cannot be loaded; committed steps: 1, 2"
-    assert str(errors.NoSuchStepError("/r", 4, ())) == "/r: step 4 cannot be loaded; nothing is committed"
+    assert str(errors.NoSuchStepError("/r", 4, (1, 2))) == "/r: step 4 is not committed; committed steps: 1, 2"
+    assert str(errors.NoSuchStepError("/r", 4, ())) == "/r: step 4 is not committed; nothing is committed"

@@ -29,7 +29,7 @@ from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 from dcpsvc.storage.posix import PosixStore
 from dcpsvc.tools import clearing, leftovers, live, owning
-from dcpsvc.tools.leftovers import Rules
+from dcpsvc.tools.clearrules import Rules
 from tests.unit import gc_roots
 from tests.unit.gc_roots import NEW, OLD, Made, a_bit_of_everything
 from tests.unit.turns import RUN_ID, Place
@@ -322,6 +322,22 @@ def test_a_zombie_of_the_job_before_commits_nothing_after_it(run, monkeypatch):
     with pytest.raises(FencedError):
         ckpt.close()
     assert [one.step for one in dcpsvc.list_checkpoints(root) if one.state == "committed"] == [5]
+
+
+def test_a_typed_policy_by_a_metric_that_no_checkpoint_has_is_refused_and_deletes_nothing(run):
+    root = run / "root"
+    before = files(root)
+    for more in ((), ("--dry-run",), ("--json",)):
+        said = told("gc", root, "--keep", "latest:1,best:1:nosuch:min", *more, code=2)
+        assert "no checkpoint has 'nosuch'; they have loss" in " ".join(said.split())
+    assert files(root) == before
+
+
+def test_what_is_odd_about_a_policy_is_said_when_it_is_carried_out_too(run):
+    dcpsvc.record_metrics(run / "root", 4, {"eval": 1.0})
+    said = told("gc", run / "root", "--keep", "latest:1,best:1:eval:min")
+    assert "step 1 has no 'eval'" in said
+    assert "removed 3 checkpoints" in said
 
 
 def test_wrong_usage_is_told_in_a_line(run):

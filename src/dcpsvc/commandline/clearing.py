@@ -20,6 +20,7 @@ from dcpsvc.commandline.common import (
     store_options,
     time_in_seconds,
 )
+from dcpsvc.commandline.steps import attempt_option, check_one, complete_step
 from dcpsvc.errors import ConfigError
 from dcpsvc.format import keys, policy, run
 from dcpsvc.stages import discover
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.clearing import Cleared
-    from dcpsvc.tools.leftovers import Leftovers, Rules
+    from dcpsvc.tools.clearrules import Rules
+    from dcpsvc.tools.leftovers import Leftovers
     from dcpsvc.tools.localtier import LocalLeftovers
 
 
@@ -43,7 +45,16 @@ def _age(text: str) -> float:
 @click.option(
     "--keep", metavar="RULES", help="Instead of the recorded policy, e.g. latest:3,best:2:loss:min,steps:1000."
 )
-@click.option("--remove", "steps", type=click.IntRange(min=0), multiple=True, metavar="STEP", help="This one goes too.")
+@click.option(
+    "--remove",
+    "steps",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="STEP",
+    shell_complete=complete_step,
+    help="This one goes too.",
+)
+@attempt_option
 @click.option("--damaged", is_flag=True, help="Damaged checkpoints go too.")
 @click.option("--force-last", is_flag=True, help="So may the newest checkpoint.")
 @click.option(
@@ -73,25 +84,31 @@ def gc_command(root: str, local: str | None, options: tuple[str, ...], **choices
       dcpsvc gc ./runs/exp42 --keep latest:3,best:2:loss:min,steps:10000
       dcpsvc gc ./runs/exp42 --remove 500 --older-than 1h --deletes-per-s 50
     """
-    from dcpsvc.tools import leftovers, localtier
+    from dcpsvc.tools import clearrules, localtier
 
     store = open_store(root, options)
     here = local_path(store, local)
+    if choices["attempt"] is not None and len(choices["steps"]) != 1:
+        raise click.UsageError("--attempt goes with one --remove STEP")
+    for step in choices["steps"]:
+        check_one(store, step, choices["attempt"])
     try:
-        rules = leftovers.Rules(
+        rules = clearrules.Rules(
             keep=None if choices["keep"] is None else policy.parse(choices["keep"]),
+            typed=True,
             steps=choices["steps"],
+            attempt=choices["attempt"],
             older_than_s=choices["older_than"],
             damaged=choices["damaged"],
             force_last=choices["force_last"],
             waiting=localtier.waiting(here, discover.committed(store)),
         )
+        if choices["dry_run"]:
+            _tell(store, here, rules, as_json=choices["as_json"])
+        else:
+            _clear(store, here, rules, choices)
     except ConfigError as err:
         raise click.BadParameter(str(err), param_hint="--keep") from err
-    if choices["dry_run"]:
-        _tell(store, here, rules, as_json=choices["as_json"])
-    else:
-        _clear(store, here, rules, choices)
 
 
 def _tell(store: Store, here: Path, rules: Rules, *, as_json: bool) -> None:
@@ -127,7 +144,7 @@ def _clear(store: Store, here: Path, rules: Rules, choices: dict[str, Any]) -> N
     if choices["as_json"]:
         print_json(_document(found, nearby) | _done(done, nearby, pace.nbytes))
     else:
-        cleartables.print_cleared(done, nearby, pace.nbytes)
+        cleartables.print_cleared(done, nearby, pace.nbytes, found.remarks)
     sys.exit(EXIT_DAMAGED if done.held else 0)
 
 

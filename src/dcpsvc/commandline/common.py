@@ -1,8 +1,7 @@
-"""What the commands share: options, opening a run root, JSON, and which steps there are."""
+"""What the commands share: help, options, opening a run root, JSON."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import re
@@ -11,10 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dcpsvc.config import Options
-from dcpsvc.errors import DcpsvcError
 from dcpsvc.format import keys, run
 from dcpsvc.reading import open_root
-from dcpsvc.stages import discover
 from dcpsvc.tools.verifying import AT_ONCE
 
 if TYPE_CHECKING:
@@ -113,21 +110,6 @@ jobs_option = click.option(
     metavar="N",
     help="Shards read side by side.",
 )
-
-
-def complete_step(context: click.Context, _: click.Parameter, typed: str) -> list[str]:
-    """Steps of ROOT that begin with what was typed; none if it cannot be asked."""
-    with contextlib.suppress(DcpsvcError, click.ClickException):
-        store = open_store(str(context.params.get("root")), tuple(context.params.get("options") or ()))
-        steps = dict.fromkeys(str(attempt.step) for attempt in reversed(discover.committed(store)))
-        return [step for step in steps if step.startswith(typed)]
-    return []
-
-
-def step_argument(*, required: bool = True, name: str = "step", nargs: int = 1) -> Callable[[F], F]:
-    """A step of ROOT, or several; the shell completes it."""
-    kind = click.IntRange(min=0)
-    return click.argument(name, type=kind, required=required, nargs=nargs, shell_complete=complete_step)
 
 
 def open_store(root: str, options: tuple[str, ...]) -> Store:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dcpsvc import progress
-from dcpsvc.commandline.common import Command, open_store, store_options
-from dcpsvc.errors import NoSuchStepError
-from dcpsvc.stages import discover
-
-if TYPE_CHECKING:
-    from dcpsvc.storage.base import Store
+from dcpsvc.commandline.common import Command, as_json_option, open_store, print_json, store_options
+from dcpsvc.commandline.steps import pick, step_argument
 
 _MIB = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+if TYPE_CHECKING:
+    from dcpsvc.commandline.steps import Step
+    from dcpsvc.storage.base import Store
+
+
 @click.command("export", cls=Command)
 @click.argument("root")
-@click.argument("step")
+@step_argument()
 @click.argument("directory", type=click.Path(file_okay=False))
 @click.option("--format", "kind", type=click.Choice(["hf", "peft", "dcp", "torch"]), required=True)
 @click.option(
@@ -32,17 +34,19 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
     "--max-shard-mib", type=click.IntRange(min=1), default=5120, show_default=True, help="Largest file of hf, in MiB."
 )
 @store_options
+@as_json_option
 def export_command(
     root: str,
-    step: str,
+    step: Step,
     directory: str,
     kind: str,
     component: str | None,
     dtype: str | None,
     max_shard_mib: int,
     options: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Write the checkpoint of STEP, a number or "latest", into DIRECTORY as other tools read it.
+    """Write the checkpoint of STEP, into DIRECTORY as other tools read it.
 
     hf: safetensors with index for from_pretrained. peft: adapters. dcp: a stock DCP directory. torch: model.pt.
     Every byte is verified. An export that was cut short goes on where it was.
@@ -50,35 +54,46 @@ def export_command(
     Examples:
       dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
     """
+    store = open_store(root, options)
+    found = pick(store, step)
+    at = found.step
+    nbytes = _export(store, at, Path(directory), kind, component, dtype, max_shard_mib, quiet=as_json)
+    if as_json:
+        about = {"step": at, "attempt": found.attempt, "format": kind, "directory": directory}
+        print_json(about | {"nbytes": nbytes})
+    else:
+        click.echo(f"step {at}, attempt {found.attempt}: {progress.size(nbytes)} in {directory}, as {kind}")
+
+
+def _export(
+    store: Store,
+    step: int,
+    directory: Path,
+    kind: str,
+    component: str | None,
+    dtype: str | None,
+    max_mib: int,
+    *,
+    quiet: bool,
+) -> int:
+    """Says how many bytes lie in the directory then."""
     from dcpsvc.tools import exporting, showing  # takes NumPy, which the other commands do without
 
-    store = open_store(root, options)
-    number = _step(store, step)
     if kind == "dcp":
         from dcpsvc import conversion
 
-        total = sum(tensor.nbytes for tensor in showing.show(store, number).layout.tensors.values())
-        with progress.shown("exported", total) as advance:
-            conversion.export_dcp(store, number, directory, component=component or "", dtype=dtype, progress=advance)
-        return
-    source = exporting.Source(store, number, component or "model")
-    with progress.shown("exported", exporting.planned_nbytes(source)) as advance:
-        if kind == "hf":
-            exporting.export_hf(source, directory, dtype=dtype, max_shard_nbytes=max_shard_mib * _MIB, progress=advance)
-        elif kind == "peft":
-            exporting.export_peft(source, directory, dtype=dtype, progress=advance)
-        else:
-            from dcpsvc import conversion
+        total = sum(tensor.nbytes for tensor in showing.show(store, step).layout.tensors.values())
+        with progress.shown("exported", total, quiet=quiet) as advance:
+            conversion.export_dcp(store, step, directory, component=component or "", dtype=dtype, progress=advance)
+    else:
+        source = exporting.Source(store, step, component or "model")
+        with progress.shown("exported", exporting.planned_nbytes(source), quiet=quiet) as advance:
+            if kind == "hf":
+                exporting.export_hf(source, directory, dtype=dtype, max_shard_nbytes=max_mib * _MIB, progress=advance)
+            elif kind == "peft":
+                exporting.export_peft(source, directory, dtype=dtype, progress=advance)
+            else:
+                from dcpsvc import conversion
 
-            conversion.export_torch(source, store, directory, dtype=dtype, progress=advance)
-
-
-def _step(store: Store, text: str) -> int:
-    found = sorted({attempt.step for attempt in discover.committed(store)})
-    if text == "latest" and found:
-        return found[-1]
-    if not text.isdecimal():
-        if text == "latest":
-            raise NoSuchStepError(store.url, 0, (), "nothing is committed")
-        raise click.BadParameter(f"{text!r} is neither a number nor 'latest'", param_hint="STEP")
-    return int(text)
+                conversion.export_torch(source, store, directory, dtype=dtype, progress=advance)
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

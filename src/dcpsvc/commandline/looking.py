@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,19 +16,19 @@ from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     Command,
     as_json_option,
-    complete_step,
     jobs_option,
     local_option,
     local_path,
     open_store,
     print_json,
-    step_argument,
     store_options,
 )
+from dcpsvc.commandline.steps import attempt_option, number, pick, step_argument
 from dcpsvc.stages import discover
 from dcpsvc.tools import listing, showing, tables, verifying
 
-_attempt_option = click.option("--attempt", help="Which attempt, where a step has several commits.")
+if TYPE_CHECKING:
+    from dcpsvc.commandline.steps import Step
 
 
 @click.command("ls", cls=Command)
@@ -56,24 +57,44 @@ def ls_command(root: str, committed: bool, local: str | None, options: tuple[str
 @click.command("show", cls=Command)
 @click.argument("root")
 @step_argument()
-@_attempt_option
-@click.option("--filter", "pattern", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
+@attempt_option
+@click.option(
+    "--filter",
+    "pattern",
+    default="",
+    metavar="TEXT",
+    help="Tensors whose name contains TEXT, or is like *.bias.",
+)
+@click.option("--dtype", metavar="DTYPE", help="Only tensors of this dtype, e.g. BF16.")
 @store_options
 @as_json_option
 def show_command(
-    root: str, step: int, attempt: str | None, pattern: str, options: tuple[str, ...], as_json: bool
+    root: str,
+    step: Step,
+    attempt: str | None,
+    pattern: str,
+    dtype: str | None,
+    options: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Show the shards and tensors of the checkpoint of STEP, and where it comes from.
+    """Show the shards and tensors of the checkpoint of STEP, why it stays, and where it comes from.
+
+    Exits with 1 if no tensor is what --filter and --dtype ask for.
 
     Examples:
       dcpsvc show ./runs/exp42 500
       dcpsvc show ./runs/exp42 500 --filter attn --json
     """
-    shown = showing.show(open_store(root, options), step, attempt)
+    store = open_store(root, options)
+    found = pick(store, step, attempt)
+    shown, row = showing.describe(store, found), listing.row_of(store, found.key, local_path(store, None))
     if as_json:
-        print_json(shown.document(pattern))
+        print_json(shown.document(pattern, dtype) | row.document())
     else:
-        tables.print_checkpoint(shown, pattern)
+        tables.print_checkpoint(shown, row, pattern, dtype)
+    if (pattern or dtype) and not shown.tensors(pattern, dtype) and not shown.aliases(pattern):
+        click.echo("no tensor matches", err=True)
+        sys.exit(EXIT_DAMAGED)
 
 
 @click.command("verify", cls=Command)
@@ -84,7 +105,7 @@ def show_command(
 @store_options
 @as_json_option
 def verify_command(
-    root: str, step: int | None, jobs: int, resume: bool, options: tuple[str, ...], as_json: bool
+    root: str, step: Step | None, jobs: int, resume: bool, options: tuple[str, ...], as_json: bool
 ) -> None:
     """Read every byte of the checkpoint of STEP, or of all, and compare it with the manifest.
 
@@ -98,7 +119,7 @@ def verify_command(
     from dcpsvc.tools.verifyjournal import Journal
 
     store = open_store(root, options)
-    attempts = verifying.commits(store, step)
+    attempts = verifying.commits(store, None if step is None else number(store, step))
     with (
         Journal(store.url, resume=resume) as journal,
         progress.shown("verified", verifying.planned_nbytes(store, attempts), quiet=as_json) as advance,
@@ -114,13 +135,13 @@ def verify_command(
 @click.command("diff", cls=Command)
 @click.argument("root")
 @step_argument(name="a")
-@click.argument("b", type=click.IntRange(min=0), shell_complete=complete_step)
+@step_argument(name="b")
 @click.option("--root-b", metavar="ROOT", help="The run of B, if it is another one.")
 @click.option("--values", is_flag=True, help="Read the tensors too, and say which differ and by how much.")
 @store_options
 @as_json_option
 def diff_command(
-    root: str, a: int, b: int, root_b: str | None, values: bool, options: tuple[str, ...], as_json: bool
+    root: str, a: Step, b: Step, root_b: str | None, values: bool, options: tuple[str, ...], as_json: bool
 ) -> None:
     """Tell what differs between the checkpoints of steps A and B: tensors, dtypes, shapes, plain values.
 
@@ -135,7 +156,7 @@ def diff_command(
     store, other = open_store(root, options), open_store(root_b or root, options)
     mine, theirs = (
         comparing.Side(where, found, discover.read_layout(where, found))
-        for where, found in ((store, showing.find(store, a)), (other, showing.find(other, b)))
+        for where, found in ((store, pick(store, a)), (other, pick(other, b)))
     )
     if values:
         with progress.shown("compared", comparing.compared_nbytes(mine, theirs), quiet=as_json) as advance:
@@ -172,6 +193,14 @@ def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: 
         tables.print_usage(found)
 
 
+def _no_url(_: click.Context, parameter: click.Parameter, output: Path) -> Path:
+    """Elsewhere ``-o`` is KEY=VALUE; a path has lost one of the slashes of a URL."""
+    if any(part.endswith(":") for part in output.parts):
+        message = f"{str(output)!r} is no file to write; what fsspec needs is given as --option KEY=VALUE here"
+        raise click.BadParameter(message, param=parameter)
+    return output
+
+
 @click.command("report", cls=Command)
 @click.argument("root")
 @click.option(
@@ -179,6 +208,7 @@ def du_command(root: str, local: str | None, options: tuple[str, ...], as_json: 
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("report.html"),
+    callback=_no_url,
     show_default=True,
     metavar="FILE",
     help="The page.",

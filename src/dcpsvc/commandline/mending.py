@@ -7,21 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dcpsvc import progress
-from dcpsvc.commandline.common import (
-    Command,
-    as_json_option,
-    open_store,
-    parse,
-    print_json,
-    step_argument,
-    store_options,
-)
+from dcpsvc.commandline.common import Command, as_json_option, open_store, parse, print_json, store_options
+from dcpsvc.commandline.steps import attempt_option, pick, step_argument
 from dcpsvc.storage import open as stores
-from dcpsvc.tools import changes, showing
+from dcpsvc.tools import changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dcpsvc.commandline.steps import Step
     from dcpsvc.tools.surgery import Made, Operation
 
 _set_option = click.option(
@@ -30,7 +24,6 @@ _set_option = click.option(
 _drop_option = click.option(
     "--drop", multiple=True, metavar="NAME", help="Leave a component out (repeatable); resume(skip=[NAME]) then."
 )
-_attempt_option = click.option("--attempt", help="Which attempt, where a step has several commits.")
 _dry_option = click.option("--dry-run", is_flag=True, help="Only tell what would be changed.")
 _take_over_option = click.option(
     "--take-over", is_flag=True, help="The last job ran on another host, and has ended: take its run over."
@@ -42,12 +35,12 @@ _take_over_option = click.option(
 @step_argument()
 @_set_option
 @_drop_option
-@_attempt_option
+@attempt_option
 @_dry_option
 @_take_over_option
 @store_options
 @as_json_option
-def edit_command(root: str, step: int, attempt: str | None, options: tuple[str, ...], **choices: Any) -> None:
+def edit_command(root: str, step: Step, attempt: str | None, options: tuple[str, ...], **choices: Any) -> None:
     """Commit a changed copy of the checkpoint of STEP, which counts instead of it; the old one stays.
 
     No job of the run may be alive. A path that names no param_groups means all of them; a scheduler keeps learning
@@ -71,13 +64,13 @@ def edit_command(root: str, step: int, attempt: str | None, options: tuple[str, 
 @click.argument("new_root")
 @_set_option
 @_drop_option
-@_attempt_option
+@attempt_option
 @_dry_option
 @_take_over_option
 @store_options
 @as_json_option
 def promote_command(
-    root: str, step: int, new_root: str, attempt: str | None, options: tuple[str, ...], **choices: Any
+    root: str, step: Step, new_root: str, attempt: str | None, options: tuple[str, ...], **choices: Any
 ) -> None:
     """Commit a copy of the checkpoint of STEP in NEW_ROOT, another run, from which training goes on there.
 
@@ -95,7 +88,7 @@ def promote_command(
 
 
 def _operation(
-    root: str, step: int, attempt: str | None, options: tuple[str, ...], choices: dict[str, Any]
+    root: str, step: Step, attempt: str | None, options: tuple[str, ...], choices: dict[str, Any]
 ) -> Operation:
     from dcpsvc.tools.surgery import Operation
 
@@ -104,7 +97,7 @@ def _operation(
         settings = tuple(changes.setting(text) for text in choices["settings"])
     except ValueError as err:
         raise click.BadParameter(str(err), param_hint="--set") from err
-    manifest = showing.find(store, step, attempt)
+    manifest = pick(store, step, attempt)
     return Operation(source=store, manifest=manifest, settings=settings, drop=choices["drop"])
 
 

@@ -9,28 +9,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dcpsvc import progress
-from dcpsvc.commandline.common import (
-    Command,
-    as_json_option,
-    jobs_option,
-    open_store,
-    parse,
-    print_json,
-    step_argument,
-    store_options,
-)
+from dcpsvc.commandline.common import Command, as_json_option, jobs_option, open_store, parse, print_json, store_options
+from dcpsvc.commandline.steps import attempt_option, number, pick, step_argument
 from dcpsvc.errors import DestinationError, NoSuchStepError
 from dcpsvc.storage import open as stores
-from dcpsvc.tools import showing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dcpsvc.commandline.steps import Step
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.mirroring import Copied
 
-_attempt_option = click.option("--attempt", help="Which attempt, where a step has several commits.")
 _take_over_option = click.option("--take-over", is_flag=True, help="A job has trained there, and has ended: add to it.")
 
 
@@ -38,13 +29,13 @@ _take_over_option = click.option("--take-over", is_flag=True, help="A job has tr
 @click.argument("root")
 @step_argument()
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
-@_attempt_option
+@attempt_option
 @_take_over_option
 @jobs_option
 @store_options
 @as_json_option
 def fetch_command(
-    root: str, step: int, directory: Path, attempt: str | None, options: tuple[str, ...], as_json: bool, **choices: Any
+    root: str, step: Step, directory: Path, attempt: str | None, options: tuple[str, ...], as_json: bool, **choices: Any
 ) -> None:
     """Copy the checkpoint of STEP into DIRECTORY, every byte proven; DIRECTORY is a run root then.
 
@@ -55,7 +46,7 @@ def fetch_command(
       python -c "import dcpsvc; dcpsvc.load('./exp42', {'model': model})"
     """
     store = open_store(root, options)
-    manifest = showing.find(store, step, attempt)
+    manifest = pick(store, step, attempt)
     (found,) = _copy(store, [manifest], stores.open_store(str(directory)), choices, quiet=as_json)
     if as_json:
         print_json(asdict(found) | {"directory": str(directory)})
@@ -75,7 +66,7 @@ def fetch_command(
 @store_options
 @as_json_option
 def cp_command(
-    root: str, root2: str, steps: tuple[int, ...], options: tuple[str, ...], as_json: bool, **choices: Any
+    root: str, root2: str, steps: tuple[Step, ...], options: tuple[str, ...], as_json: bool, **choices: Any
 ) -> None:
     """Copy checkpoints of the run at ROOT to ROOT2, another place for the same run: those of STEPS, or all.
 
@@ -100,13 +91,13 @@ def cp_command(
     click.echo(f"{len(done)} checkpoints, {progress.size(sum(one.nbytes for one in done))}")
 
 
-def _wanted(source: Store, steps: Sequence[int]) -> list[Manifest]:
+def _wanted(source: Store, steps: Sequence[Step]) -> list[Manifest]:
     """The commits that are whole; those of steps that were named must be."""
     from dcpsvc.reading import at_once
     from dcpsvc.stages import discover
 
     if steps:
-        return [showing.find(source, step) for step in sorted(set(steps))]
+        return [pick(source, step) for step in sorted({number(source, step) for step in steps})]
     seen = discover.look(source, at_once=at_once(source))
     whole = [one.manifest for one in seen if one.counts and one.manifest is not None]
     if not whole:

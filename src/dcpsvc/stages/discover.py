@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from dcpsvc import fence, sidefiles
-from dcpsvc.commits import OWN_METRICS, is_diverged
+from dcpsvc.commits import is_diverged, listed_metrics
 from dcpsvc.errors import (
     CorruptShardError,
     FormatError,
@@ -251,17 +251,14 @@ def look(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS
     describe = functools.partial(_describe, store, sizes=sizes, layouts=layouts)
     found = each(describe, manifests, at_once)
     metrics = notes.metrics({one.checkpoint.key: one.checkpoint.metrics for one in found})
-    found = [replace(one, checkpoint=_shown(one.checkpoint, metrics[one.checkpoint.key])) for one in found]
+    found = [_with(one, listed_metrics(metrics[one.checkpoint.key])) for one in found]
     found += [Seen(_incomplete(attempt, "a newer job had taken the run root over", sizes)) for attempt in fenced]
     found += [Seen(one) for one in _without_manifest(entries, {*manifests, *fenced})]
     return sorted(found, key=lambda one: _age(one.checkpoint))
 
 
-def _shown(checkpoint: Checkpoint, metrics: dict[str, float]) -> Checkpoint:
-    """What a divergence detector keeps for itself is of no use to people."""
-    return replace(
-        checkpoint, metrics={name: value for name, value in metrics.items() if not name.startswith(OWN_METRICS)}
-    )
+def _with(one: Seen, metrics: dict[str, float]) -> Seen:
+    return replace(one, checkpoint=replace(one.checkpoint, metrics=metrics))
 
 
 def _age(checkpoint: Checkpoint) -> tuple[int, int, datetime, str]:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from dcpsvc.format.keys import Epoch
     from dcpsvc.storage.base import Store
-    from dcpsvc.tools.leftovers import Doomed, Leftovers, Loose, Rules
+    from dcpsvc.tools.clearrules import Rules
+    from dcpsvc.tools.leftovers import Doomed, Leftovers, Loose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from dcpsvc.tools.leftovers import Doomed, Loose
 from dcpsvc.tools.tables import console
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from dcpsvc.tools.clearing import Cleared
     from dcpsvc.tools.leftovers import Leftovers
@@ -46,8 +46,10 @@ def print_plan(found: Leftovers, nearby: LocalLeftovers) -> None:
     click.echo(f"{size(found.nbytes + nearby.nbytes)} would be freed")
 
 
-def print_cleared(done: Cleared, nearby: LocalLeftovers, nbytes: int) -> None:
-    """What went, and what could not."""
+def print_cleared(done: Cleared, nearby: LocalLeftovers, nbytes: int, remarks: Sequence[str] = ()) -> None:
+    """What went, what could not, and what is odd."""
+    for remark in remarks:
+        click.echo(remark)
     removed = [*done.removed, *nearby.everything]
     for one in done.held:
         click.echo(f"{_name(one)} stays: somebody has begun to use it")

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc import keeping
-from dcpsvc.errors import ConfigError, NoSuchStepError, RemovalRefusedError, StoreError, StoreNotFoundError
+from dcpsvc.errors import NoSuchStepError, RemovalRefusedError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys
 from dcpsvc.format.keys import MAX_EPOCH, Epoch
-from dcpsvc.policies import Keep, check_keeps
 from dcpsvc.reading import at_once
 from dcpsvc.sidefiles import CLOCK_SLACK_S, SideFiles
 from dcpsvc.stages import discover, retain
@@ -25,40 +24,13 @@ if TYPE_CHECKING:
     from dcpsvc.format.keys import Attempt
     from dcpsvc.stages.discover import Seen
     from dcpsvc.storage.base import Entry, Store
+    from dcpsvc.tools.clearrules import Rules
 
 CHECKPOINT, ATTEMPT, DAMAGED = "checkpoint", "attempt", "damaged"
 LAYOUT, TOMBSTONE, LEASE, PROBE, ORPHAN = "layout", "tombstone", "lease", "probe", "orphan"
 
 _ANY_EPOCH = Epoch(MAX_EPOCH + 1, "")
 """Later than each: what does not count is nobody's."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """What may go.
-
-    Attributes:
-        keep: None: what the newest start of the job has recorded.
-        steps: Go, whatever the policy says.
-        older_than_s: Age in seconds from which things go that somebody may still be about to use: attempts without a
-            manifest (a copy under way, an upload that a start on their nodes would finish), layouts, probes.
-        damaged: Damaged checkpoints go too.
-        force_last: So may the last checkpoint.
-        waiting: Attempts that a start on this node would finish: they stay.
-    """
-
-    keep: Keep | None = None
-    steps: tuple[int, ...] = ()
-    older_than_s: float = 86400.0
-    damaged: bool = False
-    force_last: bool = False
-    waiting: frozenset[Attempt] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.keep is not None:
-            check_keeps(self.keep)
-        if self.older_than_s < 0:
-            raise ConfigError(f"older_than_s={self.older_than_s!r} must be at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +111,7 @@ def find(store: Store, rules: Rules, now_s: float) -> Leftovers:
         now_s: Seconds since 1970.
 
     Raises:
+        ConfigError: What was typed ranks by a metric that no checkpoint has.
         NoSuchStepError: A step that was named is not committed.
         RemovalRefusedError: It must not go.
         StoreError: The run root could not be listed.
@@ -154,13 +127,15 @@ class _Look:
         self._committed = discover.committed(store)
         self._newest = max((attempt.step for attempt in self._committed), default=-1)
         self._pins = notes.pins(now_s)
-        self._named = [one for one in self._committed if one.step in rules.steps]
+        named = [one for one in self._committed if one.step in rules.steps]
+        self._named = [one for one in named if rules.attempt in {None, one.attempt}]
         rest = [seen for attempt, seen in self._seen.items() if attempt not in self._named]
         self._plan = keeping.plan(store, rest, notes, rules.keep, now_s=now_s)
         self._marked = set(retain.condemned(store))
         self._spared: dict[str, str] = {}
 
     def everything(self) -> Leftovers:
+        self._rules.check_metrics([seen.checkpoint.metrics for seen in self._seen.values() if seen.counts])
         self._check_named()
         going = {**self._plan.remove, **dict.fromkeys(self._named, "asked for")}
         doomed = [self._doomed(one, CHECKPOINT, why) for one, why in going.items()]
@@ -190,6 +165,11 @@ class _Look:
         for step in self._rules.steps:
             if step not in steps:
                 raise NoSuchStepError(self._store.url, step, steps)
+        if self._rules.attempt is not None and not self._named:
+            step = self._rules.steps[0]
+            there = tuple(one.attempt for one in self._committed if one.step == step)
+            reason = f"has no committed attempt {self._rules.attempt}"
+            raise NoSuchStepError(self._store.url, step, steps, reason, there)
         for attempt in self._named:
             if pins := self._pins.get(attempt):
                 reason = f"is held ({', '.join(pins)}); first: dcpsvc unpin"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc import keeping
-from dcpsvc.errors import FormatError, StoreError
+from dcpsvc.errors import CheckpointGoneError, FormatError, StoreError
 from dcpsvc.format import keys
 from dcpsvc.policies import Everything
 from dcpsvc.reading import at_once
@@ -80,6 +80,18 @@ def rows(store: Store, local_path: Path | None = None, rule: Keep | None = None)
     waiting = [about for attempt, about in here.items() if about is not None and attempt.step > newest]
     listed += [Row(about, (LOCAL,)) for about in waiting]
     return sorted(listed, key=lambda row: row.checkpoint.step)
+
+
+def row_of(store: Store, key: Attempt, local_path: Path | None = None) -> Row:
+    """The line of one checkpoint.
+
+    Raises:
+        CheckpointGoneError: It was deleted meanwhile.
+    """
+    for row in rows(store, local_path):
+        if row.checkpoint.key == key:
+            return row
+    raise CheckpointGoneError(store.url, key.step, "it was deleted meanwhile")
 
 
 def _row(

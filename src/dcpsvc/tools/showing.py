@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc import sidefiles
+from dcpsvc.commits import listed_metrics
 from dcpsvc.errors import FormatError, NoSuchStepError, StoreNotFoundError, StoreObjectError
 from dcpsvc.format import lineage
 from dcpsvc.reading import at_once
@@ -12,8 +15,10 @@ from dcpsvc.stages import discover
 from dcpsvc.stages.discover import Checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dcpsvc.format.keys import Attempt
-    from dcpsvc.format.layout import Layout
+    from dcpsvc.format.layout import Layout, Tensor
     from dcpsvc.format.lineage import Lineage
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
@@ -36,8 +41,17 @@ class Shown:
     layout: Layout
     lineage: Lineage | None = None
 
-    def document(self, pattern: str = "") -> dict[str, Any]:
-        """Everything as JSON-like values; only tensors whose name contains ``pattern``."""
+    def tensors(self, pattern: str = "", dtype: str | None = None) -> dict[str, Tensor]:
+        """Those whose name contains ``pattern``, or matches it where it has wildcards, by name."""
+        found = sorted(self.layout.tensors.items())
+        return {name: one for name, one in found if matches(name, pattern) and dtype in {None, one.dtype}}
+
+    def aliases(self, pattern: str = "") -> dict[str, str]:
+        """Further names of tied tensors, with the name that has the bytes."""
+        return {name: of for name, of in sorted(self.layout.aliases.items()) if matches(name, pattern)}
+
+    def document(self, pattern: str = "", dtype: str | None = None) -> dict[str, Any]:
+        """Everything as JSON-like values; of the tensors those that :meth:`tensors` gives."""
         tensors = {
             key: {
                 "dtype": t.dtype,
@@ -45,8 +59,7 @@ class Shown:
                 "nbytes": t.nbytes,
                 "ranks": sorted({c.rank for c in t.chunks}),
             }
-            for key, t in sorted(self.layout.tensors.items())
-            if pattern in key
+            for key, t in self.tensors(pattern, dtype).items()
         }
         return listed(self.checkpoint) | {
             "run_id": self.manifest.run_id,
@@ -59,6 +72,11 @@ class Shown:
         }
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name contains the text, or matches it as a whole if it has ``*``, ``?`` or ``[``."""
+    return fnmatchcase(name, pattern) if set(pattern) & set("*?[") else pattern in name
+
+
 def show(store: Store, step: int, attempt: str | None = None) -> Shown:
     """Describe the committed checkpoint of a step; with several attempts the newest, or the one named.
 
@@ -66,14 +84,22 @@ def show(store: Store, step: int, attempt: str | None = None) -> Shown:
         NoSuchStepError: There is no such commit, or it is damaged.
         LayoutError: Its layout does not validate.
     """
-    manifest = find(store, step, attempt)
+    return describe(store, find(store, step, attempt))
+
+
+def describe(store: Store, manifest: Manifest) -> Shown:
+    """What a checkpoint says about itself.
+
+    Raises:
+        LayoutError: Its layout does not validate.
+    """
     checkpoint = Checkpoint(
         step=manifest.step,
         attempt=manifest.attempt,
         created=discover.created(manifest),
         nbytes=manifest.nbytes,
         world_size=manifest.world_size,
-        metrics=manifest.metrics,
+        metrics=listed_metrics(sidefiles.metrics_of(store, manifest)),
     )
     return Shown(checkpoint, manifest, discover.read_layout(store, manifest), lineage_of(store, manifest.key))
 
@@ -86,6 +112,7 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
     """
     everything = discover.committed(store)
     wanted = [one for one in everything if one.step == step and attempt in {None, one.attempt}]
+    _check_attempt(store, everything, step, attempt)
     reasons: list[str] = []
     for one in discover.newest_first(store, wanted):
         try:
@@ -99,6 +126,13 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
             if one.step == step and attempt in {None, one.attempt}
         ]
     raise NoSuchStepError(store.url, step, tuple(sorted({one.step for one in everything})), "; ".join(reasons))
+
+
+def _check_attempt(store: Store, everything: Sequence[Attempt], step: int, attempt: str | None) -> None:
+    there = tuple(one.attempt for one in everything if one.step == step)
+    if there and attempt is not None and attempt not in there:
+        steps = tuple(sorted({one.step for one in everything}))
+        raise NoSuchStepError(store.url, step, steps, f"has no committed attempt {attempt}", there)
 
 
 def lineage_of(store: Store, attempt: Attempt) -> Lineage | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from dcpsvc.progress import size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from dcpsvc.tools.comparing import Difference
     from dcpsvc.tools.listing import Row
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LOG_COLUMNS = 200
 _MANY = 500
+_SHARDS = 16
 _HEAD = ["step", "attempt", "age", "size", "ranks", "tier", "state", "metrics / reason"]
 _NUMBERS = frozenset({"step", "age", "size", "ranks"})
 _SPARED = frozenset({"ranks", "tier"})
@@ -109,8 +110,8 @@ def _about(row: Row) -> str:
     return found.reason or "  ".join(f"{name}={value:.6g}" for name, value in found.metrics.items())
 
 
-def print_checkpoint(shown: Shown, pattern: str) -> None:
-    """Facts, shards, and the tensors whose name contains ``pattern``."""
+def print_checkpoint(shown: Shown, row: Row, pattern: str = "", dtype: str | None = None) -> None:
+    """Facts, shards, and the tensors that :meth:`Shown.tensors` gives."""
     out, manifest = console(), shown.manifest
     facts = {
         "step": manifest.step,
@@ -119,7 +120,9 @@ def print_checkpoint(shown: Shown, pattern: str) -> None:
         "run": manifest.run_id,
         "ranks": manifest.world_size,
         "size": size(manifest.nbytes),
-        "metrics": "  ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) or "-",
+        "metrics": _about(row) or "-",
+        "kept": ", ".join(row.reasons) or "everything is kept",
+        "tier": "+".join(row.tiers),
         "versions": "  ".join(f"{name} {value}" for name, value in manifest.versions.items()),
         "layout": manifest.layout.path,
     }
@@ -130,20 +133,29 @@ def print_checkpoint(shown: Shown, pattern: str) -> None:
     shards = Table("rank", "size", "xxh3-128 of its blocks", "shard", box=None, pad_edge=False)
     for column in shards.columns:
         column.overflow = "fold"
-    for shard in manifest.shards:
+    for shard in manifest.shards[:_SHARDS]:
         shards.add_row(str(shard.rank), size(shard.nbytes), shard.digest, shard.path)
     out.print(shards)
+    if (more := len(manifest.shards) - _SHARDS) > 0:
+        out.print(f"... and {more} more shards; --json lists all", highlight=False)
     tensors = Table("tensor", "dtype", "shape", "size", "ranks", box=None, pad_edge=False)
-    for key, tensor in sorted(shown.layout.tensors.items()):
-        if pattern in key:
-            ranks = ",".join(str(rank) for rank in sorted({chunk.rank for chunk in tensor.chunks}))
-            tensors.add_row(
-                escape(key), tensor.dtype, str(list(tensor.shape)).replace("[", r"\["), size(tensor.nbytes), ranks
-            )
-    for name, of in sorted(shown.layout.aliases.items()):
-        if pattern in name:
-            tensors.add_row(escape(name), "", f"= {escape(of)}", "", "")
+    for key, tensor in shown.tensors(pattern, dtype).items():
+        shape, ranks = str(list(tensor.shape)).replace("[", r"\["), ranges({chunk.rank for chunk in tensor.chunks})
+        tensors.add_row(escape(key), tensor.dtype, shape, size(tensor.nbytes), ranks)
+    for name, of in shown.aliases(pattern).items():
+        tensors.add_row(escape(name), "", f"= {escape(of)}", "", "")
     out.print(tensors)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-3,7``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def print_findings(findings: list[Finding]) -> None:
