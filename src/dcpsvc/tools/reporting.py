@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from importlib.resources import files
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.format import keys, run
@@ -179,7 +180,7 @@ def _jobs(saves: Iterable[SaveTimes], events: Iterable[dict[str, Any]]) -> dict[
     own = [save for save in saves if save.rank == 0]
     edges = [event for event in events if event.get("rank") == 0 and event["event"] in {"opened", "closed"}]
     ran: list[tuple[float, float]] = []
-    for event, after in zip(edges, [*edges[1:], None], strict=True):
+    for event, after in zip_longest(edges, edges[1:]):
         if event["event"] == "opened":
             ran.append((event["t"], _end(event["t"], after, own)))
     within = (save.blocked_s for save in own if any(begin <= save.began <= end for begin, end in ran))
