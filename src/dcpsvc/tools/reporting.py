@@ -13,9 +13,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.format import keys, run
-from dcpsvc.lateness import OWN
 from dcpsvc.observing import runlog
-from dcpsvc.observing.phases import SaveTimes, stragglers
+from dcpsvc.observing.phases import PHASES, SaveTimes, stragglers
 from dcpsvc.tools import listing
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dcpsvc")
 
 _PLACE = "/*DATA*/"
-_HEAT = (*OWN, "total")
+_HEAT = ("blocked", *PHASES.values(), "total")
 _SHADES = 254
 _SHOWN = 200
 """Failures and stragglers that are listed; all are counted."""
@@ -156,6 +155,8 @@ def _outcome(saves: Iterable[SaveTimes]) -> str:
 
 
 def _took(save: SaveTimes, phase: str) -> float | None:
+    if phase == "blocked":
+        return save.blocked_s if save.waited else None
     return save.total_s if phase == "total" else save.seconds.get(phase)
 
 
