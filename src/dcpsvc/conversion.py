@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dcpsvc.leases import held
 from dcpsvc.reader import CheckpointReader, read
 from dcpsvc.state import dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
@@ -51,7 +52,7 @@ def export_dcp(
     about = {"run_id": shown.manifest.run_id, "step": step, "attempt": shown.manifest.attempt, "format": "dcp"}
     folder = Folder(directory, about)
     dcp_quirks.quiet()
-    with tempfile.TemporaryDirectory(dir=folder.path) as scratch:
+    with held(store, shown.manifest.key), tempfile.TemporaryDirectory(dir=folder.path) as scratch:
         state: dict[str, Any] = _mapped(reader, list(shown.layout.names()), Path(scratch) / "state", progress)
         state |= {name: state[of] for name, of in shown.layout.aliases.items()}  # DCP knows no ties
         state |= _values(reader, state)
@@ -80,7 +81,7 @@ def export_torch(
     prefix = f"{source.component}."
     keys = [key for key in source.layout.names() if key.startswith(prefix)]
     wanted = _DTYPES.get(dtype or "")
-    with tempfile.TemporaryDirectory(dir=folder.path) as scratch:
+    with source.held(), tempfile.TemporaryDirectory(dir=folder.path) as scratch:
         found = _mapped(reader, keys, Path(scratch) / "state", progress)
         cast = {key: t.to(wanted) if wanted and t.is_floating_point() else t for key, t in found.items()}
         tied = {key: cast[source.layout.aliases.get(key, key)] for key in keys}

@@ -222,7 +222,9 @@ def _slowest(measured: list[dict[str, Any] | None]) -> Measured | None:
     if not whole or len(whole) < len(measured):
         return None
     smaller = _largest([one["smaller"] for one in whole])
-    return Measured(**_largest([one | {"smaller": 0} for one in whole]) | {"ranks": len(whole), "smaller": smaller})
+    merged: dict[str, Any] = _largest([one | {"smaller": 0} for one in whole])
+    merged |= {"ranks": len(whole), "smaller": smaller}
+    return Measured(**merged)
 
 
 def _largest(said: list[dict[str, Any]]) -> dict[str, Any]:
