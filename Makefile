@@ -10,7 +10,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check --no-input --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help venv integrations demo test simulate bench peers check fmt clean
+.PHONY: help venv integrations browser demo test simulate bench peers check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,16 @@ integrations: $(READY) ## the libraries that the tests of the integrations need,
 	    timeout 90 $(PIP) install -e ".[$$extra]" -c constraints.txt 2>.venv/integrations.log || \
 	      { echo "$$extra cannot be installed, its tests are skipped:"; tail -n 1 .venv/integrations.log; }; \
 	  done; }
+
+# The page of `dcpsvc report` is tested in a real browser. Where there is none, those tests are skipped.
+browser: ## chromium for the tests of the report, as root on a machine with apt-get
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || \
+	    { echo "no chromium here, and no right to install it: tests of the report in a browser are skipped"; exit 0; }; \
+	  echo "==> installing chromium"; \
+	  { timeout 60 apt-get update -qq; \
+	    DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || \
+	    echo "chromium cannot be installed: tests of the report in a browser are skipped"
 
 # Costs nothing while pyproject.toml and constraints.txt stay the same.
 $(READY): pyproject.toml constraints.txt

@@ -33,7 +33,7 @@ from dcpsvc.format.keys import MAX_STEP
 from dcpsvc.guarding import Guard
 from dcpsvc.laststep import LastStep
 from dcpsvc.life import Life
-from dcpsvc.observing import Observers
+from dcpsvc.observing import Observers, flush
 from dcpsvc.observing.runlog import RunLog
 from dcpsvc.opening import join, open_run
 from dcpsvc.pending import StepOutcome
@@ -54,6 +54,7 @@ from dcpsvc.uploader import Uploader
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, MutableMapping
     from concurrent.futures import Future
+    from pathlib import Path
     from types import TracebackType
 
     from dcpsvc.events import Event
@@ -102,18 +103,19 @@ class Checkpointer:
         )
         remote = open_store(root, self._options.storage_options, limits=self._options.limits)
         self._job = join(remote.url, self._options.sync_timeout_s)
-        self._events = Events(rank=self._job.rank, observer=_observer(self._options, remote))
         try:
             self._run = open_run(self._job, remote, self._options.local_dir, self._options)
         except BaseException:  # whatever it is, no thread stays behind
             self._job.leave()
             raise
+        observer = _observer(self._options, remote, self._run.local_path)
+        self._events = Events(rank=self._job.rank, observer=observer)
         settled = self._run.settled
         self._catalog = Catalog(
             {attempt.step: attempt for attempt in settled.committed}, leftovers=set(settled.unfinished)
         )
         self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
-        self._uploader = Uploader(self._life, self._let_go)
+        self._uploader = Uploader(self._life, self._let_go, functools.partial(flush, observer))
         self._saver = saver = Saver(
             self._job, self._run, self._state, self._life, self._events, options=self._options, versions=self._record
         )
@@ -432,8 +434,8 @@ class Checkpointer:
             logging.getLogger("dcpsvc").error("at exit: %s", err)  # noqa: TRY400 - nobody reads a traceback here
 
 
-def _observer(options: Options, remote: Store) -> Callable[[Event], None] | None:
+def _observer(options: Options, remote: Store, local_path: Path) -> Callable[[Event], None] | None:
     if not options.run_log:
         return options.on_event
-    log = RunLog(remote)
+    log = RunLog(remote, spool=local_path / "events")
     return log if options.on_event is None else Observers(log, options.on_event)

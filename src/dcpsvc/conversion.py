@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpsvc.errors import ExportError
+from dcpsvc.leases import held
 from dcpsvc.reader import CheckpointReader, read
 from dcpsvc.state import dcp_quirks, documents
 from dcpsvc.state.dtypes import dtype_of
@@ -71,7 +72,7 @@ def export_dcp(
         raise ExportError(f"{store.url} step {step}", f"no tensors below {component!r}")
     folder = Folder(directory, about | {"component": component, "dtype": dtype})
     dcp_quirks.quiet()
-    with _scratch(folder.path) as scratch:
+    with held(store, shown.manifest.key), _scratch(folder.path) as scratch:
         found = _mapped(reader, keys, scratch / "state", progress)
         cast = _cast(found, dtype)
         state: dict[str, Any] = {key: cast[shown.layout.aliases.get(key, key)] for key in keys}  # DCP knows no ties
@@ -104,7 +105,7 @@ def export_torch(
     reader = CheckpointReader(source.manifest, source.layout, [store])
     prefix = f"{source.component}."
     keys = [key for key in source.layout.names() if key.startswith(prefix)]
-    with _scratch(folder.path) as scratch:
+    with source.held(), _scratch(folder.path) as scratch:
         found = _mapped(reader, keys, scratch / "state", progress)
         cast = _cast(found, dtype)
         tied = {key: cast[source.layout.aliases.get(key, key)] for key in keys}

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 class Uploader:
     """The thread and its counters.
 
+    Args:
+        life: Of a save.
+        on_end: Called on the thread when it has ended.
+        after: Called on the thread after each save; must not raise.
+
     Attributes:
         accepted: Saves taken over.
         committed: Saves that became checkpoints.
@@ -32,8 +37,8 @@ class Uploader:
         last_error: Of the newest save, until it has been raised; None if that save was committed.
     """
 
-    def __init__(self, life: Life, on_end: Callable[[], None]) -> None:
-        self._life, self._on_end = life, on_end
+    def __init__(self, life: Life, on_end: Callable[[], None], after: Callable[[], None] = lambda: None) -> None:
+        self._life, self._on_end, self._after = life, on_end, after
         self._saves: deque[Save] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -111,6 +116,8 @@ class Uploader:
                     with self._changed:
                         self._saves.popleft()
                         self._changed.notify_all()
+                if not self._stopping:
+                    self._after()  # nobody waits for this one any more
         finally:
             self._on_end()
 

@@ -6,13 +6,14 @@ import base64
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +24,6 @@ from dcpsvc.reading import open_root
 from dcpsvc.stages.discover import Checkpoint
 from dcpsvc.tools import reporting
 from dcpsvc.tools.listing import Row
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -194,8 +192,49 @@ def test_the_page_of_a_real_run_shows_everything_in_both_schemes(run, tmp_path, 
     assert "UnsupportedStateError" in page.locator("#failures").inner_text()
     before = {name: picture(page, name) for name in ("curve", "times", "heat", "sizes")}
     assert min(map(len, before.values())) > 1500
+    page.click("#axis")
+    assert page.locator("#axis").get_attribute("aria-pressed") == "true"
+    assert {name for name in before if picture(page, name) != before[name]} == {"curve", "times", "sizes"}
+    page.click("#axis")
+    assert {name: picture(page, name) for name in before} == before
     page.click("#theme")
     assert all(picture(page, name) != before[name] for name in before)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_a_narrow_window_and_a_whole_page_can_be_pictured(tmp_path, opened, scheme):
+    rows, saves = many(60, 4)
+    for save in saves:
+        save.waited.update(room=0.0, save=0.05 + save.rank / 50, optimizer=save.seconds["stage"] / 2)
+    about = {"root": "s3://bucket/runs/exp42", "run_id": "74c45bce7d62", "generated": saves[-1].began + 1000}
+    ran = [
+        {"event": "opened", "rank": 0, "t": saves[0].began - 60},
+        {"event": "closed", "rank": 0, "t": saves[-1].began + 60},
+    ]
+    (tmp_path / "report.html").write_text(reporting.page(about | reporting.gather(rows, saves, ran)))
+    page = opened(tmp_path / "report.html", scheme)
+    picture = Path(os.environ.get("DCPSVC_PICTURES", tmp_path)) / f"report-{scheme}.png"
+    if scheme == "dark":
+        page.click("#axis")
+    page.screenshot(path=picture, full_page=True)
+    assert picture.stat().st_size > 50_000
+    page.set_viewport_size({"width": 700, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+
+
+def test_every_phase_of_every_rank_and_what_training_waited_can_be_looked_at(run, tmp_path, opened):
+    (tmp_path / "report.html").write_text(reporting.report(open_root(run)))
+    page = opened(tmp_path / "report.html")
+    names = page.locator("#phases button").all_inner_texts()
+    assert names == ["blocked", "stage", "plan", "write", "ack-local", "upload", "ack-remote", "commit", "total"]
+    for name in names:
+        page.click(f"#phases >> text={name}")
+        page.focus("#heat")
+        page.keyboard.press("Home")
+        assert re.fullmatch(rf"step 1, rank 0: {name} [0-9.]+ m?s", page.inner_text("#heat-told"))
+    page.focus("#times")
+    page.keyboard.press("End")
+    assert re.search(r"training waited [0-9.]+ m?s$", page.inner_text("#times-told"))
 
 
 def test_charts_are_read_with_the_keyboard(run, tmp_path, opened):
@@ -218,6 +257,6 @@ def test_a_thousand_checkpoints_of_512_ranks_are_on_the_screen_in_two_seconds(tm
     (tmp_path / "report.html").write_text(reporting.page(data | reporting.gather(rows, saves, [])))
     page = opened(tmp_path / "report.html")
     assert int(page.locator("html").get_attribute("data-ready")) < 2000  # the requirement, for any machine
-    page.click("text=write")
+    page.click("#phases >> text=write")
     assert "rank 170" in page.inner_text("#late")
     assert page.locator("#all tr").count() == 1001

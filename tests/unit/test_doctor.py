@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dcpsvc.commandline.common import size_in_bytes, time_in_seconds
 from dcpsvc.doctor import machine, place, rehearsal
 from dcpsvc.doctor.findings import Finding, Verdict, merged, ok, worst
-from dcpsvc.doctor.forecast import Measured, best_interval_s, forecast
+from dcpsvc.doctor.forecast import Measured, best_interval_s, forecast, scaled
 from dcpsvc.errors import DcpsvcError, StoreAccessError
 from dcpsvc.storage.base import Credentials, Store
 from dcpsvc.storage.memory import MemoryStore
@@ -264,6 +264,15 @@ def test_a_forecast_scales_with_the_bytes_of_a_rank():
     assert forecast(MEASURED, 40 << 30, 86400.0, ranks=40).stall_s == pytest.approx(0.1)
 
 
+def test_what_a_save_costs_whatever_its_size_is_not_scaled():
+    smaller = {"shard_nbytes": 1 << 27, "blocked_s": 0.065, "local_s": 0.3, "commit_s": 4.5}
+    measured = dataclasses.replace(MEASURED, smaller=smaller)
+    expected = forecast(measured, 40 << 30, 86400.0)
+    assert expected.stall_s == pytest.approx(0.06 + 10 * 0.04)
+    assert expected.local_s == pytest.approx(0.2 + 10 * 0.8)
+    assert expected.commit_s == pytest.approx(40.0)  # the larger was the faster: by its bytes alone
+
+
 def test_a_grace_that_is_too_short_for_the_model_is_told():
     from dcpsvc.doctor.examination import preemption
 
@@ -359,3 +368,15 @@ def test_a_run_root_that_takes_a_shard_and_never_answers_is_given_up_in_a_time_t
     finally:
         answer.set()
     assert "upload" in str(raised.value)
+
+
+def test_a_save_that_is_four_times_as_large_takes_what_the_rehearsal_predicts_within_a_factor_of_three(tmp_path):
+    def saved(name, nbytes):
+        (tmp_path / name).mkdir()
+        payload = torch.arange(nbytes // 8, dtype=torch.int64)
+        return rehearsal._save(PosixStore(tmp_path / name), tmp_path / f"{name}-local", payload, {}, timeout_s=20.0)
+
+    measured = Measured(ranks=1, load_s=1.0, **saved("rehearsed", 64 << 20))
+    real = saved("real", 256 << 20)
+    for name in ("blocked_s", "local_s", "commit_s"):
+        assert 1 / 3 < scaled(measured, name, real["shard_nbytes"]) / real[name] < 3, (name, measured, real)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 import urllib.request
 
@@ -168,6 +171,95 @@ def test_calls_that_were_made_again_are_counted_in_metrics(tmp_path):
     ) as ckpt:
         ckpt.save(1).wait(30)
     assert 'dcpsvc_store_retries_total{rank="0"} 1.0' in path.read_text()
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import torch, dcpsvc
+root, local = sys.argv[1:]
+ckpt = dcpsvc.Checkpointer(root, {"x": torch.arange(1000.0)}, local=local, run_log=True)
+ckpt.resume()
+for step in (1, 2):
+    ckpt.save(step).wait(30)
+ckpt.wait(30)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_job_left_on_its_disk_is_brought_to_the_run_root_by_the_next_start(tmp_path):
+    root, local = tmp_path / "root", tmp_path / "local"
+    command = [sys.executable, "-c", KILLED, str(root), str(local)]
+    assert subprocess.run(command, check=False, timeout=50).returncode == -signal.SIGKILL
+    assert runlog.read(open_root(root)).saves == []
+    (left,) = local.glob("*/events/*")
+    assert [save.step for save in runlog.read_folder(left.parent).saves] == [1, 2]
+    with dcpsvc.Checkpointer(root, {"x": torch.zeros(1000)}, local=local, run_log=True) as ckpt:
+        assert ckpt.resume() == 2
+        ckpt.save(3).wait(30)
+    saves, events, skipped = runlog.read(open_root(root))
+    assert ([save.step for save in saves], skipped) == ([1, 2, 3], [])
+    assert [event["event"] for event in events] == ["opened", "resumed", "opened", "resumed", "closed"]
+    assert list(local.glob("*/events/*")) == []
+    jobs = reporting.gather([], saves, events)["jobs"]
+    assert jobs["starts"] == 2
+    assert 0 < jobs["blocked_s"] < jobs["seconds"]
+
+
+def test_segments_come_to_the_run_root_while_the_job_runs_and_tell_each_save_once(tmp_path):
+    log = RunLog(tmp_path / "root", spool=tmp_path / "spool", segment_saves=2)
+    seen: list[int] = []
+
+    def look(event):
+        if event.name is Point.CLOSED:
+            seen.append(len(runlog.read(open_root(tmp_path / "root")).saves))
+
+    train(tmp_path, Observers(look, log), steps=range(1, 8))
+    assert seen[0] >= 4
+    saves, _, _ = runlog.read(open_root(tmp_path / "root"))
+    assert [save.step for save in saves] == list(range(1, 8))
+    assert len(list((tmp_path / "root" / "events").iterdir())) >= 3
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_the_log_of_a_process_that_lives_is_left_to_it(tmp_path):
+    living = RunLog(MemoryStore("living"), spool=tmp_path)
+    living(Event(name=Point.OPENED, rank=0))
+    other = RunLog(MemoryStore("living"), spool=tmp_path)
+    other(Event(name=Point.CLOSED, rank=1))
+    assert [event["rank"] for event in runlog.read(MemoryStore("living")).events] == [1]
+    living(Event(name=Point.CLOSED, rank=0))
+    assert sorted(event["rank"] for event in runlog.read(MemoryStore("living")).events) == [0, 0, 1]
+
+
+def test_lines_that_could_not_be_brought_away_go_with_the_next_segment(tmp_path, caplog):
+    class Sometimes(MemoryStore):
+        refuses = True
+
+        def put(self, key, data):
+            if self.refuses:
+                raise dcpsvc.StoreError("put", key, "no")
+            super().put(key, data)
+
+    store = Sometimes("sometimes")
+    log = RunLog(store, spool=tmp_path, segment_saves=1)
+    for step in (1, 2):
+        for name in (Point.SAVE_ACCEPTED, Point.COMMITTED):
+            log(Event(name=name, rank=0, step=step, attempt="1-a-0"))
+        log.flush()
+        store.refuses = False
+    assert "is not at the run root" in caplog.text
+    assert [save.step for save in runlog.read(store).saves] == [1, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_the_log_that_are_too_large_are_named_in_the_report(tmp_path):
+    train(tmp_path, RunLog(tmp_path / "root"))
+    with (tmp_path / "root" / "events" / "large.rank-00000.00000.jsonl").open("wb") as file:
+        file.truncate(runlog.MAX_NBYTES + 1)
+    saves, _, (skipped,) = runlog.read(open_root(tmp_path / "root"))
+    assert "large.rank-00000.00000.jsonl: 64 MiB, more than 64" in skipped
+    assert len(saves) == 2
+    assert skipped in reporting.report(open_root(tmp_path / "root"))
 
 
 # --- phases ---------------------------------------------------------------------------------------

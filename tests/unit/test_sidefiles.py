@@ -8,6 +8,7 @@ import math
 import time
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +18,12 @@ from dcpsvc.errors import CheckpointGoneError, ConfigError, FormatError, NoSuchS
 from dcpsvc.format import keys
 from dcpsvc.format import sidefiles as documents
 from dcpsvc.format.keys import Attempt, Epoch
+from dcpsvc.leases import held
+from dcpsvc.reading import open_root
 from dcpsvc.sidefiles import Lease, SideFiles
 from dcpsvc.stages import discover, retain
 from dcpsvc.stages.retain import Removal
+from dcpsvc.tools import verifying
 from tests.unit.one_process import save
 from tests.unit.turns import Place, Play, put_checkpoint
 
@@ -309,3 +313,40 @@ def test_metrics_and_pins_from_outside_are_seen_by_a_listing_and_resume_passes_o
     dcpsvc.record_metrics(root, 20, {"diverged": 0})
     assert dcpsvc.load(root, state) == 20
     assert not list((root / "pins").rglob("*.json")), "leases are given back"
+
+
+def test_a_reading_that_outlives_its_first_lease_is_not_deleted_by_another_jobs_retention(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sidefiles, "CLOCK_SLACK_S", 0)
+    root = tmp_path / "root"
+    with dcpsvc.Checkpointer(root, {"x": 1}, local=tmp_path / "local", keep=dcpsvc.Latest(1)) as ckpt:
+        ckpt.save(1).wait(30)
+        store = open_root(root)
+        (first,) = discover.committed(store)
+        with held(store, first, seconds=1.0):
+            until = max(pin[1] for entry in store.list(first.pins) if (pin := keys.pin_of(entry.key)) and pin[1])
+            ends = time.monotonic() + 30
+            while time.time() <= until + 1:
+                assert time.monotonic() < ends
+                time.sleep(0.05)
+            ckpt.save(2).wait(30)
+            ckpt.wait(30)
+            assert [attempt.step for attempt in discover.committed(store)] == [1, 2]
+        assert not store.list(first.pins)
+        ckpt.save(3).wait(30)
+        ckpt.wait(30)
+        assert [attempt.step for attempt in discover.committed(store)] == [3]
+
+
+def test_verifying_holds_what_it_reads_and_leaves_nothing_behind(tmp_path) -> None:
+    root = tmp_path / "root"
+    with dcpsvc.Checkpointer(root, {"x": torch.arange(1000.0)}, local=tmp_path / "local") as ckpt:
+        ckpt.save(1).wait(30)
+    store, seen = open_root(root), []
+    (first,) = discover.committed(store)
+    findings = verifying.verify(store, [first], lambda _: seen.append(sidefiles.is_pinned(store, first, time.time())))
+    assert all(finding.intact for finding in findings)
+    assert seen
+    assert all(seen)
+    assert not store.list(first.pins)

@@ -221,7 +221,14 @@ def _slowest(measured: list[dict[str, Any] | None]) -> Measured | None:
     whole = [one for one in measured if one is not None]
     if not whole or len(whole) < len(measured):
         return None
-    return Measured(**{name: max(one[name] for one in whole) for name in whole[0]} | {"ranks": len(whole)})
+    smaller = _largest([one["smaller"] for one in whole])
+    merged: dict[str, Any] = _largest([one | {"smaller": 0} for one in whole])
+    merged |= {"ranks": len(whole), "smaller": smaller}
+    return Measured(**merged)
+
+
+def _largest(said: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: max(one[name] for one in said) for name in said[0]}
 
 
 def _folders(root: str) -> set[Path]:

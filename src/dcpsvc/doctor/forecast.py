@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _SAFE = 2.0
@@ -12,15 +12,16 @@ _SAFE = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One small real save, as the slowest rank saw it. Seconds and bytes.
+    """Real saves of two sizes, as the slowest rank saw them. Seconds and bytes.
 
     Attributes:
-        shard_nbytes: What each rank wrote.
+        shard_nbytes: What each rank wrote: in the larger one, of which the other seconds are.
         ranks: Ranks that took part.
         blocked_s: What training lost.
         local_s: From the call until all shards were durable on their local disks.
         commit_s: From the call to the commit.
         load_s: Reading it back and verifying it.
+        smaller: The smaller one, with its ``shard_nbytes``, ``blocked_s``, ``local_s`` and ``commit_s``; empty: none.
     """
 
     shard_nbytes: int
@@ -29,6 +30,7 @@ class Measured:
     local_s: float
     commit_s: float
     load_s: float
+    smaller: dict[str, float] = field(default_factory=dict[str, float])
 
     def to_json(self) -> dict[str, Any]:
         """For the other ranks."""
@@ -61,7 +63,7 @@ class Forecast:
 
 
 def forecast(measured: Measured, model_nbytes: int, mtbf_s: float, ranks: int | None = None) -> Forecast:
-    """Scale what was measured to a model. Pessimistic: what a save costs whatever its size is scaled too.
+    """Scale what was measured to a model: what a save costs whatever its size, and what each byte adds.
 
     Args:
         measured: A real save.
@@ -70,10 +72,9 @@ def forecast(measured: Measured, model_nbytes: int, mtbf_s: float, ranks: int | 
         ranks: That will share it; default as many as took part.
     """
     count = ranks or measured.ranks
-    factor = model_nbytes / count / measured.shard_nbytes
-    stall_s, local_s, commit_s, load_s = (
-        seconds * factor for seconds in (measured.blocked_s, measured.local_s, measured.commit_s, measured.load_s)
-    )
+    nbytes = model_nbytes / count
+    stall_s, local_s, commit_s = (scaled(measured, name, nbytes) for name in ("blocked_s", "local_s", "commit_s"))
+    load_s = measured.load_s * nbytes / measured.shard_nbytes
     interval_s = max(best_interval_s(stall_s, mtbf_s), commit_s)  # one save at a time
     return Forecast(
         model_nbytes=model_nbytes,
@@ -85,6 +86,19 @@ def forecast(measured: Measured, model_nbytes: int, mtbf_s: float, ranks: int | 
         interval_s=interval_s,
         lost=min(1.0, stall_s / interval_s + (interval_s / 2 + commit_s + load_s) / mtbf_s),
     )
+
+
+def scaled(measured: Measured, name: str, nbytes: float) -> float:
+    """Seconds that shards of ``nbytes`` take: a + b * bytes through both sizes.
+
+    A larger save that was no slower than the smaller says nothing about what a byte costs: then the larger one is
+    scaled by its bytes alone, which is too much rather than too little.
+    """
+    large_s, small_s = float(getattr(measured, name)), measured.smaller.get(name, math.inf)
+    more_nbytes = measured.shard_nbytes - measured.smaller.get("shard_nbytes", 0.0)
+    if large_s <= small_s or more_nbytes <= 0:
+        return large_s * nbytes / measured.shard_nbytes
+    return max(0.0, large_s + (large_s - small_s) / more_nbytes * (nbytes - measured.shard_nbytes))
 
 
 def best_interval_s(stall_s: float, mtbf_s: float) -> float:

@@ -16,7 +16,7 @@
     tombstones/step-000000000500.<attempt>.json
     probes/<token>
     lineage/step-000000000500.<attempt>.json          where a checkpoint comes from that no training step wrote
-    events/<start>-<token>.rank-00003.jsonl           what one rank of one start of a job has to tell
+    events/<start>-<token>.rank-00003.00000.jsonl     what one rank of one start of a job has to tell, in segments
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ class Attempt(NamedTuple):
         return f"{self.data}rank-{rank:05d}.safetensors"
 
 
-def events(started: str, token: str, rank: int) -> str:
-    """Key of what one rank of one start of a job has to tell."""
-    return f"{EVENTS}{started}-{token}.rank-{rank:05d}.jsonl"
+def events(started: str, token: str, rank: int, segment: int) -> str:
+    """Key of a part of what one rank of one start of a job has to tell."""
+    return f"{EVENTS}{started}-{token}.rank-{rank:05d}.{segment:05d}.jsonl"
 
 
 def layout(digest: str) -> str:

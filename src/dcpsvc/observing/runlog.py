@@ -1,4 +1,4 @@
-"""The log of a run: a JSON line for each event on this machine, and a summary in the run root when the job closes."""
+"""The log of a run: a JSON line for each event on this machine, and a summary in the run root, in segments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from dcpsvc import deadline
 from dcpsvc.errors import StoreError
 from dcpsvc.events import Event, Point
 from dcpsvc.format import keys
+from dcpsvc.observing import spool as spools
 from dcpsvc.observing.phases import SaveTimes, Tracker
+from dcpsvc.observing.spool import SEGMENT_NBYTES, Segment
 from dcpsvc.reading import at_once
 from dcpsvc.storage.open import open_store
 from dcpsvc.storage.tries import retries
@@ -41,9 +43,12 @@ class RunLog:
     """An observer that keeps what happened: ``on_event=RunLog("runs/exp42", folder="logs")``. Every rank has its own.
 
     Args:
-        root: The run root, which gets one side file ``events/...`` for this rank when the Checkpointer closes: a line
-            for each save with the seconds of its phases, and those about the job. None: none.
+        root: The run root, which gets a side file ``events/...`` of this rank every ``segment_saves`` saves and at
+            the end: a line for each save with what it took, and for what is about the job. None: none.
         folder: A directory on this machine that gets a line for each event, at once. None: none.
+        spool: A directory on this machine for the lines on their way to the root; those of a process that was killed
+            are taken along by the next one here. None: they are in memory.
+        segment_saves: How many saves one side file tells of.
         storage_options: For the run root.
     """
 
@@ -52,15 +57,22 @@ class RunLog:
         root: str | os.PathLike[str] | Store | None = None,
         *,
         folder: str | os.PathLike[str] | None = None,
+        spool: str | os.PathLike[str] | None = None,
+        segment_saves: int = 50,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._store = None if root is None else open_store(root, storage_options)
         self._folder = None if folder is None else Path(folder).absolute()
+        self._spool = None if spool is None else Path(spool).absolute()
+        self._segment_saves = segment_saves
         self._started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         self._token = secrets.token_hex(4)
         self._tracker = Tracker(retries)
-        self._lines: list[str] = []
-        self._lock = threading.Lock()
+        self._segment: Segment | None = None
+        self._segments = self._saves = 0
+        self._undelivered: list[Segment] = []
+        self._has_looked = False
+        self._lock, self._delivering = threading.Lock(), threading.Lock()
 
     def __call__(self, event: Event) -> None:
         """Take an event in. Any thread; at ``closed`` waits for the run root, for 30 s at most."""
@@ -68,19 +80,32 @@ class RunLog:
         with self._lock:
             self._write(event, at)
             if event.name is Point.TRAINING_WAITED and not self._tracker.follows(event):  # it came after the commit
-                self._lines.append(_line({"kind": "waited", "t": round(at, 3), **_about(event)}))
+                self._add({"kind": "waited", "t": round(at, 3), **_about(event)}, event.rank)
             if (save := self._tracker.take(event, at, now)) is not None:
-                self._lines.append(_line({"kind": "save", **save.to_json()}))
+                self._saves += 1
+                self._add({"kind": "save", **save.to_json()}, event.rank)
             if event.name in _ABOUT_THE_JOB:
-                self._lines.append(_line({"kind": "event", "t": round(at, 3), **_about(event)}))
-            summary = "".join(self._lines)
-        if event.name is Point.CLOSED and self._store is not None:
-            self._leave(self._store, keys.events(self._started, self._token, event.rank), summary)
+                self._add({"kind": "event", "t": round(at, 3), **_about(event)}, event.rank)
+        if event.name is Point.CLOSED:
+            self._deliver()
+
+    def flush(self) -> None:
+        """Bring a segment that is long enough to the run root, and once what dead processes left. Never raises.
+
+        Takes as long as the run root, 30 s at most: for a thread that nobody waits for.
+        """
+        with self._lock:
+            due = self._saves >= self._segment_saves or (
+                self._segment is not None and len(self._segment.data) >= SEGMENT_NBYTES
+            )
+        if due or not self._has_looked:
+            self._deliver(whole=due)
 
     def _write(self, event: Event, at: float) -> None:
         if self._folder is None:
             return
-        path = self._folder / keys.events(self._started, self._token, event.rank).removeprefix(keys.EVENTS)
+        name = keys.events(self._started, self._token, event.rank, 0).removeprefix(keys.EVENTS)
+        path = self._folder / name
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
@@ -89,14 +114,49 @@ class RunLog:
             logger.warning("events are no longer written to %s: %s", path, err)
             self._folder = None
 
-    def _leave(self, store: Store, key: str, summary: str) -> None:
-        def put() -> None:
-            store.put(key, summary.encode())
-
+    def _add(self, said: dict[str, Any], rank: int) -> None:
+        if self._store is None:
+            return
+        if self._segment is None:
+            self._segment = self._begin(keys.events(self._started, self._token, rank, self._segments))
+            self._segments += 1
         try:
-            deadline.call(put, _CLOSE_S, "writing the log of the run")
-        except (StoreError, TimeoutError, RuntimeError) as err:
+            self._segment.add(_line(said).encode())
+        except OSError as err:
+            self._in_memory(err)
+            self._segment.let_go()
+
+    def _begin(self, key: str) -> Segment:
+        try:
+            return spools.begin(self._spool, key)
+        except OSError as err:
+            self._in_memory(err)
+            return spools.begin(None, key)
+
+    def _in_memory(self, err: OSError) -> None:
+        logger.warning("lines for the log of this run are kept in memory, not in %s: %s", self._spool, err)
+        self._spool = None
+
+    def _deliver(self, *, whole: bool = True) -> None:
+        with self._lock:
+            if whole and self._segment is not None:
+                self._undelivered.append(self._segment)
+                self._segment, self._saves = None, 0
+            if not self._has_looked and self._spool is not None:
+                self._undelivered += spools.orphans(self._spool)
+            self._has_looked = True
+        try:
+            deadline.call(self._put, _CLOSE_S, "writing the log of the run")
+        except (StoreError, TimeoutError, RuntimeError, OSError) as err:
             logger.warning("the log of this run is not at the run root: %s", err)
+
+    def _put(self) -> None:
+        with self._delivering:  # a call that hangs keeps it: the next one gives up at its deadline
+            while self._undelivered and self._store is not None:
+                segment = self._undelivered[0]
+                self._store.put(segment.key, bytes(segment.data))
+                segment.delivered()
+                del self._undelivered[0]
 
 
 class Told(NamedTuple):

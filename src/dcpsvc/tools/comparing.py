@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc.leases import held
 from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tools import numbers
 
@@ -26,6 +27,7 @@ class Side:
     """
 
     def __init__(self, store: Store, manifest: Manifest, layout: Layout) -> None:
+        self.store = store
         self.manifest, self.layout = manifest, layout
         self.shards = [VerifiedShard([store], record) for record in manifest.shards]
 
@@ -93,7 +95,8 @@ def compare(a: Side, b: Side, progress: Callable[[int], None] | None = None) -> 
     found = _compare_tensors(a.layout, b.layout)
     gaps: list[numbers.Gap] = []
     if progress is not None:
-        gaps = [_gap(name, a, b, progress) for name in found.alike]
+        with held(a.store, a.manifest.key), held(b.store, b.manifest.key):
+            gaps = [_gap(name, a, b, progress) for name in found.alike]
     return Difference(
         only_a=tuple(found.only_a),
         only_b=tuple(found.only_b),

@@ -17,6 +17,7 @@ from dcpsvc.errors import ExportError
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.parse import compact, dump
 from dcpsvc.format.shardfile import FOREIGN
+from dcpsvc.leases import held
 from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tools.casting import cast, result
 from dcpsvc.tools.folder import Folder
@@ -25,6 +26,7 @@ from dcpsvc.tools.showing import show
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
@@ -69,12 +71,17 @@ class Source:
     def __init__(self, store: Store, step: int, component: str, attempt: str | None = None) -> None:
         shown = show(store, step, attempt)
         self.component, self.layout, self.manifest = component, shown.layout, shown.manifest
+        self._store = store
         self._shards = {record.rank: VerifiedShard([store], record) for record in shown.manifest.shards}
         if not any(key.startswith(f"{component}.") for key in self.layout.names()):
             there = sorted({key.split(".", 1)[0] for key in self.layout.names()})
             raise ExportError(
                 f"{store.url} step {step}", f"no tensors below {component!r}; there are {', '.join(there)}"
             )
+
+    def held(self) -> AbstractContextManager[None]:
+        """No live job deletes it meanwhile."""
+        return held(self._store, self.manifest.key)
 
     def entries(self, dtype: str | None) -> list[Entry]:
         """Every tensor of the module once, by its name in the module; further names of a tied one are left out."""
@@ -134,9 +141,10 @@ def export_hf(
     files = _divide(entries, max_shard_nbytes)
     about = {"format": "hf", "dtype": dtype, "max_shard_nbytes": max_shard_nbytes, "component": source.component}
     folder = Folder(directory, about | source.identity())
-    for name, part in files.items():
-        if not folder.has(name):
-            folder.write(name, _safetensors(source, part, progress))
+    with source.held():
+        for name, part in files.items():
+            if not folder.has(name):
+                folder.write(name, _safetensors(source, part, progress))
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
@@ -168,7 +176,8 @@ def export_peft(
         entries = _of_adapter(source.entries(dtype), place, adapter)
         if not entries:
             raise ExportError(source.component, f"the checkpoint holds no tensor of the adapter {adapter!r}")
-        folder.write(f"{below}adapter_model.safetensors", _safetensors(source, entries, progress))
+        with source.held():
+            folder.write(f"{below}adapter_model.safetensors", _safetensors(source, entries, progress))
         folder.write(f"{below}adapter_config.json", [dump(config | {"inference_mode": True})])
     folder.finish()
 

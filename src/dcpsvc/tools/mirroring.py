@@ -18,7 +18,7 @@ from dcpsvc.format import keys, run
 from dcpsvc.format.layout import MAX_NBYTES as MAX_LAYOUT_NBYTES
 from dcpsvc.format.lineage import MAX_NBYTES as MAX_LINEAGE_NBYTES
 from dcpsvc.format.sidefiles import MAX_NBYTES as MAX_NOTE_NBYTES
-from dcpsvc.sidefiles import Lease
+from dcpsvc.leases import held
 from dcpsvc.stages import discover, upload
 from dcpsvc.tools import fetching, owning
 from dcpsvc.tools.verifying import AT_ONCE
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest, ShardRecord
     from dcpsvc.storage.base import Store
-
-_LEASE_S = 6 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +83,9 @@ def copy(
         owning.check_idle(target, run_id, take_over=True)
     done: list[Copied] = []
     copies = _Copies(source, target, progress, at_once)
-    lease = Lease(source, _LEASE_S)
     for manifest in manifests:
-        lease.take(manifest.key)
-        try:
+        with held(source, manifest.key):
             done.append(copies.one(manifest))
-        finally:
-            lease.release()
     _count_on(target, [manifest.key for manifest in manifests], owned=owned)
     return done
 

@@ -9,12 +9,12 @@ import math
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from importlib.resources import files
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.format import keys, run
-from dcpsvc.lateness import OWN
 from dcpsvc.observing import runlog
-from dcpsvc.observing.phases import SaveTimes, stragglers
+from dcpsvc.observing.phases import PHASES, SaveTimes, stragglers
 from dcpsvc.tools import listing
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dcpsvc")
 
 _PLACE = "/*DATA*/"
-_HEAT = (*OWN, "total")
+_HEAT = ("blocked", *PHASES.values(), "total")
 _SHADES = 254
 _SHOWN = 200
 """Failures and stragglers that are listed; all are counted."""
@@ -155,6 +155,8 @@ def _outcome(saves: Iterable[SaveTimes]) -> str:
 
 
 def _took(save: SaveTimes, phase: str) -> float | None:
+    if phase == "blocked":
+        return save.blocked_s if save.waited else None
     return save.total_s if phase == "total" else save.seconds.get(phase)
 
 
@@ -179,7 +181,7 @@ def _jobs(saves: Iterable[SaveTimes], events: Iterable[dict[str, Any]]) -> dict[
     own = [save for save in saves if save.rank == 0]
     edges = [event for event in events if event.get("rank") == 0 and event["event"] in {"opened", "closed"}]
     ran: list[tuple[float, float]] = []
-    for event, after in zip(edges, [*edges[1:], None], strict=True):
+    for event, after in zip_longest(edges, edges[1:]):
         if event["event"] == "opened":
             ran.append((event["t"], _end(event["t"], after, own)))
     within = (save.blocked_s for save in own if any(begin <= save.began <= end for begin, end in ran))

@@ -16,6 +16,7 @@ from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError
 from dcpsvc.format import keys, run
 from dcpsvc.format.lineage import Lineage
 from dcpsvc.format.parse import compact
+from dcpsvc.leases import held
 from dcpsvc.stages import discover, upload
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.shards import VerifiedShard
@@ -158,7 +159,8 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
     epoch = owning.claim(target)
     attempt = epoch.attempt(source.step, 0)
     try:
-        records, layout = write_shards(plan.shards, plan.documents, plan.layout, target, attempt, progress=progress)
+        with held(operation.source, source.key):
+            records, layout = write_shards(plan.shards, plan.documents, plan.layout, target, attempt, progress=progress)
         manifest = replace(
             source,
             run_id=run_id,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcpsvc.errors import FormatError, NoSuchStepError
+from dcpsvc.leases import held
 from dcpsvc.stages import discover
 from dcpsvc.storage.shards import VerifiedShard
 
@@ -89,7 +90,7 @@ def verify(
     Raises:
         StoreError: The store did not answer; that says nothing about the checkpoint.
     """
-    with ThreadPoolExecutor(at_once) as threads:
+    with held(store, *attempts), ThreadPoolExecutor(at_once) as threads:
         try:
             begun = [_begin(store, attempt, threads, progress, journal) for attempt in attempts]
             return [_end(*each) for each in begun]
