@@ -8,7 +8,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dcpsvc.errors import StateError, UnsupportedStateError
 from dcpsvc.state.dtypes import name_of
@@ -220,6 +222,10 @@ def _check_storable(key: str, tensor: torch.Tensor) -> None:
     if tensor.is_quantized:
         reason = "a quantized tensor of torch.ao cannot be stored; store its int_repr(), scale and zero point"
         raise UnsupportedStateError(key, reason)
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, AsyncCollectiveTensor):
+        parts = ", ".join(tensor.__tensor_flatten__()[0])
+        reason = f"a {type(tensor).__name__} is made of several tensors ({parts}) and cannot be stored as one"
+        raise UnsupportedStateError(key, f"{reason}; register them as buffers, or keep the weights it was made of")
     if tensor.layout is not torch.strided:
         raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
 
