@@ -24,30 +24,66 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 
-ROUNDS, STEPS = 4, (10, 20, 30)
+ROUNDS, FEW, MANY = 3, 3, 100
 SOURCE = str(Path(dcpsvc.__file__).parents[1])
 
 JOB = """
 import json, sys, torch, dcpsvc
 
-root, options, local, number = sys.argv[1:]
+options, local, number = sys.argv[1:]
 for line in sys.stdin:
-    told = {"committed": [], "refused": ""}
+    root, saves = line.split()
+    refused = ""
     try:
         state = {"who": torch.zeros(1000, dtype=torch.int64), "step": 0}
         with dcpsvc.Checkpointer(
-            root + line.strip(), state, local=local, storage_options=json.loads(options), save_last=False
+            root, state, local=local, storage_options=json.loads(options), save_last=False
         ) as ckpt:
-            ckpt.resume()
-            for step in (10, 20, 30):
+            first = ckpt.resume() // 10 + 1
+            for step in range(10 * first, 10 * (first + int(saves)), 10):
                 state["who"].fill_(int(number))
                 state["step"] = step + int(number)
                 ckpt.save(step + int(number)).wait(60)
-                told["committed"].append(step + int(number))
+                print(json.dumps(step + int(number)), flush=True)
     except dcpsvc.DcpsvcError as err:
-        told["refused"] = type(err).__name__
-    print(json.dumps(told), flush=True)
+        refused = type(err).__name__
+    print(json.dumps({"refused": refused}), flush=True)
 """
+
+
+class RunningJob:
+    """A process that saves under its own number, again and again, on one root after the other."""
+
+    def __init__(self, server: Server, local: Path, number: int) -> None:
+        self.number, self.committed = number, list[int]()
+        options = json.dumps(server.storage_options)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", JOB, options, str(local), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": SOURCE},
+        )
+
+    def begin(self, root: str, saves: int) -> None:
+        assert self.process.stdin
+        self.committed.clear()
+        self.process.stdin.write(f"{root} {saves}\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        """The next step that was confirmed; or how it ended."""
+        assert self.process.stdout
+        told = json.loads(self.process.stdout.readline())
+        if isinstance(told, int):
+            self.committed.append(told)
+        return told
+
+    def end(self) -> str:
+        """The error that it was refused with, if it was."""
+        while isinstance(told := self.hear(), int):
+            pass
+        return str(told["refused"])
 
 
 @pytest.fixture
@@ -56,54 +92,53 @@ def root(swift: Server) -> str:
 
 
 @pytest.fixture
-def jobs(swift: Server, root: str, tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    options = json.dumps(swift.storage_options)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOB, root, options, str(tmp_path / str(number)), str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": SOURCE},
-        )
-        for number in (1, 2)
-    ]
+def jobs(swift: Server, tmp_path: Path) -> Iterator[list[RunningJob]]:
+    started = [RunningJob(swift, tmp_path / str(number), number) for number in (1, 2)]
     yield started
     for one in started:
-        one.kill()
-        one.communicate()
+        one.process.kill()
+        one.process.communicate()
 
 
-def told(job: subprocess.Popen[str]) -> dict[str, Any]:
-    assert job.stdout
-    outcome: dict[str, Any] = json.loads(job.stdout.readline())
-    return outcome
+def check(swift: Server, root: str, jobs: list[RunningJob], newest_of: set[int]) -> None:
+    """What was confirmed to either is there, and the newest is whole and of the one that went on."""
+    found = dcpsvc.list_checkpoints(root, storage_options=swift.storage_options)
+    counting = {one.step for one in found if one.state == "committed"}
+    assert {step for job in jobs for step in job.committed} <= counting
+    state = {"who": torch.zeros(1000, dtype=torch.int64), "step": 0}
+    newest = dcpsvc.load(root, state, storage_options=swift.storage_options)
+    assert newest == max(counting)
+    assert newest % 10 in newest_of
+    assert state["step"] == newest
+    assert (state["who"] == newest % 10).all()
 
 
 def test_swift_lets_several_win_a_conditional_create(swift: Server, root: str) -> None:
     clients = [open_store(root, swift.storage_options) for _ in range(RACERS)]
-    winners = [len(race(lambda racer: clients[racer], f"manifests/{round_}")) for round_ in range(25)]
+    winners = [len(race(lambda racer: clients[racer], f"manifests/{round_}")) for round_ in range(12)]
     assert max(winners) > 1, "the tests beside this one need such a server"
 
 
 def test_of_two_jobs_at_once_what_was_confirmed_stays_and_the_newer_owner_alone_goes_on(
-    swift: Server, root: str, jobs: list[subprocess.Popen[str]]
+    swift: Server, root: str, jobs: list[RunningJob]
 ) -> None:
     for round_ in range(ROUNDS):
         for job in jobs:
-            assert job.stdin
-            job.stdin.write(f"-{round_}\n")
-            job.stdin.flush()
-        outcomes = [told(job) for job in jobs]
-        where = f"{root}-{round_}"
-        found = dcpsvc.list_checkpoints(where, storage_options=swift.storage_options)
-        counting = {one.step for one in found if one.state == "committed"}
-        assert {step for one in outcomes for step in one["committed"]} <= counting
-        assert {one["refused"] for one in outcomes} <= {"", "FencedError", "RunBusyError", "RootError"}
-        done = [number for number, one in enumerate(outcomes, 1) if not one["refused"]]
-        assert done, outcomes
-        state = {"who": torch.zeros(1000, dtype=torch.int64), "step": 0}
-        newest = dcpsvc.load(where, state, storage_options=swift.storage_options)
-        assert newest in {STEPS[-1] + number for number in done}
-        assert state["step"] == newest
-        assert (state["who"] == newest - STEPS[-1]).all()
+            job.begin(f"{root}-{round_}", FEW)
+        refused = {job.number: job.end() for job in jobs}
+        assert set(refused.values()) <= {"", "FencedError", "RunBusyError", "RootError"}
+        assert "" in refused.values(), refused
+        check(swift, f"{root}-{round_}", jobs, {number for number, error in refused.items() if not error})
+
+
+def test_a_job_that_another_one_joins_half_way_is_refused_from_then_on_and_keeps_what_was_confirmed(
+    swift: Server, root: str, jobs: list[RunningJob]
+) -> None:
+    first, second = jobs
+    for round_ in range(ROUNDS):
+        first.begin(f"{root}-{round_}", MANY)
+        first.hear()
+        second.begin(f"{root}-{round_}", FEW)
+        assert (first.end(), second.end()) == ("FencedError", "")
+        assert 0 < len(first.committed) < MANY
+        check(swift, f"{root}-{round_}", jobs, {2})
