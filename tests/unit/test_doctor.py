@@ -125,8 +125,34 @@ def test_a_kernel_that_gathers_much_before_it_writes_is_told(tmp_path, text, ver
 
 @pytest.mark.parametrize(("cpus", "ranks", "verdict"), [({0}, 1, "warn"), ({0, 1}, 2, "note"), ({0, 1, 2, 3}, 2, "ok")])
 def test_a_rank_that_is_bound_to_one_processor_is_warned_of(tmp_path, cpus, ranks, verdict):
-    found = machine.processors(machine.Machine(local=tmp_path, ranks=ranks, cpus=frozenset(cpus)))
+    masks = (frozenset(cpus),) * ranks
+    found = machine.processors(machine.Machine(local=tmp_path, ranks=ranks, cpus=frozenset(cpus), masks=masks))
     assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("masks", "verdict"),
+    [([{0, 1}, {2, 3}, {4, 5}], "ok"), ([{0, 1}, {1, 2}], "warn"), ([{0, 1, 2, 3}] * 2 + [{4, 5}], "ok")],
+    ids=["each its own", "overlapping", "by socket"],
+)
+def test_processors_count_by_the_ranks_that_share_them(tmp_path, masks, verdict):
+    here = tuple(map(frozenset, masks))
+    found = machine.processors(machine.Machine(local=tmp_path, ranks=len(masks), cpus=here[0], masks=here))
+    assert found.verdict == verdict, found
+
+
+class Misdating(PosixStore):
+    """Its clock is two days ahead."""
+
+    def written_s(self, key):
+        return super().written_s(key) + 2 * 86400.0
+
+
+def test_a_store_whose_clock_is_far_off_is_warned_of(tmp_path):
+    assert place.store_clock(PosixStore(tmp_path), "clock").verdict == "ok"
+    found = place.store_clock(Misdating(tmp_path), "clock")
+    assert (found.verdict, found.found) == ("warn", "172800.0 s ahead of this machine's")
+    assert not list(tmp_path.rglob("clock"))
 
 
 # --- the run root ---------------------------------------------------------------------------------

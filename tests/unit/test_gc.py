@@ -115,6 +115,25 @@ def test_what_is_young_stays_until_its_time_for_it_may_be_on_its_way(tmp_path):
     assert not made.store.list(keys.PROBES)
 
 
+@pytest.mark.parametrize("skew_s", [-2 * DAY_S, 2 * DAY_S], ids=["behind", "ahead"])
+def test_age_is_told_by_the_clock_that_the_store_dates_by(tmp_path, skew_s):
+    class Misdating(PosixStore):
+        def written_s(self, key: str) -> float | None:
+            date = super().written_s(key)
+            return None if date is None else date + skew_s
+
+    a_bit_of_everything(tmp_path)
+    torn = OLD.attempt(8, 7)
+    store = Misdating(tmp_path)
+    clear(store, Rules(keep=KEEP, older_than_s=DAY_S))
+    assert store.list(torn.data), "it is young, whatever this machine's clock says"
+    long_ago = time.time() - 1.5 * DAY_S
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    clear(store, Rules(keep=KEEP, older_than_s=DAY_S))
+    assert not store.list(torn.data)
+
+
 def test_without_a_recorded_policy_every_checkpoint_stays(tmp_path):
     made = a_bit_of_everything(tmp_path)
     clear(made.store, Rules(older_than_s=0.0))

@@ -137,7 +137,8 @@ def _examine(job: Job, plan: Plan) -> Any:
     began = time.monotonic()
     times: list[float] = job.meet("doctor/clock", time.time(), lambda said: said, meeting)
     findings = [place.clocks(times, time.monotonic() - began)] if job.world_size > 1 else []
-    findings += machine.examine(_machine(job, plan))
+    masks: list[tuple[str, list[int]]] = job.meet("doctor/cpus", machine.mask(), lambda said: said, meeting)
+    findings += machine.examine(_machine(job, plan, masks))
     root, local = _places(plan, token)
     was_there = _folders(root)
     measured: Measured | None = None
@@ -162,9 +163,11 @@ def _examine(job: Job, plan: Plan) -> Any:
     return job.meet("doctor/end", mine, lambda all_: _sum_up(plan, all_), meeting)
 
 
-def _machine(job: Job, plan: Plan) -> machine.Machine:
+def _machine(job: Job, plan: Plan, masks: list[tuple[str, list[int]]]) -> machine.Machine:
     shard_nbytes = None if plan.model_nbytes is None else plan.model_nbytes // (plan.ranks or job.world_size)
-    return machine.Machine(local=plan.local, shard_nbytes=shard_nbytes, ranks=preflight.ranks_here(os.environ))
+    here = tuple(frozenset(cpus) for host, cpus in masks if host == machine.mask()[0])
+    ranks = preflight.ranks_here(os.environ)
+    return machine.Machine(local=plan.local, shard_nbytes=shard_nbytes, ranks=ranks, masks=here)
 
 
 def _places(plan: Plan, token: str) -> tuple[str, Path]:
@@ -182,6 +185,7 @@ def _look_at(job: Job, store: Store | None, token: str, meeting: Meeting) -> lis
             findings.append(place.listings(store, f"listed-{job.rank}"))
             if job.coordinates:
                 findings.append(place.conditional_create(store, "race"))
+            findings.append(place.store_clock(store, f"clock-{job.rank}"))
         if job.coordinates:
             with suppress(DcpsvcError):  # then the others say so
                 store.put(_SHARED, expected)

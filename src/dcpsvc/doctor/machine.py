@@ -41,6 +41,8 @@ class Machine:
         keep_local: Checkpoints that stay on the local tier.
         proc: As ``/proc``.
         shm: As ``/dev/shm``.
+        masks: Processors of each rank on this machine; empty: only this one's are known.
+        cpus: This process's.
     """
 
     local: Path
@@ -49,6 +51,7 @@ class Machine:
     keep_local: int = 2
     proc: Path = Path("/proc")
     shm: Path = Path(_SHM)
+    masks: tuple[frozenset[int], ...] = ()
     cpus: frozenset[int] = field(default_factory=lambda: frozenset(os.sched_getaffinity(0)))
 
 
@@ -203,14 +206,27 @@ def dirty_pages(machine: Machine) -> Finding:
 def processors(machine: Machine) -> Finding:
     """Copies, checksums and uploads run beside training."""
     count, online = len(machine.cpus), os.cpu_count() or 1
-    found = f"{count} of {online} for this process, {machine.ranks} ranks on this machine"
+    sharing = [mask for mask in machine.masks or (machine.cpus,) if mask & machine.cpus]
+    shared = f"shared by {len(sharing)} of the {machine.ranks} ranks here"
+    found = f"{count} of {online} for this process, {shared}"
     if count == 1 and online > 1:
         remedy = "this rank is bound to one processor: torchrun without taskset, srun --cpus-per-task, numactl by node"
         return Finding(name="processors", verdict=Verdict.WARN, found=found, remedy=remedy)
-    if count < 2 * machine.ranks:
+    if any(mask != machine.cpus for mask in sharing):
+        remedy = (
+            "some of them are another rank's, too: bind each rank to its own, or all ranks of a socket to all of it"
+        )
+        return Finding(name="processors", verdict=Verdict.WARN, found=found, remedy=remedy)
+    if count < 2 * len(sharing):
         remedy = "fewer than two for each rank: checkpoints in the background will slow training down"
         return Finding(name="processors", verdict=Verdict.NOTE, found=found, remedy=remedy)
     return ok("processors", found)
+
+
+def mask() -> tuple[str, list[int]]:
+    """Which machine this is, and the processors of this process, to be told to other ranks."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return boot, sorted(os.sched_getaffinity(0))
 
 
 def _number(path: Path) -> int:

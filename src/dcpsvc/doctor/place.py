@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
 from dcpsvc.errors import StoreAccessError, StoreError
 from dcpsvc.progress import duration
+from dcpsvc.storage import storeclock
 from dcpsvc.storage.base import SigningStore
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _RACES, _RACERS = 5, 8
 _LISTING_S, _LOOK_S = 5.0, 0.1
 _MAX_SKEW_S = 1.0
+_DATE_S = 1.0
+"""What stores that date by the second leave open."""
 _LONG_S = 86400.0
 
 _ACCESS = "give this user read, write, list and delete on the run root (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=...)"
@@ -151,6 +154,21 @@ def clocks(times: list[float], within_s: float) -> Finding:
         f"start chrony or ntpd on the hosts of ranks {first} and {last}; nothing is decided by time, but ages mislead"
     )
     return Finding(name="clocks", verdict=Verdict.WARN, found=found, remedy=remedy)
+
+
+def store_clock(store: Store, mine: str) -> Finding:
+    """How far this machine's clock and the store's are apart: ages in ``ls`` and ``gc`` come from both."""
+    try:
+        found = storeclock.ahead(store, mine)
+    except StoreError as err:
+        return broken("store clock", err, _REACH)
+    if found is None:
+        return ok("store clock", "the store has no dates")
+    said = f"{abs(found.seconds):.1f} s {'ahead of' if found.seconds > 0 else 'behind'} this machine's"
+    if abs(found.seconds) <= _MAX_SKEW_S + _DATE_S + found.within_s:
+        return ok("store clock", said)
+    remedy = "start chrony or ntpd here, or on the store: signed requests fail from some minutes on, and ages mislead"
+    return Finding(name="store clock", verdict=Verdict.WARN, found=said, remedy=remedy)
 
 
 def _wrong(name: str, found: str) -> Finding:

@@ -104,7 +104,7 @@ def clear(store: Store, run_id: str, rules: Rules, pace: Pace, *, take_over: boo
     if leftovers.find(store, rules, time.time()).is_empty:
         return Cleared(removed=(), held=(), unfinished=0, nbytes=0)
     owning.check_idle(store, run_id, take_over=take_over)
-    return _Clearing(store, owning.claim(store), pace).run(leftovers.find(store, rules, time.time()), rules)
+    return _Clearing(store, owning.claim(store), pace).run(leftovers.find(store, rules, time.time()))
 
 
 class _Clearing:
@@ -113,7 +113,7 @@ class _Clearing:
         self._removed: list[Doomed | Loose] = []
         self._held: list[Doomed] = []
 
-    def run(self, found: Leftovers, rules: Rules) -> Cleared:
+    def run(self, found: Leftovers) -> Cleared:
         for one in found.doomed:
             self._remove(one)
         self._check_owned()
@@ -125,7 +125,7 @@ class _Clearing:
                 self._removed.append(file)
         unfinished = 0
         if found.unfinished:
-            unfinished = self._store.remove_unfinished(time.time() - rules.older_than_s)
+            unfinished = self._store.remove_unfinished(found.limit_s)
         return Cleared(
             removed=tuple(self._removed), held=tuple(self._held), unfinished=unfinished, nbytes=self._pace.nbytes
         )

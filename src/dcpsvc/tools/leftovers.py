@@ -5,6 +5,8 @@ Two kinds: attempts, which go as a whole by the one way there is (:mod:`dcpsvc.s
 
 from __future__ import annotations
 
+import math
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from dcpsvc.format.keys import MAX_EPOCH, Epoch
 from dcpsvc.reading import at_once
 from dcpsvc.sidefiles import CLOCK_SLACK_S, SideFiles
 from dcpsvc.stages import discover, retain
+from dcpsvc.storage import storeclock
 from dcpsvc.storage.base import written_s
 from dcpsvc.storage.threads import each
 
@@ -74,6 +77,7 @@ class Leftovers:
         unfinished: Uploads that writers which are no more have left half sent.
         spared: What is no checkpoint and stays all the same, with the reason.
         remarks: What is odd about the policy, or could not be seen.
+        limit_s: What was written later is too young, by the store's clock.
         users: By layout the doomed checkpoints that name it: it goes only if all of them went.
     """
 
@@ -84,6 +88,7 @@ class Leftovers:
     unfinished: int
     spared: dict[str, str]
     remarks: tuple[str, ...]
+    limit_s: float
     users: Mapping[str, frozenset[Attempt]] = field(default_factory=dict[str, "frozenset[Attempt]"])
 
     @property
@@ -108,7 +113,7 @@ def find(store: Store, rules: Rules, now_s: float) -> Leftovers:
     Args:
         store: The run root.
         rules: What may go.
-        now_s: Seconds since 1970.
+        now_s: Seconds since 1970, by this machine's clock, as pins have it; ages are told by the store's.
 
     Raises:
         ConfigError: What was typed ranks by a metric that no checkpoint has.
@@ -122,6 +127,9 @@ def find(store: Store, rules: Rules, now_s: float) -> Leftovers:
 class _Look:
     def __init__(self, store: Store, rules: Rules, now_s: float) -> None:
         self._store, self._rules, self._now_s = store, rules, now_s
+        probe = f"{keys.PROBES}clock-{secrets.token_hex(8)}"
+        ahead_s = storeclock.assumed_ahead_s(store, probe) if rules.older_than_s else 0.0
+        self._limit_s = now_s + ahead_s - rules.older_than_s
         notes = SideFiles(store, readers=at_once(store))
         self._seen = {one.checkpoint.key: one for one in discover.look(store, notes, at_once=at_once(store))}
         self._committed = discover.committed(store)
@@ -145,8 +153,7 @@ class _Look:
         self._check_last(gone)
         users = self._users(gone)
         try:
-            before_s = self._now_s - self._rules.older_than_s
-            unfinished, remarks = self._store.remove_unfinished(before_s, dry_run=True), self._plan.remarks
+            unfinished, remarks = self._store.remove_unfinished(self._limit_s, dry_run=True), self._plan.remarks
         except StoreError as err:  # on S3 it takes a right of its own
             unfinished, remarks = 0, (*self._plan.remarks, f"unfinished uploads cannot be seen: {err}")
         return Leftovers(
@@ -155,6 +162,7 @@ class _Look:
             doomed=tuple(sorted(doomed, key=lambda one: (one.attempt.step, one.attempt.epoch))),
             loose=tuple(self._loose(gone, users)),
             unfinished=unfinished,
+            limit_s=self._limit_s,
             spared=self._spared,
             remarks=remarks,
             users=users,
@@ -221,15 +229,14 @@ class _Look:
         """Whether all of it is older than it must be; what has no date is not."""
         if not self._rules.older_than_s:
             return True
-        limit_s = self._now_s - self._rules.older_than_s
-        return all(date <= limit_s for date in each(self._date, list(found), at_once(self._store)))
+        return all(date <= self._limit_s for date in each(self._date, list(found), at_once(self._store)))
 
     def _date(self, key: str) -> float:
         try:
             date = written_s(self._store, key)
         except StoreNotFoundError:
             return 0.0
-        return self._now_s if date is None else date
+        return math.inf if date is None else date
 
     def _check_last(self, gone: set[Attempt]) -> None:
         whole = [attempt for attempt in self._committed if (seen := self._seen.get(attempt)) and seen.counts]
