@@ -26,6 +26,9 @@ _HUGE_NBYTES = 2 << 20
 _TOUCH_NBYTES = 256 << 20
 """Touched at once: in between others may change the address space, and the making may be called off."""
 
+_PORTABLE = 1
+"""Pinned for every context of the process."""
+
 _SPARE_FRACTION = 16
 """An arena has addresses for a sixteenth more than it was made for; memory only when a shard has grown into them."""
 
@@ -98,11 +101,27 @@ class Arena:
             )
         return self._cut[1]
 
-    def pin(self) -> None:
-        """Let an accelerator's copy engine reach it; where that fails, copies are slower and no less right."""
-        if not self._pinned and self.nbytes and torch.cuda.is_available():
-            runtime: Any = torch.cuda.cudart()
-            self._pinned = int(runtime.cudaHostRegister(self._whole.data_ptr(), self.nbytes, 0)) == 0
+    def pin(self, device: torch.device) -> bool:
+        """Let an accelerator's copy engine reach it; where that fails, copies are slower and no less right.
+
+        Args:
+            device: Which; its context is used, and no other is made.
+
+        Returns:
+            Whether it can.
+        """
+        if self._pinned or not self.nbytes:
+            return True
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return False  # torch can register memory that is not its own with CUDA and ROCm only
+        runtime: Any = torch.cuda.cudart()
+        with torch.cuda.device(device):
+            refused = int(runtime.cudaHostRegister(self._whole.data_ptr(), self.nbytes, _PORTABLE))
+            if refused:  # the next call of CUDA, whoever makes it, would report that as its own
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=device)
+        self._pinned = not refused
+        return self._pinned
 
     def release(self) -> None:
         """Give the memory back now, whoever still refers to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,11 @@ from dcpsvc.arena import Arena
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from dcpsvc.format.shardfile import Placement
+
+logger = logging.getLogger("dcpsvc")
 
 _PATIENCE_S = 120.0
 """Longest wait for memory that is being touched: some seconds at the rate of a slow virtual machine."""
@@ -33,6 +38,9 @@ class Arenas:
         budget_nbytes: For all of them together; None asks ``free_nbytes``.
         at_most: How many there may be: a disk that hangs keeps the arena it reads.
         free_nbytes: What could still be allocated now; None where nobody knows.
+
+    Attributes:
+        device: The accelerator from which is copied into them; None: there is none.
     """
 
     def __init__(self, budget_nbytes: int | None, at_most: int, free_nbytes: Callable[[], int | None]) -> None:
@@ -40,6 +48,8 @@ class Arenas:
         self._arenas: list[Arena] = []
         self._preparing: threading.Thread | None = None
         self._closed = threading.Event()
+        self._has_warned = False
+        self.device: torch.device | None = None
 
     @property
     def nbytes(self) -> int:
@@ -77,9 +87,11 @@ class Arenas:
             TimeoutError: The saves before are still being written, all that may be.
         """
         self.settle()
-        return self._find(nbytes)
+        arena = self._find(nbytes)
+        self._pin(arena)
+        return arena
 
-    def make_ready(self, placement: Placement, *, pinned: bool = False) -> None:
+    def make_ready(self, placement: Placement) -> None:
         """Have a free arena for such a shard, if there is memory; for :meth:`prepare`.
 
         Raises:
@@ -88,8 +100,7 @@ class Arenas:
         arena = self._find(placement.tensors_end)
         if isinstance(arena, Arena) and self._wanted():
             arena.cut(placement)
-            if pinned:
-                arena.pin()
+            self._pin(arena)
 
     def _find(self, nbytes: int) -> Arena | Tight:
         free = [arena for arena in self._arenas if arena.free]
@@ -119,6 +130,16 @@ class Arenas:
             return Tight(0)
         self._arenas.append(arena)
         return arena
+
+    def _pin(self, arena: Arena | Tight) -> None:
+        """Also one that was made, or has grown, since."""
+        if self.device is None or isinstance(arena, Tight) or arena.pin(self.device) or self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "memory for staging cannot be pinned for %s: copies from it are slower, and save() waits for them",
+            self.device,
+        )
 
     def _spare_nbytes(self) -> int | None:
         return self._free_nbytes() if self._budget_nbytes is None else self._budget_nbytes - self.nbytes

@@ -7,17 +7,14 @@ going to change, and waits for nothing else. Whatever else changes a tensor mean
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from enum import Enum, auto
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
-import torch
-import xxhash
+from typing import TYPE_CHECKING, Protocol
 
 from dcpsvc import linux
-from dcpsvc.errors import TornSnapshotError
+from dcpsvc.witness import Extent, Watch, Witness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +27,6 @@ PATIENCE_S = 120.0
 """Longest wait for what a machine copies in a moment, unless it swaps."""
 
 _LOOK_S = 0.2
-_SAMPLES, _GROUP = 64, 16
 
 
 class Task(Protocol):
@@ -55,29 +51,17 @@ class Task(Protocol):
         ...
 
 
-class Watch(Enum):
-    """How closely tensors are watched while they are copied."""
+class Beside(Protocol):
+    """A copy that a device does by itself; its tasks tell when it is done."""
 
-    NOT = auto()
-    CLOSELY = auto()
-    """Every write that torch counts, and some elements of each tensor."""
-    EVERY_BYTE = auto()
+    @property
+    def idle(self) -> bool:
+        """Nothing of it is under way."""
+        ...
 
-
-class Extent(NamedTuple):
-    """Bytes of one tensor, and where they go.
-
-    Attributes:
-        key: The tensor's.
-        origin: What training writes to.
-        source: Its bytes, flat.
-        target: As many, in the arena.
-    """
-
-    key: str
-    origin: torch.Tensor
-    source: torch.Tensor
-    target: torch.Tensor
+    def order(self, owner: int | None) -> None:
+        """Have whatever the calling thread does next on that device come after what is read for this owner."""
+        ...
 
 
 class Batch:
@@ -105,52 +89,22 @@ class Batch:
             self._witness.check()
 
 
-class Witness:
-    """Remembers what tensors were like: how often torch has seen them written to, and some of their elements.
-
-    torch does not count what goes through ``.data``, through a DTensor's local part or a fused kernel; but an optimizer
-    changes nearly all elements.
-
-    Args:
-        extents: What is going to be copied.
-        every_byte: Hash all of it, for debugging: as slow as copying it.
-    """
-
-    def __init__(self, extents: Sequence[Extent], *, every_byte: bool = False) -> None:
-        self._extents, self._look = extents, _hashes if every_byte else _samples
-        self._versions = [extent.origin._version for extent in extents]  # noqa: SLF001 - torch's only counter
-        self._bytes = self._look(extent.source for extent in extents)
-
-    def check(self) -> None:
-        """Raises TornSnapshotError if they were changed before, or while, they were copied."""
-        for extent, version in zip(self._extents, self._versions, strict=True):
-            if extent.origin._version != version:  # noqa: SLF001
-                raise TornSnapshotError(extent.key, _TORN)
-        if not torch.equal(self._bytes, self._look(extent.target for extent in self._extents)):
-            raise TornSnapshotError(self._extents[0].key, f"{_TORN} (it, or one of the {len(self._extents)} behind it)")
-
-
-_TORN = (
-    "it was changed while it was copied, by something other than its optimizer's step(): wait for pending.staged "
-    'before, or use staging="block"'
-)
-
-
 class Copying:
     """All tasks of one save.
 
     Args:
         tasks: In the order in which they are wanted.
         on_done: Called once, on whichever thread ends the last of them; not if one fails or they are called off.
+        beside: Copies of devices that some of the tasks wait for.
 
     Attributes:
         error: What went wrong; the rest was not done then.
     """
 
-    def __init__(self, tasks: Iterable[Task], on_done: Callable[[], None]) -> None:
+    def __init__(self, tasks: Iterable[Task], on_done: Callable[[], None], beside: Sequence[Beside] = ()) -> None:
         self._waiting = sorted(tasks, key=lambda task: task.owner is not None)  # save() returns when those are done
         self._undone = set(self._waiting)
-        self._on_done = on_done
+        self._on_done, self._beside = on_done, beside
         self._changed = threading.Condition()
         self._running = 0
         self.error: BaseException | None = None
@@ -159,7 +113,7 @@ class Copying:
     def ended(self) -> bool:
         """Nobody reads or writes any more."""
         with self._changed:
-            return not self._running and not self._waiting
+            return not self._running and not self._waiting and all(each.idle for each in self._beside)
 
     def start(self, threads: Executor) -> None:
         """Begin, on another thread."""
@@ -170,6 +124,8 @@ class Copying:
 
     def release(self, owner: int | None) -> None:
         """Help with what this owner is about to change, and wait for it. Training thread."""
+        for each in self._beside:
+            self._try(functools.partial(each.order, owner))
         while (task := self._take(lambda waiting: waiting.owner == owner)) is not None:
             self._do(task)
         ends = time.monotonic() + PATIENCE_S
@@ -265,31 +221,26 @@ def thread() -> ThreadPoolExecutor:
 
 
 def batches(extents: Iterable[tuple[int, int | None, Extent]], watch: Watch) -> Iterator[Batch]:
-    """Whole batches of (begin in the file, owner, extent), as they come; large tensors in parts.
+    """Batches to be copied by threads. What has no owner is copied before anybody may change it."""
+    for begin, owner, batch in grouped(extents):
+        yield Batch(begin, owner, batch, Watch.NOT if owner is None else watch)
 
-    What has no owner is copied before anybody may change it.
-    """
+
+def grouped(
+    extents: Iterable[tuple[int, int | None, Extent]],
+) -> Iterator[tuple[int, int | None, list[Extent]]]:
+    """Whole batches of (begin in the file, owner, extent), as they come; large tensors in parts."""
     begin, batch, owner, nbytes = 0, list[Extent](), None, 0
     for at, each_owner, whole in extents:
         for offset in range(0, whole.source.numel(), BATCH_NBYTES):
             part = slice(offset, offset + BATCH_NBYTES)
             extent = whole._replace(source=whole.source[part], target=whole.target[part])
             if batch and (each_owner != owner or nbytes + extent.source.numel() > BATCH_NBYTES):
-                yield Batch(begin, owner, batch, Watch.NOT if owner is None else watch)
+                yield begin, owner, batch
                 batch, nbytes = [], 0
             if not batch:
                 begin, owner = at + offset, each_owner
             batch.append(extent)
             nbytes += extent.source.numel()
     if batch:
-        yield Batch(begin, owner, batch, Watch.NOT if owner is None else watch)
-
-
-def _hashes(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.tensor([list(xxhash.xxh3_128_digest(part.numpy().data)) for part in parts])
-
-
-def _samples(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Some elements of each, whole ones, whatever their size."""
-    groups = [part[: part.numel() // _GROUP * _GROUP].view(-1, _GROUP) for part in parts]
-    return torch.cat([group[:: max(1, group.shape[0] // _SAMPLES)] for group in groups])
+        yield begin, owner, batch

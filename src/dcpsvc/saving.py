@@ -155,8 +155,8 @@ class Saver:
         try:
             blueprint = self._blueprints.of(collected)
             blueprint.plan.prepare()
-            pinned = any(item.tensor.is_cuda for item in collected.items.values())
-            self._staging.arenas.make_ready(blueprint.placement, pinned=pinned)
+            self._staging.look_for_device(collected)
+            self._staging.arenas.make_ready(blueprint.placement)
         except Exception as err:  # noqa: BLE001 - a save will say what is wrong
             logger.debug("nothing is prepared for the first save: %s", err)
 

@@ -7,15 +7,18 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
 from dcpsvc import copying, preflight
 from dcpsvc.arena import Arena
 from dcpsvc.arenas import Arenas
-from dcpsvc.copying import Watch
+from dcpsvc.devicecopy import Devices
 from dcpsvc.errors import TornSnapshotError
 from dcpsvc.holdback import Holdback
 from dcpsvc.stages.stage import Snapshot
 from dcpsvc.stages.stream import Stream
 from dcpsvc.state.claims import Replicas
+from dcpsvc.witness import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +57,7 @@ class Staging:
         self._job, self._holdback, self._held = job, Holdback(), held
         self._watch = Watch.EVERY_BYTE if options.verify_staging else Watch.CLOSELY
         self._copier = copying.thread()
+        self._devices = Devices() if torch.accelerator.is_available() else None
         self._copying: Copying | None = None
         self._has_warned = False
 
@@ -72,12 +76,19 @@ class Staging:
                 self._copying.error,
             )
 
+    def look_for_device(self, collected: Collected) -> None:
+        """Memory is pinned for the accelerator the state is on, if it is on one."""
+        if self._devices is not None:
+            tensors = (item.tensor for item in collected.items.values())
+            self.arenas.device = next((tensor.device for tensor in tensors if not tensor.is_cpu), None)
+
     def staged(self, save: Save, outline: Outline, collected: Collected) -> Snapshot | Stream:
         """Where there is memory for a copy, one is made; else the state itself has to hold still.
 
         Raises:
             TimeoutError: The saves before are still being written, all that may be.
         """
+        self.look_for_device(collected)
         arena = self.arenas.take(outline.nbytes)
         if self._job.world_size > 1:
             save.replicas = Replicas(collected, later=isinstance(arena, Arena), guarded=self.overlaps)
@@ -90,6 +101,8 @@ class Staging:
             beside=save.replicas.tasks if save.replicas else [],
             on_copied=functools.partial(_has_copied, save.pending, time.perf_counter()),
             watch=self._watch,
+            devices=self._devices,
+            waits=not self.overlaps,
         )
         return snapshot
 

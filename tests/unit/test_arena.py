@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dcpsvc.arenas import Arenas, Tight
 from dcpsvc.format import shardfile
 from dcpsvc.format.shardfile import Piece, Placement
 
+DEVICE = torch.device("cuda", 0)
 MIB = 2**20
 SECONDS = 20
 """Longer than anything here can take."""
@@ -108,13 +110,50 @@ def test_the_pieces_are_cut_once_for_a_placement_and_anew_when_the_arena_moves()
     assert moved[placement.begins[0] :].view(torch.float32)[0] == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_pinning_does_no_harm_where_there_is_no_accelerator() -> None:
     arena = Arena()
-    arena.pin()
+    assert arena.pin(DEVICE)  # there is nothing to pin
     arena.reserve(MIB)
-    arena.pin()
+    assert not arena.pin(DEVICE)
     arena.release()
     assert arena.nbytes == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    arenas = Arenas(None, 2, lambda: None)
+    arenas.device = DEVICE
+    for nbytes in (MIB, 3 * MIB):
+        assert isinstance(arenas.take(nbytes), Arena)
+    assert [record.message for record in caplog.records if "pinned" in record.message] == [
+        "memory for staging cannot be pinned for cuda:0: copies from it are slower, and save() waits for them"
+    ]
+
+
+class Pinned(Arena):
+    """Notes how much of it was pinned, and is never refused."""
+
+    seen: ClassVar[list[int]] = []
+
+    def pin(self, device: torch.device) -> bool:
+        assert device == DEVICE
+        self.seen.append(self.nbytes)
+        return True
+
+
+def test_an_arena_is_pinned_when_it_is_made_and_again_when_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dcpsvc.arenas.Arena", Pinned)
+    arenas = Arenas(None, 2, lambda: None)
+    arenas.device = DEVICE
+    arenas.make_ready(placed(a=4 * MIB))
+    made = arenas.nbytes
+    assert Pinned.seen == [made]
+    arenas.take(made + MIB)
+    assert Pinned.seen == [made, arenas.nbytes]
+    assert arenas.nbytes > made
 
 
 # --- all of them ------------------------------------------------------------------------------------
@@ -212,7 +251,7 @@ def test_a_prepared_arena_is_the_one_that_is_taken_and_taking_waits_for_it() -> 
     def work() -> None:
         begun.set()
         go.wait(SECONDS)
-        arenas.make_ready(placement, pinned=True)
+        arenas.make_ready(placement)
         made.extend(arenas._arenas)
 
     arenas.prepare(work)

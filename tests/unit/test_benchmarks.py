@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.common.crew import Crew, CrewError
 from benchmarks.common.report import Column
@@ -120,6 +121,11 @@ def test_the_scale_benchmark_has_a_layout_that_does_not_grow_with_the_ranks_unde
     found = [run("bench_scale", "--ranks", ranks, "--tensors", "50", "--replicas", "4") for ranks in ("16", "512")]
     small, large = ({row["phase"]: row for row in result["rows"]} for result in found)
     assert large["layout"]["nbytes"] < 1.5 * small["layout"]["nbytes"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_its_benchmark_says_why_it_is_skipped():
+    assert "finds no CUDA device" in run("bench_gpu")["skipped"]
 
 
 def test_a_snapshot_that_changes_with_the_state_is_told_from_a_whole_one(tmp_path):

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcpsvc import copying
-from dcpsvc.copying import BATCH_NBYTES, Copying, Extent, Watch
+from dcpsvc.copying import BATCH_NBYTES, Copying
 from dcpsvc.errors import TornSnapshotError
-from dcpsvc.stages.stage import flat
+from dcpsvc.witness import Extent, Watch, flat
 
 if TYPE_CHECKING:
     from collections.abc import Callable

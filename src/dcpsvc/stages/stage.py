@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcpsvc import copying
-from dcpsvc.copying import Copying, Extent, Watch
+from dcpsvc import copying, devicecopy
+from dcpsvc.copying import Copying
+from dcpsvc.witness import Extent, Watch, flat, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.arena import Arena, Reader
     from dcpsvc.copying import Batch, Task
+    from dcpsvc.devicecopy import Devices, SideCopy
     from dcpsvc.format.shardfile import Placement
     from dcpsvc.outline import Large, Outline
 
@@ -83,6 +85,8 @@ class Snapshot:
         beside: What else must be read from the tensors before they change.
         on_copied: Called once, on any thread, when nothing is read from the state any more.
         watch: How closely, for changes, while training goes on.
+        devices: From which is copied on a stream of its own; None: as torch does it, at once.
+        waits: Whether the host waits for that, too, before ``save()`` returns.
 
     Attributes:
         nbytes: Of the file up to its block table.
@@ -102,11 +106,18 @@ class Snapshot:
         beside: Sequence[Task] = (),
         on_copied: Callable[[], None] = lambda: None,
         watch: Watch = Watch.CLOSELY,
+        devices: Devices | None = None,
+        waits: bool = False,
     ) -> None:
         self._outline, self.arena, self._host = outline, arena, arena.reserve(outline.nbytes)
         self._views = arena.cut(outline.placement)
         self.nbytes, self._threads, self._watch = outline.nbytes, threads, watch
-        self.copying = Copying([*beside, *self._batches()], on_copied)
+        self._beside: list[SideCopy] = []
+        self._left: list[int] = []
+        if devices is not None and outline.large:
+            self._beside, self._left = devicecopy.side_copies(outline, self._views, devices, watch, waits=waits)
+        landings = [landing for each in self._beside for landing in each.landings]
+        self.copying = Copying([*beside, *self._batches(), *landings], on_copied, self._beside)
         self.reader: Reader | None = None
 
     @property
@@ -131,10 +142,14 @@ class Snapshot:
     def stage(self) -> None:
         """Copy every tensor that is not large straight to its place in the file, and begin with those that are."""
         outline = self._outline
+        for each in self._beside:
+            each.begin()  # first: it needs nobody from here on
         with torch.no_grad():
             for batch in self._at_once():
                 # Small tensors cost a microsecond each so, and large ones are copied as fast as alone.
                 _copy(self._views[batch], outline.sources[batch])
+            for number in self._left_over():
+                devicecopy.copy_by_rows(self._views[number], outline.sources[number])
         outline.forget()
         self._fill(0, outline.header)
         self._fill(*outline.placement.padding)
@@ -159,7 +174,14 @@ class Snapshot:
             yield self.image[begin:end]
         self.copying.wait()
 
+    def _left_over(self) -> list[int]:
+        """Where devices copy beside, what is copied at once is not in one piece: it is copied one by one."""
+        later = {large.number for large in self._outline.large}
+        return [number for number in self._left if number not in later] if self._beside else []
+
     def _at_once(self) -> Iterator[slice]:
+        if self._beside:
+            return
         first = 0
         for large in self._outline.large:
             yield from _batches(self._outline.placement, first, large.number)
@@ -170,7 +192,9 @@ class Snapshot:
         outline = self._outline
         # What torch has to convert, gather or fetch on the way is copied by torch, and at once.
         outline.large = [
-            large for large in outline.large if _is_plain(outline.sources[large.number], self._views[large.number])
+            each
+            for each in outline.large
+            if (source := outline.sources[each.number]).is_cpu and is_plain(source, self._views[each.number])
         ]
         return copying.batches(map(self._extent, outline.large), self._watch)
 
@@ -224,22 +248,6 @@ class Gate(AsyncStager):
 
     def close(self) -> None:
         """The arena belongs to the Checkpointer."""
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor."""
-    return tensor.view(-1).view(torch.uint8)
-
-
-def _is_plain(source: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether its bytes are the file's."""
-    return (
-        source.device.type == "cpu"
-        and source.dtype == target.dtype
-        and source.is_contiguous()
-        and not source.is_conj()
-        and not source.is_neg()
-    )
 
 
 def _batches(placement: Placement, first: int, end: int) -> Iterator[slice]:

@@ -13,7 +13,7 @@ from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
 from dcpsvc.state.module import ModuleComponent
 from dcpsvc.state.optimizer import OptimizerComponent
-from dcpsvc.state.optimview import unwrapped
+from dcpsvc.state.optimview import owner_of, unwrapped
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.values import ValueComponent, is_stateful
 from dcpsvc.state.wrappers import Names, unwrap
@@ -116,13 +116,13 @@ class AppState:
         return chosen
 
     def _owners(self) -> dict[int, int]:
-        found: dict[int, int] = {}
-        shared: set[int] = set()
+        found: dict[int, int | None] = {}
         for optimizer in self.optimizers():
+            owner = owner_of(optimizer)
             for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-                if found.setdefault(id(parameter), id(optimizer)) != id(optimizer):
-                    shared.add(id(parameter))
-        return {parameter: optimizer for parameter, optimizer in found.items() if parameter not in shared}
+                if found.setdefault(id(parameter), owner) != owner:
+                    found[id(parameter)] = None
+        return {parameter: owner for parameter, owner in found.items() if owner is not None}
 
     def _check_terms(self, components: Mapping[str, Component], terms: Terms) -> None:
         for key in terms.skip:

@@ -7,6 +7,7 @@ digests differ are the details exchanged, key by key, so the error can name what
 from __future__ import annotations
 
 import functools
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ _GROUP = "="
 """Begins the names of such: no component is called so."""
 _MAX_TEXT = 64
 _COPIED_NBYTES = 16 << 20
+UNHURRIED = -1
+"""Owner of what nobody waits for before it changes something: no ``id`` is this."""
+
+_PATIENCE_S, _LOOK_S = 120.0, 0.0005
+
 LARGE_NBYTES = 64 << 10
 """From here on reading a tensor takes longer than saying so."""
 
@@ -76,14 +82,26 @@ class Replicas:
         self._places = {k: _place(k, item) for k, item in replicated.items()}
         on_host = {k: item for k, item in replicated.items() if item.tensor.device.type == "cpu"}
         large = {k: item for k, item in on_host.items() if later and item.tensor.nbytes >= LARGE_NBYTES}
-        self.tasks: list[Hashing] = [Hashing(k, item, item.owner if guarded else None) for k, item in large.items()]
+        self.tasks: list[Hashing | DeviceHashing] = [
+            Hashing(k, item, item.owner if guarded else None) for k, item in large.items()
+        ]
         self._hashes = {k: _hash_host(item.tensor) for k, item in on_host.items() if k not in large}
-        elsewhere = {k: i.tensor for k, i in replicated.items() if k not in on_host and i.tensor.numel()}
-        self._hashes |= _hash_on_device(elsewhere)
+        by_device: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
+        for k, item in replicated.items():
+            if k not in on_host and item.tensor.numel():
+                by_device[item.tensor.device][k] = item.tensor
+        there = [DeviceHashing(tensors) for tensors in by_device.values()]
+        if later:
+            self.tasks += there
+        for each in () if later else there:
+            each.run()
+            self._hashes |= each.hashes
 
     def complete(self, said: Claims) -> None:
         """Add all of them to what this rank says; every task is done."""
-        for key, value in (self._hashes | {task.key: task.hash for task in self.tasks}).items():
+        for task in self.tasks:
+            self._hashes |= task.hashes
+        for key, value in self._hashes.items():
             component, name = self._places[key]
             said[component][name] = f"{said[component].get(name, 'part')} {value:016x}"
         self.tasks.clear()
@@ -116,7 +134,7 @@ class Hashing:
         key: The tensor's.
         owner: Who waits for it.
         begin: None: it writes nothing.
-        hash: The result.
+        hashes: The result, by key.
     """
 
     begin = None
@@ -124,16 +142,62 @@ class Hashing:
     def __init__(self, key: str, item: Item, owner: int | None) -> None:
         self.key, self.owner, self._tensor, self._origin = key, owner, item.tensor, item.origin
         self._version = item.origin._version  # noqa: SLF001 - torch's only counter
-        self.hash = 0
+        self.hashes: dict[str, int] = {}
 
     def run(self) -> None:
         """Any thread."""
-        self.hash = _hash_host(self._tensor)
+        self.hashes = {self.key: _hash_host(self._tensor)}
 
     def check(self) -> None:
         """Raises TornSnapshotError if torch has seen it written to."""
         if self._origin._version != self._version:  # noqa: SLF001
             raise TornSnapshotError(self.key, "it was changed while it was being hashed")
+
+
+class DeviceHashing:
+    """Tensors of one device are hashed there, behind what training has given it by now: the host does not wait.
+
+    What is brought back are 8 bytes per tensor, in one transfer.
+
+    Args:
+        tensors: By key.
+
+    Attributes:
+        owner: Nobody: what changes them comes later on the same stream.
+        begin: None: it writes nothing.
+        hashes: The result, by key.
+    """
+
+    begin = None
+    owner = UNHURRIED
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._keys, self.hashes = list(tensors), dict[str, int]()
+        sums = torch.stack([torch.hash_tensor(tensor) for tensor in tensors.values()])
+        self._sums = sums.to("cpu", non_blocking=True)
+        self._done = None if sums.is_cpu else torch.accelerator.current_stream(sums.device).record_event()
+
+    def run(self) -> None:
+        """Any thread."""
+        if self._done is not None:
+            await_event(self._done)
+        self.hashes = {key: value % 2**64 for key, value in zip(self._keys, self._sums.tolist(), strict=True)}
+
+    def check(self) -> None:
+        """Nothing: a change is behind it."""
+
+
+def await_event(event: Any) -> None:
+    """Until a device has come to an event; the host sleeps.
+
+    Raises:
+        TimeoutError: It does not get there.
+    """
+    ends = time.monotonic() + _PATIENCE_S
+    while not event.query():
+        if time.monotonic() > ends:
+            raise TimeoutError(f"the device has not come to what was asked of it within {_PATIENCE_S} s")
+        time.sleep(_LOOK_S)
 
 
 def component_of(key: str) -> str:
@@ -204,11 +268,3 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return iter([tensor])
     rows = max(1, _COPIED_NBYTES * tensor.shape[0] // max(1, tensor.nbytes))
     return iter(tensor.split(rows))
-
-
-def _hash_on_device(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Hash where the data is and bring back 8 bytes per tensor, all in one transfer per device."""
-    if not tensors:
-        return {}
-    sums = torch.stack([torch.hash_tensor(tensor).cpu() for tensor in tensors.values()])
-    return {key: value % 2**64 for key, value in zip(tensors, sums.tolist(), strict=True)}

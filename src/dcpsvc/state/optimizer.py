@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
-from dcpsvc.state.optimview import View, unwrapped
+from dcpsvc.state.optimview import View, owner_of, unwrapped
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
 from dcpsvc.state.sharing import Replicated, bare
@@ -74,7 +74,7 @@ class OptimizerComponent:
             ],
         }
         (into.documents if holder is None else into.own_documents)[own] = document
-        owner, validate, alike = id(self._optimizer), self._validate(), self._alike()
+        owner, validate, alike = owner_of(self._optimizer), self._validate(), self._alike()
         for parameter, key, tensor in ((p, key, tensor) for p in begun for key, tensor in tensors[p].items()):
             if holder is None:
                 into.add(key, tensor, Sharing.REPLICATED, owner=owner, validate=validate)

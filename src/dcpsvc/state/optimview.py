@@ -135,6 +135,11 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     return found  # type: ignore[no-any-return]
 
 
+def owner_of(optimizer: Optimizer) -> int | None:
+    """Who alone changes its parameters and state, and waits; None: a CUDA graph may, too, which calls no hook."""
+    return None if any(group.get("capturable") for group in optimizer.param_groups) else id(optimizer)
+
+
 def _inner(optimizer: Any) -> Optimizer:
     kind = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
     found: Optimizer = optimizer.optim if kind and isinstance(optimizer, kind) else optimizer
