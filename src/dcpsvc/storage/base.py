@@ -155,11 +155,47 @@ class ScatteringStore(Protocol):
 
 @runtime_checkable
 class StreamingStore(Protocol):
-    """A store from which bytes are looked at for less than they are kept for."""
+    """A store whose bytes can be looked at as they come, while they are in the processor's cache."""
 
     def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
         """What ``look`` says about bytes ``[begin, end)``; each view is void when the next one is asked for."""
         ...
+
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
+        """Fill ``views`` as :meth:`ScatteringStore.read_into` does; what ``look`` says about the same bytes.
+
+        Args:
+            key: Of the object.
+            begin: Its first byte that is wanted.
+            views: Where to; filled when ``look`` has seen everything.
+            look: As for :meth:`stream`.
+            once: Nobody on this machine is going to read these bytes again soon.
+        """
+        ...
+
+
+def stream_into(
+    store: Store,
+    key: str,
+    begin: int,
+    views: Sequence[memoryview],
+    look: Callable[[Iterator[memoryview]], T],
+    *,
+    once: bool = False,
+) -> T:
+    """See :class:`StreamingStore`; on a store that cannot, when all is there."""
+    if isinstance(store, StreamingStore):
+        return store.stream_into(key, begin, views, look, once=once)
+    read_into(store, key, begin, views)
+    return look(iter(views))
 
 
 def stream(store: Store, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dcpsvc.errors import StoreNotFoundError, StoreObjectError
-from dcpsvc.storage import posixfile
+from dcpsvc.storage import diskread, posixfile
 from dcpsvc.storage.base import Entry
 from dcpsvc.storage.names import check_key, check_prefix, is_temp
 from dcpsvc.storage.oserror import from_os_error, local_file_error
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
 T = TypeVar("T")
-
-_SCRATCH_NBYTES = 1 << 18
-"""Stays in the cache of a processor's core between the copy and the look."""
 
 _TOP_LEVEL = 2
 """Components of a key directly below a top-level folder; such folders are never removed."""
@@ -107,14 +104,30 @@ class PosixStore:
         """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`."""
         with self._opened("read", key) as (fd, nbytes):
             check_end(self._where(key), nbytes, end)
-            return look(self._views(key, fd, begin, end))
+            return look(self._whole(key, diskread.passing(fd, begin, end), end - begin))
 
-    def _views(self, key: str, fd: int, begin: int, end: int) -> Iterator[memoryview]:
-        scratch = memoryview(bytearray(min(_SCRATCH_NBYTES, end - begin)))
-        for at in range(begin, end, _SCRATCH_NBYTES):
-            view = scratch[: end - at]
-            check_length("read", self._where(key), posixfile.read_into(fd, at, [view]), len(view))
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
+        """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`; what is read once goes around the cache."""
+        with self._opened("read", key) as (fd, nbytes):
+            wanted = sum(map(len, views))
+            check_end(self._where(key), nbytes, begin + wanted)
+            return look(self._whole(key, diskread.filling(fd, begin, views, once=once), wanted))
+
+    def _whole(self, key: str, found: Iterator[memoryview], nbytes: int) -> Iterator[memoryview]:
+        """The same; refused where the file has become shorter meanwhile."""
+        count = 0
+        for view in found:
+            count += len(view)
             yield view
+        check_length("read", self._where(key), count, nbytes)
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""

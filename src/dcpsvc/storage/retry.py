@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import SigningStore, carry, copies, read_into, read_rest, stream, written_s
+from dcpsvc.storage.base import SigningStore, carry, copies, read_into, read_rest, stream, stream_into, written_s
 from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.tries import count_one
@@ -171,6 +171,18 @@ class RetryingStore:
     def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
         """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`; after a failure ``look`` sees all anew."""
         return self._retry.run(lambda: stream(self._store, key, begin, end, look))
+
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
+        """Likewise."""
+        return self._retry.run(lambda: stream_into(self._store, key, begin, views, look, once=once))
 
     def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
         """See :class:`RestReadingStore <dcpsvc.storage.base.RestReadingStore>`."""
