@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, TypeVar
 
@@ -173,6 +174,27 @@ def test_what_breaks_after_it_was_proven_says_that_the_state_was_changed_and_not
     with pytest.raises(RestoreFailedError, match="partly changed") as caught:
         dcpsvc.load(store, {"model": model})
     assert caught.value.changed
+
+
+def test_a_load_from_a_directory_waits_for_no_disk_to_keep_its_lease_and_leaves_nothing_behind(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, leases, true, model = [], [], os.fsync, linear(0.0)
+
+    class Looking(PosixStore):
+        def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+            leases.extend((root / "pins").rglob("*.json"))
+            return super().stream(key, begin, end, look)
+
+    def fsync(fd: int) -> None:
+        synced.append(fd)
+        true(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert dcpsvc.load(Looking(root), {"model": model}) == 2
+    assert leases
+    assert not synced
+    assert not list((root / "pins").rglob("*"))
 
 
 def test_a_module_whose_memory_is_not_in_one_piece_is_loaded_too(root: Path) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from dcpsvc.progress import unseen
 from dcpsvc.reader import plan, prove, read, read_again
+from dcpsvc.state import fresh
 from dcpsvc.state.saved import Want, own_name
 
 if TYPE_CHECKING:
@@ -57,7 +56,10 @@ def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unse
 
 def staged(wants: Sequence[Want]) -> list[Want]:
     """The same, none of them into memory of the state itself."""
-    return [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
+    return [
+        Want(want.key, want.offsets, fresh.empty(want.out.shape, want.out.dtype)) if want.live else want
+        for want in wants
+    ]
 
 
 def finish(reader: CheckpointReader, ready: Ready) -> None:

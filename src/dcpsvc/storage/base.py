@@ -145,6 +145,19 @@ class DatingStore(Protocol):
 
 
 @runtime_checkable
+class FleetingStore(Protocol):
+    """A store that need not wait for its disk where nothing is lost if the machine crashes."""
+
+    def create_fleeting(self, key: str, data: bytes) -> bool:
+        """Like :meth:`Store.create`, and gone, perhaps, after a crash of the machine."""
+        ...
+
+    def delete_fleeting(self, key: str) -> None:
+        """Like :meth:`Store.delete`, and there again, perhaps, after a crash of the machine."""
+        ...
+
+
+@runtime_checkable
 class ScatteringStore(Protocol):
     """A store that reads straight into memory of the caller."""
 
@@ -254,6 +267,19 @@ def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -
     for view in views:
         view[:] = data[: len(view)]
         data = data[len(view) :]
+
+
+def create_fleeting(store: Store, key: str, data: bytes) -> bool:
+    """See :class:`FleetingStore`; on a store that makes no difference, :meth:`Store.create`."""
+    return store.create_fleeting(key, data) if isinstance(store, FleetingStore) else store.create(key, data)
+
+
+def delete_fleeting(store: Store, key: str) -> None:
+    """See :class:`FleetingStore`; on a store that makes no difference, :meth:`Store.delete`."""
+    if isinstance(store, FleetingStore):
+        store.delete_fleeting(key)
+    else:
+        store.delete(key)
 
 
 def written_s(store: Store, key: str) -> float | None:

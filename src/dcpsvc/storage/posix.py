@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from pathlib import Path
@@ -55,6 +56,11 @@ class PosixStore:
     def create(self, key: str, data: bytes) -> bool:
         """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`."""
         return self._place("create", key, lambda fd: posixfile.write_all(fd, data), posixfile.link)
+
+    def create_fleeting(self, key: str, data: bytes) -> bool:
+        """See :meth:`FleetingStore.create_fleeting <dcpsvc.storage.base.FleetingStore.create_fleeting>`."""
+        fill = functools.partial(posixfile.write_all, data=data)
+        return self._place("create", key, fill, posixfile.link, lasting=False)
 
     def put(self, key: str, data: bytes) -> None:
         """See :meth:`Store.put <dcpsvc.storage.base.Store.put>`."""
@@ -159,6 +165,13 @@ class PosixStore:
             if len(parts) > _TOP_LEVEL and posixfile.remove_if_empty(target.parent):
                 posixfile.sync_directory(target.parent.parent)
 
+    def delete_fleeting(self, key: str) -> None:
+        """See :meth:`FleetingStore.delete_fleeting <dcpsvc.storage.base.FleetingStore.delete_fleeting>`."""
+        target = self._locate("delete", key, check_key("delete", key))
+        with self._translated("delete", key), contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            target.unlink()
+            posixfile.remove_if_empty(target.parent)
+
     def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`: our temporary files."""
         found = 0
@@ -176,15 +189,24 @@ class PosixStore:
         return found
 
     def _place(
-        self, operation: str, key: str, fill: Callable[[int], None], publish: Callable[[Path, Path], bool]
+        self,
+        operation: str,
+        key: str,
+        fill: Callable[[int], None],
+        publish: Callable[[Path, Path], bool],
+        *,
+        lasting: bool = True,
     ) -> bool:
         target = self._locate(operation, key, check_key(operation, key))
         with self._translated(operation, key):
+            if not lasting:
+                target.parent.mkdir(parents=True, exist_ok=True)  # else it is made to last
             fd, temp = posixfile.open_temp(target.parent)
             try:
                 try:
                     fill(fd)
-                    os.fsync(fd)
+                    if lasting:
+                        os.fsync(fd)
                 finally:
                     os.close(fd)
                 placed = publish(temp, target)
@@ -192,7 +214,8 @@ class PosixStore:
                 # A temporary name that stays is never listed, and must not hide what went wrong before.
                 with contextlib.suppress(OSError):
                     temp.unlink(missing_ok=True)
-            posixfile.sync_upwards(target.parent, self._real_root())
+            if lasting:
+                posixfile.sync_upwards(target.parent, self._real_root())
             return placed
 
     @contextlib.contextmanager

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import SigningStore, carry, copies, read_into, read_rest, stream, stream_into, written_s
+from dcpsvc.storage.base import (
+    SigningStore,
+    carry,
+    copies,
+    create_fleeting,
+    delete_fleeting,
+    read_into,
+    read_rest,
+    stream,
+    stream_into,
+    written_s,
+)
 from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.tries import count_one
@@ -199,6 +210,14 @@ class RetryingStore:
     def delete(self, key: str) -> None:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
         self._retry.run(lambda: self._store.delete(key))
+
+    def create_fleeting(self, key: str, data: bytes) -> bool:
+        """See :meth:`FleetingStore.create_fleeting <dcpsvc.storage.base.FleetingStore.create_fleeting>`."""
+        return self._retry.run(lambda: create_fleeting(self._store, key, data))
+
+    def delete_fleeting(self, key: str) -> None:
+        """See :meth:`FleetingStore.delete_fleeting <dcpsvc.storage.base.FleetingStore.delete_fleeting>`."""
+        self._retry.run(lambda: delete_fleeting(self._store, key))
 
     def credentials(self) -> Credentials | None:
         """See :meth:`SigningStore.credentials <dcpsvc.storage.base.SigningStore.credentials>`; None if it has none."""
