@@ -2,8 +2,11 @@
 
     python -m benchmarks.bench_resume --mib 1024 --rounds 5 --out benchmarks/results/resume.json
 
-One process. dcpsvc proves every block and only then touches the model; the others load in place and prove nothing.
-Cold: the files' pages are dropped from the page cache before. Memory: peak beyond the model's own, in multiples of it.
+dcpsvc proves every block and only then touches the model; the others load in place and prove nothing. Plain reads go to
+memory that is already there, as everybody else's do. Cold: the files' pages are dropped from the page cache before.
+Memory: peak beyond the model's own, in multiples of it. Then a model with Adam, each time in a new process:
+Checkpointer.resume() from the node's own disk, and how long it takes from the start of the process; over: peak of host
+memory beyond what model and optimizer need, in MiB.
 Below, bytes fetched per byte needed when other ranks read a transformer than wrote it: each by itself, and from the run
 root when they share what they read. With --s3 the same from a real S3 server, beside downloads by obstore, boto3 and
 DCP's FsspecReader.
@@ -11,9 +14,12 @@ DCP's FsspecReader.
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -26,6 +32,7 @@ import torch.distributed.checkpoint as dcp
 import dcpsvc
 from benchmarks.common import ceph, resharding
 from benchmarks.common.facts import facts
+from benchmarks.common.life import LIVES
 from benchmarks.common.options import plain_parser
 from benchmarks.common.report import write
 
@@ -33,6 +40,7 @@ MIB = 2**20
 AT_ONCE = 8
 PIECE = 8 * MIB
 WIDTH = 2048
+ROOT = Path(__file__).parents[1]
 
 
 class Model(torch.nn.Module):
@@ -53,10 +61,14 @@ def spans(path):
     return [(path, begin, min(begin + PIECE, size)) for begin in range(0, size, PIECE)]
 
 
-def plain(shards, _):
-    """The same bytes into new memory, and nothing else."""
+def touched(shards):
+    """Memory for each, as warm as a model's."""
+    return {path: memoryview(torch.ones(path.stat().st_size, dtype=torch.uint8).numpy()) for path in shards}
+
+
+def plain(shards, memory):
+    """The same bytes, and nothing else."""
     work = [span for path in shards for span in spans(path)]
-    memory = {path: memoryview(torch.empty(path.stat().st_size, dtype=torch.uint8).numpy()) for path in shards}
     files = {path: os.open(path, os.O_RDONLY) for path in shards}
 
     def one(span):
@@ -135,7 +147,7 @@ def local(options, folder, model):
     state = {"model": model.state_dict()}
     systems = {
         "dcpsvc": lambda: dcpsvc.load(root, {"model": model}),
-        "plain reads": functools.partial(plain, shards, None),
+        "plain reads": functools.partial(plain, shards, touched(shards)),
         "safetensors": functools.partial(safetensors, shards, None),
         "DCP load": lambda: dcp.load(state, checkpoint_id=other, no_dist=True),
         "DCP load, our reader": lambda: dcp.load(
@@ -147,6 +159,42 @@ def local(options, folder, model):
         "warm": compare(systems, options.rounds, model.nbytes),
         "cold": compare(systems, options.rounds, model.nbytes, lambda: drop(folder)),
     }
+
+
+def local_tier(options, folder):
+    """A model with Adam, from the disk of the node; each time in a new process, as after a crash."""
+    lived(folder, "save", options.mib)
+    settings = {}
+    for setting, before in (("warm", lambda: None), ("cold", lambda: drop(folder))):
+        taken = {system: [] for system in LIVES}
+        for _ in range(options.rounds):
+            for system, runs in taken.items():
+                before()
+                runs.append(lived(folder, system, options.mib))
+        ours = {key: statistics.median(run[key] for run in taken["dcpsvc"]) for key in ("seconds", "start_s")}
+        settings |= {
+            f"resume, local tier, {setting}": rows_of(taken, "seconds", ours),
+            f"from process start, {setting}": rows_of(taken, "start_s", ours),
+        }
+    return settings
+
+
+def lived(folder, system, mib):
+    command = [sys.executable, "-m", "benchmarks.common.life", system, str(folder), str(mib), str(time.time())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows_of(taken, key, ours):
+    rows = []
+    for system, runs in taken.items():
+        seconds = statistics.median(run[key] for run in runs)
+        nbytes, over = runs[0]["nbytes"], statistics.median(run["over_nbytes"] for run in runs)
+        rows.append({
+            "system": system, "seconds": seconds, "x_ours": seconds / ours[key], "gib_per_s": nbytes / 2**30 / seconds,
+            "memory": over / nbytes, "over_mib": over / MIB,
+        })  # fmt: skip
+    return rows
 
 
 def save(root, model, folder, **options):
@@ -231,7 +279,8 @@ def draw(result, console):
                 console.print(f"{row['system']:26}  skipped: {row['skipped']}", highlight=False, markup=False)
                 continue
             numbers = f"{row['seconds']:8.3f}{row['x_ours']:8.2f}{row['gib_per_s']:8.2f}{row['memory']:10.2f}"
-            console.print(f"{row['system']:26}{numbers}", highlight=False)
+            over = f"{row['over_mib']:8.0f} MiB over" if "over_mib" in row else ""
+            console.print(f"{row['system']:26}{numbers}{over}", highlight=False)
     console.print("\nbytes fetched per byte needed", highlight=False)
     for row in result["resharded"]:
         by_itself, shared = row["each_by_itself"], row["from_root_when_shared"]
@@ -253,6 +302,8 @@ def main():
         model = Model(options.mib)
         result = {"facts": facts(folder, {"mib": options.mib, "rounds": options.rounds})}
         result["settings"] = local(options, folder, model)
+        (folder / "life").mkdir()
+        result["settings"] |= local_tier(options, folder / "life")
         result["resharded"] = [resharding.fetched(*each) for each in RESHARDED]
         if options.s3:
             result["settings"] |= remote(options, folder, model)

@@ -1,4 +1,4 @@
-"""System calls that Python's ``os`` and ``mmap`` lack, or make with the GIL held. These let other threads run.
+"""Calls that Python's ``os`` and ``mmap`` lack, or make with the GIL held. These let other threads run.
 
 Where the C library lacks one, it fails as the kernel would: ``ENOSYS``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import sys
 
@@ -47,6 +48,51 @@ def begin_writeback(descriptor: int, begin: int, nbytes: int) -> None:
     """Have the kernel carry what was written to the disk now, and not all of it when somebody syncs."""
     flags = ctypes.c_uint(_START_WRITING)
     _call("sync_file_range", ctypes.c_int(descriptor), ctypes.c_int64(begin), ctypes.c_int64(nbytes), flags)
+
+
+def resident_nbytes(descriptor: int, begin: int, nbytes: int) -> int:
+    """How much of a range of a file is in the page cache; of a file that is not the user's own the kernel says: all.
+
+    Args:
+        descriptor: Of the file.
+        begin: A multiple of a page.
+        nbytes: No more than the file has from there on.
+
+    Raises:
+        OSError: The kernel does not say.
+    """
+    pages = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
+    address = _map(descriptor, begin, nbytes)
+    try:
+        _call("mincore", address, ctypes.c_size_t(nbytes), pages)
+    finally:
+        _call("munmap", address, ctypes.c_size_t(nbytes))
+    return min(sum(page & 1 for page in bytes(pages)) * mmap.PAGESIZE, nbytes)
+
+
+def copy(target: memoryview, source: memoryview) -> None:
+    """What ``target[:] = source`` does; both can be written to."""
+    if len(target) != len(source):
+        raise ValueError(f"{len(source)} bytes do not fit where {len(target)} go")
+    if source:
+        ctypes.memmove(_address(target), _address(source), len(source))
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+
+
+def _map(descriptor: int, begin: int, nbytes: int) -> ctypes.c_void_p:
+    """Nobody touches it, so a file that becomes shorter harms nobody."""
+    function = _libc.mmap
+    function.restype = ctypes.c_void_p
+    found = function(
+        None, ctypes.c_size_t(nbytes), ctypes.c_int(mmap.PROT_READ), ctypes.c_int(mmap.MAP_SHARED),
+        ctypes.c_int(descriptor), ctypes.c_int64(begin),
+    )  # fmt: skip
+    if found == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return ctypes.c_void_p(found)
 
 
 def _call(name: str, *arguments: object) -> None:

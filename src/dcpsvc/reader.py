@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,7 @@ from dcpsvc.storage.scatter import Needs, Segment
 from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dcpsvc.format.layout import Chunk, Layout
     from dcpsvc.format.layout import Tensor as Described
@@ -60,6 +60,7 @@ class CheckpointReader(StorageReader):
         self.shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
+        self._own_shard = -1
         self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
         self._deliver: Deliver = functools.partial(fetch, self.shards)
         self._check_places()
@@ -73,7 +74,7 @@ class CheckpointReader(StorageReader):
 
     def saved_for(self, rank: int) -> Saved:
         """The checkpoint as one rank's components see it."""
-        source = rank % self.manifest.world_size
+        self._own_shard = source = rank % self.manifest.world_size
         found = self.documents(0, source)
         return Saved(self.layout, found, rank, self.manifest.world_size, self.manifest.step)
 
@@ -94,10 +95,29 @@ class CheckpointReader(StorageReader):
         near, far = zip(*(shard.nbytes_read for shard in self.shards.values()), strict=True)
         return sum(near), sum(far)
 
-    def reads_again_cheaply(self, nbytes: int) -> bool:
-        """Whether so many bytes, read once, can be read once more from this machine's memory."""
-        room = preflight.memory_share_nbytes()
-        return room is not None and nbytes < room and all(shard.cached for shard in self.shards.values())
+    def lacks(self, wants: Sequence[Want]) -> bool:
+        """Whether a shard that they need is at no nearer store."""
+        return any(not self.shards[rank].near for rank in self._needed(wants))
+
+    def dear(self, wants: Sequence[Want]) -> list[Want]:
+        """Those that cannot be read again for no more than a copy."""
+        dear = {rank for rank in self._needed(wants) if not self.shards[rank].cached}
+        return [want for want in wants if dear and not dear.isdisjoint(self._needed([want]))]
+
+    def read_by_one(self, needs: Mapping[int, Needs]) -> bool:
+        """Whether no other rank of this machine is likely to read the same bytes of files.
+
+        It is so for a rank by itself, and for one that takes back, for the most part, what it wrote itself.
+        """
+        sizes = {rank: needed.nbytes() for rank, needed in needs.items()}
+        return preflight.ranks_here(os.environ) == 1 or 2 * sizes.get(self._own_shard, 0) > sum(sizes.values())
+
+    def _needed(self, wants: Sequence[Want]) -> set[int]:
+        """Whose shards hold them."""
+        found = ((want, self.layout.find(want.key)) for want in wants if want.out.numel())
+        return {
+            chunk.rank for want, tensor in found if tensor for chunk in tensor.overlapping(want.offsets, want.out.shape)
+        }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Part of DCP's protocol: a reader is bound to its checkpoint."""
@@ -215,13 +235,26 @@ def read(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen)
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
+    needs = plan(reader, wants)
     # Nobody looks at the boxes before all of it is proven, so bytes go straight there.
-    load(reader, wants, functools.partial(fetch, reader.shards, direct=True, watch=watch))
+    fetch(reader.shards, needs, direct=True, once=reader.read_by_one(needs), watch=watch)
 
 
-def prove(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> None:
-    """Read and prove what :func:`read` would, and put nothing anywhere. Raises the same."""
-    load(reader, wants, functools.partial(fetch, reader.shards, proving=True, watch=watch))
+def prove(reader: CheckpointReader, needs: Mapping[int, Needs], watch: Watch = unseen) -> None:
+    """Prove, and put nothing anywhere; what is dear to read again is left out. Raises what :func:`read` does."""
+    fetch(reader.shards, needs, proving=True, watch=watch)
+
+
+def read_again(reader: CheckpointReader, needs: Mapping[int, Needs]) -> None:
+    """What :func:`prove` has proven, to where it goes. Raises what :func:`read` does."""
+    fetch(reader.shards, needs, direct=True)
+
+
+def plan(reader: CheckpointReader, wants: Sequence[Want]) -> dict[int, Needs]:
+    """What there is to read of each shard, by the rank that wrote it. Raises what :func:`load` does."""
+    found: dict[int, Needs] = {}
+    load(reader, wants, found.update)
+    return found
 
 
 def load(reader: CheckpointReader, wants: Sequence[Want], deliver: Deliver) -> None:

@@ -24,13 +24,13 @@ from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
 from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, RefusalError
-from dcpsvc.reader import CheckpointReader, load
+from dcpsvc.reader import CheckpointReader, plan
 from dcpsvc.sharing import Sharing, Sources
 from dcpsvc.stages import discover, restore
+from dcpsvc.stages.restore import Ready
 from dcpsvc.state import app as states
 from dcpsvc.state import fingerprint
 from dcpsvc.state.drift import Drift, Terms
-from dcpsvc.storage.scatter import Needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,6 +85,8 @@ class _Loaded(NamedTuple):
     saved: Saved
     wants: list[Want]
     versions: dict[str, str]
+    lacking: bool
+    ready: Ready = Ready([])
     received_nbytes: int = 0
 
     @property
@@ -188,27 +190,31 @@ class Resuming:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
         if self._sharing:
-            loaded = self._agreed(f"{where}/looked", lambda: self._look(attempt, terms))
-            loaded = self._shared(where, loaded) or self._agreed(f"{where}/read", lambda: self._read(loaded))
+            loaded, lacking = self._agreed(f"{where}/looked", lambda: self._look(attempt, terms))
+            shared = self._shared(where, loaded) if lacking else None
+            loaded = shared or self._agreed(f"{where}/read", lambda: self._read(loaded))[0]
         else:
-            loaded = self._agreed(f"{where}/read", lambda: self._read(self._look(attempt, terms)))
+            loaded, _ = self._agreed(f"{where}/read", lambda: self._read(self._look(attempt, terms)))
         message = self._apply(loaded) or loaded.sources
         self._sources = Sources(*self._meet(f"{where}/applied", message, _sum, changed=True))
         summary = restore.summary(loaded.saved, loaded.components, sorted(terms.skip))
         return f"{summary}; read {self._sources}", loaded.versions
 
-    def _agreed(self, where: str, work: Callable[[], _Loaded]) -> _Loaded:
-        """What this rank's work gives, once all have done theirs, over the base that the checkpoint is for."""
+    def _agreed(self, where: str, work: Callable[[], _Loaded]) -> tuple[_Loaded, bool]:
+        """What this rank's work gives, once all have done theirs, over the base that the checkpoint is for.
+
+        Also whether any of them lacks something near by.
+        """
         found: _Loaded | None = None
         message: Any = None
         try:
             found = self._within(work)
-            message = found.saved.bases
+            message = {"bases": found.saved.bases, "lacking": found.lacking}
         except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
-        self._meet(where, message, lambda said: _check_bases(found, said))
+        lacking = self._meet(where, message, lambda said: _checked(found, said))
         assert found is not None  # noqa: S101 - a failure would have ended the meeting
-        return found
+        return found, lacking
 
     def _look(self, attempt: Attempt, terms: Terms) -> _Loaded:
         """What there is, and what of it this rank wants."""
@@ -225,14 +231,15 @@ class Resuming:
             drift=Drift(attempt.step),
         )
         components = self.state.chosen(saved)
-        return _Loaded(reader, components, saved, states.wants(components, saved), found.versions)
+        wants = states.wants(components, saved)
+        return _Loaded(reader, components, saved, wants, found.versions, self._sharing and reader.lacks(wants))
 
     def _read(self, looked: _Loaded) -> _Loaded:
-        return looked._replace(wants=restore.prepare(looked.reader, looked.wants, self._watch))
+        return looked._replace(ready=restore.prepare(looked.reader, looked.wants, self._watch))
 
     def _shared(self, where: str, looked: _Loaded) -> _Loaded | None:
         """Everything read by all ranks together; None, on all of them, if one could not: they go on by themselves."""
-        loaded, why = looked._replace(wants=restore.staged(looked.wants)), ""
+        loaded, why = looked._replace(ready=Ready(restore.staged(looked.wants))), ""
         try:
             loaded = self._within(lambda: self._share(where, loaded))
         except Exception as err:  # noqa: BLE001 - whatever it is: reading alone says whether it can be read at all
@@ -246,8 +253,7 @@ class Resuming:
         return loaded
 
     def _share(self, where: str, looked: _Loaded) -> _Loaded:
-        job, found = self.job, dict[int, Needs]()
-        load(looked.reader, looked.wants, found.update)
+        job, found = self.job, plan(looked.reader, looked.ready.wants)
         exchange = Exchange(
             rank=job.rank, world_size=job.world_size, namespace=f"{job.incarnation}/{self.place}/{where}",
             timeout_s=self.timeout_s,
@@ -266,8 +272,8 @@ class Resuming:
 
     def _apply(self, loaded: _Loaded) -> RankFailure | None:
         try:
-            self._within(lambda: restore.finish(loaded.reader, loaded.wants))
-            states.apply(loaded.components, loaded.saved, loaded.wants)
+            self._within(lambda: restore.finish(loaded.reader, loaded.ready))
+            states.apply(loaded.components, loaded.saved, loaded.ready.wants)
         except Exception as err:  # noqa: BLE001 - load_state_dict() is the user's code; the other ranks must hear of it
             return RankFailure(self.job.rank, "apply", type(err).__name__, str(err))
         return None
@@ -283,13 +289,14 @@ class Resuming:
             raise RestoreFailedError(self.remote.url, (failure,), (), changed) from err
 
 
-def _check_bases(loaded: _Loaded | None, said: list[Any]) -> None:
-    """Coordinator: an adapter over another base is refused on all ranks."""
+def _checked(loaded: _Loaded | None, said: list[Any]) -> bool:
+    """Coordinator: an adapter over another base is refused on all ranks; else whether any lacks something."""
     assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
     try:
-        fingerprint.check(loaded.saved.step, loaded.versions, said)
+        fingerprint.check(loaded.saved.step, loaded.versions, [one["bases"] for one in said])
     except StateError as err:
         raise RefusalError([RankFailure(0, "restore", type(err).__name__, str(err))]) from err
+    return any(one["lacking"] for one in said)
 
 
 def _told(found: Manifest | None) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dcpsvc.errors import CheckpointGoneError, ConfigError, FormatError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys, sidefiles
 from dcpsvc.policies import is_name
-from dcpsvc.storage.base import is_there
+from dcpsvc.storage.base import create_fleeting, delete_fleeting, is_there
 from dcpsvc.storage.threads import each
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Lease:
         key = attempt.pin(secrets.token_hex(4), min(int(time.time() + self.seconds) + 1, keys.MAX_UNTIL_S))
         self._held.append(key)  # before the answer, which may be lost
         try:
-            self.store.create(key, _pin(attempt, "being read"))
+            create_fleeting(self.store, key, _pin(attempt, "being read"))
         except StoreError as err:
             logger.debug("step %s is read without a lease: %s", attempt.step, err)
 
@@ -142,7 +142,7 @@ class Lease:
         """Hold nothing any more. Never raises: what stays ends by itself."""
         for key in self._held:
             with contextlib.suppress(StoreError):
-                self.store.delete(key)
+                delete_fleeting(self.store, key)
         self._held.clear()
 
 

@@ -4,6 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from dcpsvc.format import keys
 from dcpsvc.ranks.exchange import Exchange
@@ -34,6 +37,10 @@ class Far(PosixStore):
     def read_into(self, key, begin, views):
         self.note(key, sum(map(len, views)))
         super().read_into(key, begin, views)
+
+    def stream_into(self, key, begin, views, look, *, once=False):
+        self.note(key, sum(map(len, views)))
+        return super().stream_into(key, begin, views, look, once=once)
 
     def stream(self, key, begin, end, look):
         raise AssertionError("nothing far is read only to be proven")
@@ -131,6 +138,77 @@ def test_a_damaged_shard_on_the_disk_of_a_peer_comes_from_the_root(saved):
     flip_byte(shard)
     taken, _ = resumed(saved)
     assert any(root.get(1) for root in taken)
+
+
+def large(value):
+    """A model of which each of two ranks holds 64 MiB."""
+    model = torch.nn.Linear(8192, 4096, bias=False)
+    torch.nn.init.constant_(model.weight, value)
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+def save_large(rank, world, folder):
+    with checkpointer(
+        folder / "run", {"model": large(1.0)}, local=folder / f"node-{rank}", staging_nbytes=MIB, save_last=False
+    ) as ckpt:
+        ckpt.save(2).wait(60)
+
+
+def resume_large(rank, world, folder):
+    store, told, model = Far(folder / "run"), [], large(0.0)
+    with checkpointer(
+        folder, {"model": model}, store=store, local=folder / f"node-{rank}", staging_nbytes=MIB, save_last=False,
+        on_event=told.append,
+    ) as ckpt:  # fmt: skip
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        ckpt.resume()
+        grown = resident("VmHWM") - before
+    detail = next(event.detail for event in told if event.name == "resumed")
+    held = model.weight.to_local()
+    return {"root": store.given_out, "grown": grown, "detail": detail, "right": bool((held == 1.0).all())}
+
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def large_saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    values(run_ranks(2, save_large, folder))
+    return folder
+
+
+def test_what_every_node_has_is_read_in_place_and_no_second_copy_of_the_model_is_held(large_saved):
+    for rank in values(run_ranks(2, resume_large, large_saved)):
+        assert rank["right"]
+        assert set(rank["root"]) <= {0}
+        assert rank["root"].get(0, 0) <= DOCUMENTS_NBYTES // 2
+        assert rank["grown"] < 40 * MIB
+        assert "other ranks" not in rank["detail"]
+
+
+def test_when_one_node_s_disk_is_empty_only_its_shard_comes_from_the_root(large_saved, tmp_path):
+    shutil.copytree(large_saved, tmp_path / "job")
+    shutil.rmtree(tmp_path / "job" / "node-1")
+    one, other = values(run_ranks(2, resume_large, tmp_path / "job"))
+    assert one["right"]
+    assert other["right"]
+    assert not one["root"].get(1)
+    assert 64 * MIB <= other["root"][1] <= 64 * MIB + DOCUMENTS_NBYTES
+
+
+def test_a_shard_damaged_on_its_own_node_comes_from_the_root_before_anything_is_touched(large_saved, tmp_path):
+    shutil.copytree(large_saved, tmp_path / "job")
+    (shard,) = (tmp_path / "job" / "node-1").rglob("*.safetensors")
+    flip_byte(shard)
+    one, other = values(run_ranks(2, resume_large, tmp_path / "job"))
+    assert one["right"]
+    assert other["right"]
+    assert one["grown"] < 40 * MIB
+    assert 64 * MIB <= other["root"][1] <= 65 * MIB
 
 
 def flip_what_goes_out():

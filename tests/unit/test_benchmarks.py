@@ -62,6 +62,12 @@ def test_the_resume_benchmark_reads_warm_and_cold_and_counts_what_it_fetches(tmp
         rows = {row["system"]: row for row in result["settings"][setting]}
         assert {"dcpsvc", "plain reads", "safetensors", "DCP load"} <= rows.keys()
         assert all(row["seconds"] > 0 for row in rows.values())
+    for setting in ("warm", "cold"):
+        for what in ("resume, local tier", "from process start"):
+            rows = {row["system"]: row for row in result["settings"][f"{what}, {setting}"]}
+            assert {"dcpsvc", "plain reads", "DCP load"} == rows.keys()
+            assert all(row["seconds"] > 0 for row in rows.values())
+            assert rows["dcpsvc"]["over_mib"] < 256
     assert result["resharded"][0]["ranks"] == "4 -> 4"
     assert all(row["from_root_when_shared"] < 1.02 for row in result["resharded"])
     assert result["facts"].keys() >= FACTS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -14,6 +16,8 @@ from dcpsvc.storage.posix import PosixStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from dcpsvc.events import Event
 
 T = TypeVar("T")
 
@@ -46,16 +50,24 @@ class Watching(PosixStore):
         super().__init__(root)
         self.model, self.damaged_from, self.held, self.given_out = model, damaged_from, list[float](), 0
 
-    def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
-        self.held.append(self.model.weight[0, 0].item())
-        super().read_into(key, begin, views)
-        self.given_out += sum(map(len, views))
-        if len(self.held) >= self.damaged_from:
-            views[0][0] ^= 1
-
     def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+        return super().stream(key, begin, end, self.noted(end - begin, look))
+
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
+        look = self.noted(sum(map(len, views)), look)
+        return super().stream_into(key, begin, views, look, once=once)
+
+    def noted(self, nbytes: int, look: Callable[[Iterator[memoryview]], T]) -> Callable[[Iterator[memoryview]], T]:
         self.held.append(self.model.weight[0, 0].item())
-        self.given_out += end - begin
+        self.given_out += nbytes
         damaged = len(self.held) >= self.damaged_from
 
         def passed_on(views: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -63,7 +75,7 @@ class Watching(PosixStore):
                 view[0] ^= damaged
                 yield view
 
-        return super().stream(key, begin, end, lambda views: look(passed_on(views)))
+        return lambda views: look(passed_on(views))
 
 
 def test_the_model_s_own_memory_is_what_is_read_into(root: Path) -> None:
@@ -88,6 +100,49 @@ def test_where_reading_twice_is_dear_it_is_read_once(root: Path) -> None:
         given_out.append(store.given_out)
     assert set(store.held) == {0.0}
     assert given_out[0] - given_out[1] >= model.weight.nbytes
+
+
+def resume_beside_a_far_root(tmp_path: Path, root: Path) -> tuple[torch.nn.Linear, Watching, Callable[[], str]]:
+    """A model, the run root as a store far away, and what resumes the model from the disk that saved it."""
+    model = linear(0.0)
+    far = Watching(root, model)
+    far.cached = False
+
+    def resume() -> str:
+        told: list[Event] = []
+        with dcpsvc.Checkpointer(
+            far, {"model": model}, local=tmp_path / "local", save_last=False, on_event=told.append
+        ) as ckpt:
+            far.given_out = 0
+            ckpt.resume()
+        return next(event.detail for event in told if event.name == "resumed")
+
+    return model, far, resume
+
+
+def test_what_the_node_s_own_disk_has_is_read_in_place_also_where_the_root_is_far(tmp_path: Path, root: Path) -> None:
+    model, far, resume = resume_beside_a_far_root(tmp_path, root)
+    place = model.weight.data_ptr()
+    read = re.search(r"read ([\d.]+) MiB from local disks;", resume())
+    assert read
+    assert float(read[1]) * 2**20 > 2 * model.weight.nbytes + model.weight.nbytes // 2  # proven, then in place
+    assert far.given_out == 0
+    assert model.weight.data_ptr() == place
+    assert torch.equal(model.weight, torch.full((700, 1000), 2.0))
+
+
+def test_a_shard_damaged_on_the_own_disk_and_far_away_is_refused_before_anything_is_touched(
+    tmp_path: Path, root: Path
+) -> None:
+    model, far, resume = resume_beside_a_far_root(tmp_path, root)
+    for shard in [*(tmp_path / "local").rglob("*.safetensors"), *root.rglob("*.safetensors")]:
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    with pytest.raises(NoValidCheckpointError):
+        resume()
+    assert set(far.held) == {0.0}
+    assert torch.equal(model.weight, torch.zeros(700, 1000))
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -119,6 +174,27 @@ def test_what_breaks_after_it_was_proven_says_that_the_state_was_changed_and_not
     with pytest.raises(RestoreFailedError, match="partly changed") as caught:
         dcpsvc.load(store, {"model": model})
     assert caught.value.changed
+
+
+def test_a_load_from_a_directory_waits_for_no_disk_to_keep_its_lease_and_leaves_nothing_behind(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, leases, true, model = [], [], os.fsync, linear(0.0)
+
+    class Looking(PosixStore):
+        def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+            leases.extend((root / "pins").rglob("*.json"))
+            return super().stream(key, begin, end, look)
+
+    def fsync(fd: int) -> None:
+        synced.append(fd)
+        true(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert dcpsvc.load(Looking(root), {"model": model}) == 2
+    assert leases
+    assert not synced
+    assert not list((root / "pins").rglob("*"))
 
 
 def test_a_module_whose_memory_is_not_in_one_piece_is_loaded_too(root: Path) -> None:

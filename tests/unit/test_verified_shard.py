@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from hypothesis import given
@@ -134,6 +134,47 @@ def test_when_every_store_is_damaged_the_file_and_the_last_place_are_named() -> 
         VerifiedShard([first, last], RECORD).read(0, 1)
     assert caught.value.path == KEY
     assert last.url in str(caught.value)
+
+
+class File(PosixStore):
+    """A file of this machine."""
+
+
+class FarFile(PosixStore):
+    """Stands for a store far away; what is only looked at is not asked of it."""
+
+    cached = False
+
+    def stream(self, *args: object, **kwargs: object) -> NoReturn:
+        raise AssertionError("nothing far is read only to be proven")
+
+
+@pytest.mark.parametrize(
+    ("near", "cheap"), [(CONTENT, True), (None, False), (CONTENT[:-1], False)], ids=["whole", "missing", "short"]
+)
+def test_a_shard_is_cheap_to_read_twice_if_the_nearest_store_that_has_it_is_of_files(
+    tmp_path: Path, near: bytes | None, *, cheap: bool
+) -> None:
+    stores = File(tmp_path / "near"), FarFile(tmp_path / "far")
+    stores[1].put(KEY, CONTENT)
+    if near is not None:
+        stores[0].put(KEY, near)
+    shard = VerifiedShard(stores, RECORD)
+    assert shard.cached is cheap
+    assert shard.prove(0, len(BODY)) is cheap
+
+
+def test_a_file_found_damaged_while_it_is_proven_is_left_for_the_far_store_and_nothing_is_proven_there(
+    tmp_path: Path,
+) -> None:
+    near, far = File(tmp_path / "near"), FarFile(tmp_path / "far")
+    near.put(KEY, flipped(5))
+    far.put(KEY, CONTENT)
+    shard = VerifiedShard([near, far], RECORD)
+    assert shard.cached
+    assert not shard.prove(0, len(BODY))
+    assert not shard.cached
+    assert shard.read(0, len(BODY)) == BODY
 
 
 def test_a_store_that_does_not_answer_is_not_called_damage() -> None:

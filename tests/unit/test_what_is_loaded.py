@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from dcpsvc.format.digest import BLOCK_NBYTES
 from dcpsvc.storage.posix import PosixStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+T = TypeVar("T")
 WIDTH = 1500
 
 
@@ -34,9 +35,17 @@ class Counting(PosixStore):
         self.given_out += (end - begin) * key.startswith(keys.DATA)
         return super().read(key, begin, end)
 
-    def read_into(self, key: str, begin: int, views: Sequence[memoryview]) -> None:
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
         self.given_out += sum(map(len, views)) * key.startswith(keys.DATA)
-        super().read_into(key, begin, views)
+        return super().stream_into(key, begin, views, look, once=once)
 
 
 class Model(nn.Module):

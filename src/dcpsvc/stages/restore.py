@@ -5,12 +5,11 @@ Nothing in the model is touched until everything has been read and proven.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from dcpsvc.progress import unseen
-from dcpsvc.reader import prove, read
+from dcpsvc.reader import plan, prove, read, read_again
+from dcpsvc.state import fresh
 from dcpsvc.state.saved import Want, own_name
 
 if TYPE_CHECKING:
@@ -20,36 +19,61 @@ if TYPE_CHECKING:
     from dcpsvc.reader import CheckpointReader
     from dcpsvc.state.saved import Component, Saved
     from dcpsvc.state.sharing import Resize
+    from dcpsvc.storage.scatter import Needs
 
 
-def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> list[Want]:
+class Ready(NamedTuple):
+    """Everything that is wanted, proven.
+
+    Attributes:
+        wants: As they are now.
+        again: What of each shard :func:`finish` reads once more, into memory of the state itself.
+    """
+
+    wants: list[Want]
+    again: Mapping[int, Needs] = {}
+
+
+def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> Ready:
     """Read everything that is wanted and prove it, changing nothing of the state. Any world size; no collective.
 
     What goes to memory of the state itself is read once more by :func:`finish`, if that is cheap: so there is no second
     copy of it in memory. Elsewhere it waits in memory of its own.
 
-    Returns:
-        The wants, as they are now.
-
     Raises:
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
-    if not reader.reads_again_cheaply(sum(want.out.nbytes for want in wants if want.live)):
-        wants = staged(wants)
-    prove(reader, [want for want in wants if want.live], watch)
+    wants = _staged_where_dear(reader, wants)
+    again = plan(reader, _live(wants))
+    prove(reader, again, watch)
+    if reader.dear(_live(wants)):  # a file near by was damaged, and what replaces it is far
+        wants = _staged_where_dear(reader, wants)
+        again = plan(reader, _live(wants))
     read(reader, [want for want in wants if not want.live], watch)
-    return list(wants)
+    return Ready(list(wants), again)
 
 
 def staged(wants: Sequence[Want]) -> list[Want]:
     """The same, none of them into memory of the state itself."""
-    return [Want(want.key, want.offsets, torch.empty_like(want.out)) if want.live else want for want in wants]
+    return [
+        Want(want.key, want.offsets, fresh.empty(want.out.shape, want.out.dtype)) if want.live else want
+        for want in wants
+    ]
 
 
-def finish(reader: CheckpointReader, wants: Sequence[Want]) -> None:
+def finish(reader: CheckpointReader, ready: Ready) -> None:
     """What :func:`prepare` has proven, into the memory of the state. Same errors; the state may be changed then."""
-    read(reader, [want for want in wants if want.live])
+    read_again(reader, ready.again)
+
+
+def _live(wants: Sequence[Want]) -> list[Want]:
+    return [want for want in wants if want.live]
+
+
+def _staged_where_dear(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
+    dear = {want.key for want in reader.dear(_live(wants))}
+    return [staged([want])[0] if want.key in dear else want for want in wants]
 
 
 def summary(saved: Saved, loaded: Mapping[str, Component], skipped: Sequence[str]) -> str:

@@ -145,6 +145,19 @@ class DatingStore(Protocol):
 
 
 @runtime_checkable
+class FleetingStore(Protocol):
+    """A store that need not wait for its disk where nothing is lost if the machine crashes."""
+
+    def create_fleeting(self, key: str, data: bytes) -> bool:
+        """Like :meth:`Store.create`, and gone, perhaps, after a crash of the machine."""
+        ...
+
+    def delete_fleeting(self, key: str) -> None:
+        """Like :meth:`Store.delete`, and there again, perhaps, after a crash of the machine."""
+        ...
+
+
+@runtime_checkable
 class ScatteringStore(Protocol):
     """A store that reads straight into memory of the caller."""
 
@@ -155,11 +168,47 @@ class ScatteringStore(Protocol):
 
 @runtime_checkable
 class StreamingStore(Protocol):
-    """A store from which bytes are looked at for less than they are kept for."""
+    """A store whose bytes can be looked at as they come, while they are in the processor's cache."""
 
     def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
         """What ``look`` says about bytes ``[begin, end)``; each view is void when the next one is asked for."""
         ...
+
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
+        """Fill ``views`` as :meth:`ScatteringStore.read_into` does; what ``look`` says about the same bytes.
+
+        Args:
+            key: Of the object.
+            begin: Its first byte that is wanted.
+            views: Where to; filled when ``look`` has seen everything.
+            look: As for :meth:`stream`.
+            once: Nobody on this machine is going to read these bytes again soon.
+        """
+        ...
+
+
+def stream_into(
+    store: Store,
+    key: str,
+    begin: int,
+    views: Sequence[memoryview],
+    look: Callable[[Iterator[memoryview]], T],
+    *,
+    once: bool = False,
+) -> T:
+    """See :class:`StreamingStore`; on a store that cannot, when all is there."""
+    if isinstance(store, StreamingStore):
+        return store.stream_into(key, begin, views, look, once=once)
+    read_into(store, key, begin, views)
+    return look(iter(views))
 
 
 def stream(store: Store, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
@@ -218,6 +267,19 @@ def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -
     for view in views:
         view[:] = data[: len(view)]
         data = data[len(view) :]
+
+
+def create_fleeting(store: Store, key: str, data: bytes) -> bool:
+    """See :class:`FleetingStore`; on a store that makes no difference, :meth:`Store.create`."""
+    return store.create_fleeting(key, data) if isinstance(store, FleetingStore) else store.create(key, data)
+
+
+def delete_fleeting(store: Store, key: str) -> None:
+    """See :class:`FleetingStore`; on a store that makes no difference, :meth:`Store.delete`."""
+    if isinstance(store, FleetingStore):
+        store.delete_fleeting(key)
+    else:
+        store.delete(key)
 
 
 def written_s(store: Store, key: str) -> float | None:

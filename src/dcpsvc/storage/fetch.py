@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from dcpsvc.storage.shards import VerifiedShard
 
 AT_ONCE = 8
+"""Requests to a store far away."""
+
+_FILES_AT_ONCE = min(AT_ONCE, 2 * (os.cpu_count() or 1))
+"""Pieces of files: more threads than that only take the processors from each other."""
 
 
 def fetch(
@@ -24,6 +29,7 @@ def fetch(
     *,
     direct: bool = False,
     proving: bool = False,
+    once: bool = False,
     within: Mapping[int, Sequence[tuple[int, int]]] | None = None,
     watch: Watch = unseen,
 ) -> None:
@@ -33,7 +39,8 @@ def fetch(
         shards: By the rank that wrote them.
         needs: What of each.
         direct: Nobody looks at where it goes before this returns; see :meth:`Piece.read`.
-        proving: Put nothing anywhere.
+        proving: Put nothing anywhere; what cannot be read again cheaply is left out.
+        once: Nobody on this machine is going to read the same bytes again soon.
         within: Only these ranges of each, of whole blocks.
         watch: How far it is; told from any thread.
 
@@ -46,7 +53,7 @@ def fetch(
         if proving:
             shard.prove(piece.begin, piece.end)
         else:
-            piece.read(shard, direct=direct)
+            piece.read(shard, direct=direct, once=once)
         done(piece.end - piece.begin)
 
     def work(done: Callable[[int], None]) -> Iterator[Callable[[], None]]:
@@ -55,7 +62,8 @@ def fetch(
                 yield functools.partial(one, shards[rank], piece, done)
 
     total = sum(needed.nbytes(None if within is None else within.get(rank, ())) for rank, needed in needs.items())
-    with watch(total) as done, ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-read") as pool:
+    at_once = _FILES_AT_ONCE if all(shards[rank].cached for rank in needs) else AT_ONCE
+    with watch(total) as done, ThreadPoolExecutor(at_once, thread_name_prefix="dcpsvc-read") as pool:
         try:
             for _ in pool.map(lambda each: each(), work(done)):
                 pass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dcpsvc.errors import StoreNotFoundError, StoreObjectError
-from dcpsvc.storage import posixfile
+from dcpsvc.storage import diskread, posixfile
 from dcpsvc.storage.base import Entry
 from dcpsvc.storage.names import check_key, check_prefix, is_temp
 from dcpsvc.storage.oserror import from_os_error, local_file_error
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
 T = TypeVar("T")
-
-_SCRATCH_NBYTES = 1 << 18
-"""Stays in the cache of a processor's core between the copy and the look."""
 
 _TOP_LEVEL = 2
 """Components of a key directly below a top-level folder; such folders are never removed."""
@@ -58,6 +56,11 @@ class PosixStore:
     def create(self, key: str, data: bytes) -> bool:
         """See :meth:`Store.create <dcpsvc.storage.base.Store.create>`."""
         return self._place("create", key, lambda fd: posixfile.write_all(fd, data), posixfile.link)
+
+    def create_fleeting(self, key: str, data: bytes) -> bool:
+        """See :meth:`FleetingStore.create_fleeting <dcpsvc.storage.base.FleetingStore.create_fleeting>`."""
+        fill = functools.partial(posixfile.write_all, data=data)
+        return self._place("create", key, fill, posixfile.link, lasting=False)
 
     def put(self, key: str, data: bytes) -> None:
         """See :meth:`Store.put <dcpsvc.storage.base.Store.put>`."""
@@ -107,14 +110,30 @@ class PosixStore:
         """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`."""
         with self._opened("read", key) as (fd, nbytes):
             check_end(self._where(key), nbytes, end)
-            return look(self._views(key, fd, begin, end))
+            return look(self._whole(key, diskread.passing(fd, begin, end), end - begin))
 
-    def _views(self, key: str, fd: int, begin: int, end: int) -> Iterator[memoryview]:
-        scratch = memoryview(bytearray(min(_SCRATCH_NBYTES, end - begin)))
-        for at in range(begin, end, _SCRATCH_NBYTES):
-            view = scratch[: end - at]
-            check_length("read", self._where(key), posixfile.read_into(fd, at, [view]), len(view))
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
+        """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`; what is read once goes around the cache."""
+        with self._opened("read", key) as (fd, nbytes):
+            wanted = sum(map(len, views))
+            check_end(self._where(key), nbytes, begin + wanted)
+            return look(self._whole(key, diskread.filling(fd, begin, views, once=once), wanted))
+
+    def _whole(self, key: str, found: Iterator[memoryview], nbytes: int) -> Iterator[memoryview]:
+        """The same; refused where the file has become shorter meanwhile."""
+        count = 0
+        for view in found:
+            count += len(view)
             yield view
+        check_length("read", self._where(key), count, nbytes)
 
     def list(self, prefix: str) -> list[Entry]:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""
@@ -146,6 +165,13 @@ class PosixStore:
             if len(parts) > _TOP_LEVEL and posixfile.remove_if_empty(target.parent):
                 posixfile.sync_directory(target.parent.parent)
 
+    def delete_fleeting(self, key: str) -> None:
+        """See :meth:`FleetingStore.delete_fleeting <dcpsvc.storage.base.FleetingStore.delete_fleeting>`."""
+        target = self._locate("delete", key, check_key("delete", key))
+        with self._translated("delete", key), contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            target.unlink()
+            posixfile.remove_if_empty(target.parent)
+
     def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`: our temporary files."""
         found = 0
@@ -163,15 +189,24 @@ class PosixStore:
         return found
 
     def _place(
-        self, operation: str, key: str, fill: Callable[[int], None], publish: Callable[[Path, Path], bool]
+        self,
+        operation: str,
+        key: str,
+        fill: Callable[[int], None],
+        publish: Callable[[Path, Path], bool],
+        *,
+        lasting: bool = True,
     ) -> bool:
         target = self._locate(operation, key, check_key(operation, key))
         with self._translated(operation, key):
+            if not lasting:
+                target.parent.mkdir(parents=True, exist_ok=True)  # else it is made to last
             fd, temp = posixfile.open_temp(target.parent)
             try:
                 try:
                     fill(fd)
-                    os.fsync(fd)
+                    if lasting:
+                        os.fsync(fd)
                 finally:
                     os.close(fd)
                 placed = publish(temp, target)
@@ -179,7 +214,8 @@ class PosixStore:
                 # A temporary name that stays is never listed, and must not hide what went wrong before.
                 with contextlib.suppress(OSError):
                     temp.unlink(missing_ok=True)
-            posixfile.sync_upwards(target.parent, self._real_root())
+            if lasting:
+                posixfile.sync_upwards(target.parent, self._real_root())
             return placed
 
     @contextlib.contextmanager

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from dcpsvc.errors import StoreError, StoreUnavailableError
-from dcpsvc.storage.base import SigningStore, carry, copies, read_into, read_rest, stream, written_s
+from dcpsvc.storage.base import (
+    SigningStore,
+    carry,
+    copies,
+    create_fleeting,
+    delete_fleeting,
+    read_into,
+    read_rest,
+    stream,
+    stream_into,
+    written_s,
+)
 from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.tries import count_one
@@ -177,6 +188,18 @@ class RetryingStore:
         """See :class:`StreamingStore <dcpsvc.storage.base.StreamingStore>`; after a failure ``look`` sees all anew."""
         return self._reading.run(lambda: stream(self._store, key, begin, end, look))
 
+    def stream_into(
+        self,
+        key: str,
+        begin: int,
+        views: Sequence[memoryview],
+        look: Callable[[Iterator[memoryview]], T],
+        *,
+        once: bool = False,
+    ) -> T:
+        """Likewise."""
+        return self._retry.run(lambda: stream_into(self._store, key, begin, views, look, once=once))
+
     def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
         """See :class:`RestReadingStore <dcpsvc.storage.base.RestReadingStore>`."""
         return self._reading.run(lambda: read_rest(self._store, key, begin, max_nbytes=max_nbytes))
@@ -192,6 +215,14 @@ class RetryingStore:
     def delete(self, key: str) -> None:
         """See :meth:`Store.delete <dcpsvc.storage.base.Store.delete>`."""
         self._retry.run(lambda: self._store.delete(key))
+
+    def create_fleeting(self, key: str, data: bytes) -> bool:
+        """See :meth:`FleetingStore.create_fleeting <dcpsvc.storage.base.FleetingStore.create_fleeting>`."""
+        return self._retry.run(lambda: create_fleeting(self._store, key, data))
+
+    def delete_fleeting(self, key: str) -> None:
+        """See :meth:`FleetingStore.delete_fleeting <dcpsvc.storage.base.FleetingStore.delete_fleeting>`."""
+        self._retry.run(lambda: delete_fleeting(self._store, key))
 
     def credentials(self) -> Credentials | None:
         """See :meth:`SigningStore.credentials <dcpsvc.storage.base.SigningStore.credentials>`; None if it has none."""

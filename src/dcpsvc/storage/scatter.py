@@ -81,25 +81,26 @@ class Piece(NamedTuple):
     end: int
     parts: tuple[Part, ...]
 
-    def read(self, shard: VerifiedShard, *, direct: bool) -> None:
+    def read(self, shard: VerifiedShard, *, direct: bool, once: bool = False) -> None:
         """Read, prove, and deliver.
 
         Args:
             shard: Whose bytes they are.
             direct: Straight to where they go, so that something unproven is there until this returns, and after an
                 error. Otherwise, and where bytes are needed twice, only proven bytes get there, by a copy.
+            once: Nobody on this machine is going to read them again soon.
 
         Raises:
             CorruptShardError: See :meth:`VerifiedShard.read`.
             StoreError: Likewise.
         """
         if direct and not self._overlap():
-            shard.read_into(self.begin, list(self._targets()))
+            shard.read_into(self.begin, list(self._targets()), once=once)
             for part in self.parts:
                 part.sink.filled(part.end - part.begin)
             return
         proven = memoryview(bytearray(self.end - self.begin))
-        shard.read_into(self.begin, [proven])
+        shard.read_into(self.begin, [proven], once=once)
         deliver(self.parts, self.begin, proven)
 
     def _overlap(self) -> bool:

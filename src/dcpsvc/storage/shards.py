@@ -55,19 +55,20 @@ class VerifiedShard:
         self.read_into(low, [data])
         return data[begin - low : end - low]
 
-    def read_into(self, begin: int, views: Sequence[memoryview]) -> None:
+    def read_into(self, begin: int, views: Sequence[memoryview], *, once: bool = False) -> None:
         """Fill ``views``, one after the other, with proven bytes; after an error they hold anything.
 
         Args:
             begin: Of a block.
             views: Together whole blocks, or the rest of the body.
+            once: Nobody on this machine is going to read them again soon.
 
         Raises:
             CorruptShardError: As in :meth:`read`.
             StoreError: Likewise.
         """
         self._check_range(begin, begin + sum(map(len, views)))
-        self._first(lambda source: source.read_into(begin, views))
+        self._first(lambda source: source.read_into(begin, views, once=once))
 
     def _first(self, read: Callable[[Source], T]) -> T:
         """What the nearest store gives that has it intact."""
@@ -119,13 +120,23 @@ class VerifiedShard:
 
     @property
     def cached(self) -> bool:
-        """Reading something again costs no more than a copy, wherever it is read from."""
-        return all(getattr(source.store, "cached", False) for source in self._sources)
+        """The nearest store that has it, of the right size, reads something again for no more than a copy."""
+        nearest = next((source for source in self._sources if source.whole), None)
+        return nearest is not None and nearest.cheap
 
-    def prove(self, begin: int, end: int) -> None:
-        """Read whole blocks, and keep nothing; raises as :meth:`read` does."""
+    def prove(self, begin: int, end: int) -> bool:
+        """Read whole blocks where they can be read again cheaply, and keep nothing; raises as :meth:`read` does.
+
+        Returns:
+            False if no such store has the shard intact, but perhaps another one has: then nothing is proven.
+        """
         self._check_range(begin, end)
-        self._first(lambda source: source.prove(begin, end))
+        return self._first(lambda source: source.prove(begin, end))
+
+    def examine(self, begin: int, end: int) -> None:
+        """Prove whole blocks, wherever they are; of a file no more is held than the processor's cache takes."""
+        if not self.prove(begin, end):
+            self.read(begin, end)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Ranges that cover the body, each a size that is good to read at once."""
@@ -138,9 +149,8 @@ class VerifiedShard:
         Args:
             progress: Called with the number of bytes just verified.
         """
-        look = self.prove if self.cached else self.read  # of a file no more is held than the processor's cache takes
         for begin, end in self.pieces():
-            look(begin, end)
+            self.examine(begin, end)
             if progress:
                 progress(end - begin)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format import digest
 from dcpsvc.format.digest import BLOCK_NBYTES
-from dcpsvc.storage.base import read_into, read_rest, stream
+from dcpsvc.storage.base import read_rest, stream, stream_into
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,18 +45,26 @@ class Source:
         except StoreError:
             return False
 
-    def read_into(self, begin: int, views: Sequence[memoryview]) -> None:
-        """Proven bytes of the body, whole blocks."""
-        table = self.table()
+    @property
+    def cheap(self) -> bool:
+        """Reading something again costs no more than a copy."""
+        return bool(getattr(self.store, "cached", False))
+
+    def read_into(self, begin: int, views: Sequence[memoryview], *, once: bool = False) -> None:
+        """Proven bytes of the body, whole blocks; ``once``: see :class:`~dcpsvc.storage.base.StreamingStore`."""
+        table, first = self.table(), begin // BLOCK_NBYTES
+        look = functools.partial(digest.mismatches, first_block=first, digests=table)
         try:
-            read_into(self.store, self._record.path, begin, views)
+            bad = stream_into(self.store, self._record.path, begin, views, look, once=once)
         except StoreNotFoundError as err:
             raise self._missing() from err
         self._count(sum(map(len, views)))
-        self._refuse(digest.mismatches(views, begin // BLOCK_NBYTES, table))
+        self._refuse(bad)
 
-    def prove(self, begin: int, end: int) -> None:
-        """Whole blocks, without keeping them."""
+    def prove(self, begin: int, end: int) -> bool:
+        """Whole blocks, without keeping them; False where that is not cheap: then nothing is read."""
+        if not self.cheap:
+            return False
         table, path = self.table(), self._record.path
         try:
             bad = stream(
@@ -65,6 +74,7 @@ class Source:
             raise self._missing() from err
         self._count(end - begin)
         self._refuse(bad)
+        return True
 
     def read_tail(self, begin: int) -> memoryview:
         """The proven end of the body, from a block's beginning on, in one request together with the block table."""

@@ -131,10 +131,10 @@ def _prove(
 
 
 def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], None] | None, journal: Journal) -> None:
-    proven, look = journal.proven(manifest, shard.record), shard.prove if shard.cached else shard.read
+    proven = journal.proven(manifest, shard.record)
     for begin, end in shard.pieces():
         if end > proven:
-            look(begin, end)
+            shard.examine(begin, end)
             journal.note(manifest, shard.record, end)
         if progress:
             progress(end - begin)
