@@ -18,7 +18,7 @@ UNIT_NBYTES = 4 << 20
 """Small enough that all ranks have some to read in each round."""
 
 ROUND_NBYTES = 64 << 20
-"""Passed on in one round, all ranks together; no rank holds more of it."""
+"""The most that one rank reads and is given in one round."""
 
 Range = tuple[int, int]
 
@@ -98,18 +98,24 @@ def allot(asks: Sequence[Ask], body_nbytes: Mapping[int, int]) -> list[Unit]:
     return units
 
 
-def rounds(units: Iterable[Unit]) -> Iterator[list[Unit]]:
-    """The units in groups of bounded size."""
-    group: list[Unit] = []
-    nbytes = 0
+def rounds(units: Iterable[Unit]) -> list[list[Unit]]:
+    """The units in groups that go one after the other, each unit in the first that has room on all of its ranks.
+
+    So ranks that need different shards have something to do in every round, whatever the order of the files; and a rank
+    passes on its units in that order.
+    """
+    groups: list[list[Unit]] = []
+    places: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # of each rank: its last round, and bytes in it
     for unit in units:
-        if group and nbytes + unit.nbytes > ROUND_NBYTES:
-            yield group
-            group, nbytes = [], 0
-        group.append(unit)
-        nbytes += unit.nbytes
-    if group:
-        yield group
+        ranks = (unit.reader, *unit.receivers)
+        number = max(places[rank][0] for rank in ranks)
+        held = {rank: places[rank][1] if places[rank][0] == number else 0 for rank in ranks}
+        if max(held.values()) and max(held.values()) + unit.nbytes > ROUND_NBYTES:
+            number, held = number + 1, dict.fromkeys(ranks, 0)
+        places.update((rank, (number, nbytes + unit.nbytes)) for rank, nbytes in held.items())
+        groups += [[] for _ in range(number + 1 - len(groups))]
+        groups[number].append(unit)
+    return groups
 
 
 def alone(ask: Ask, rank: int, units: Iterable[Unit]) -> dict[int, list[Range]]:

@@ -6,6 +6,7 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
+from dcpsvc import choosing
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Mapping, MutableMapping
 
+    from dcpsvc.choosing import Found
     from dcpsvc.format.keys import Attempt
-    from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.storage.base import Store
 
 
@@ -42,8 +43,8 @@ def storage_reader(
         FormatError: Its layout or JSON values are damaged.
     """
     store = open_root(root, storage_options)
-    manifest = discover.read_manifest(store, _choose(store, step).key)
-    reader = CheckpointReader(manifest, discover.read_layout(store, manifest), [store])
+    manifest, _, layout = _choose(store, step)
+    reader = CheckpointReader(manifest, layout or discover.read_layout(store, manifest), [store])
     reader.read_metadata()  # now, because DCP turns what goes wrong here into an AssertionError
     return reader
 
@@ -132,17 +133,10 @@ class _Lease:
         self._thread.shutdown()
 
 
-def _choose(store: Store, step: int | None) -> Checkpoint:
-    everything = discover.listing(store)
-    found = [checkpoint for checkpoint in everything if step in {None, checkpoint.step}]
-    whole = [c for c in found if c.state == "committed" and (step is not None or not c.diverged)]
-    if whole:
-        return whole[-1]
-    reasons = tuple(f"step {c.step}: {c.reason or 'tagged as diverged'}" for c in found)
+def _choose(store: Store, step: int | None) -> Found:
+    choice = choosing.choose(store, step)
+    if choice.found is not None:
+        return choice.found
     if step is None:
-        raise NoValidCheckpointError(store.url, reasons or ("nothing is committed",))
-    raise NoSuchStepError(store.url, step, _steps(everything), "; ".join(reasons))
-
-
-def _steps(checkpoints: list[Checkpoint]) -> tuple[int, ...]:
-    return tuple(checkpoint.step for checkpoint in checkpoints if checkpoint.state == "committed")
+        raise NoValidCheckpointError(store.url, choice.rejected or ("nothing is committed",))
+    raise NoSuchStepError(store.url, step, choice.steps, "; ".join(choice.rejected))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc import choosing
 from dcpsvc.errors import FormatError, RootError, StoreNotFoundError
 from dcpsvc.format import keys, run
 from dcpsvc.stages import discover
@@ -29,13 +30,18 @@ def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] |
         RootError: There is no run at that place, or another format version.
     """
     store = open_store(root, storage_options)
+    check_root(store)
+    return store
+
+
+def check_root(store: Store) -> None:
+    """Raises RootError unless there is a run of this format version."""
     try:
         run.loads(store.url, store.get(keys.RUN, max_nbytes=run.MAX_NBYTES))
     except FormatError as err:
         raise RootError(store.url, f"its run.json is damaged: {err.reason}") from err
     except StoreNotFoundError as err:
         raise RootError(store.url, "no run is stored here (run.json is missing); check the path or URL") from err
-    return store
 
 
 def list_checkpoints(
@@ -53,11 +59,25 @@ def list_checkpoints(
     return discover.listing(store, at_once=at_once(store))
 
 
-def latest(root: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Checkpoint | None:
+def latest(
+    root: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None, checked: bool = True
+) -> Checkpoint | None:
     """The newest commit whose files are all there and that is not tagged as diverged; None if there is none.
 
-    Same errors as :func:`list_checkpoints`.
+    However many commits there are, one LIST and the newest manifest are read.
+
+    Args:
+        root: The run.
+        storage_options: For fsspec.
+        checked: False believes the manifest: nobody looks for its files, or for a tag that came after the commit.
+
+    Raises:
+        RootError: There is no run at that place.
+        StoreError: The store could not be asked. That is never None.
     """
-    everything = list_checkpoints(root, storage_options=storage_options)
-    found = [c for c in everything if c.state == "committed" and not c.diverged]
-    return found[-1] if found else None
+    store = open_store(root, storage_options)
+    choice = choosing.choose(store, None, look=choosing.looked if checked else choosing.told)
+    if choice.found is None:
+        check_root(store)
+        return None
+    return discover.checkpoint_of(choice.found.manifest, choice.found.metrics)

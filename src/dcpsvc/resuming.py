@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dcpsvc import progress
+from dcpsvc import choosing, progress
 from dcpsvc.errors import (
     CorruptShardError,
     LayoutError,
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from dcpsvc.choosing import Choice
+    from dcpsvc.format.layout import Layout
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
@@ -123,6 +125,7 @@ class Resuming:
     even_diverged: bool = False
     _sharing: bool = False
     _manifest: str = ""
+    _layout: Layout | None = None
     _sources: Sources = field(default_factory=Sources)
 
     def run(self, step: int | None, terms: Terms) -> Resumed | None:
@@ -163,20 +166,22 @@ class Resuming:
     def _choose(self, step: int | None, tried: Sequence[Attempt], _: object) -> dict[str, Any]:
         """Coordinator: decide for all."""
         choice = self._within(lambda: self._find(step, tried))
+        manifest = choice.found and choice.found.manifest
+        self._layout = choice.found and choice.found.layout
         return {
-            "attempt": choice.found and list(choice.found.key),
-            "metrics": choice.found and numbers.dump(choice.found.metrics),
+            "attempt": manifest and list(manifest.key),
+            "metrics": manifest and numbers.dump(manifest.metrics),
             "rejected": choice.rejected,
             "passed": choice.passed,
             "all": choice.steps,
-            "manifest": _told(choice.found),
+            "manifest": _told(manifest),
             "share": self.job.world_size > 1 and not getattr(self.remote, "cached", False),
         }
 
-    def _find(self, step: int | None, tried: Sequence[Attempt]) -> discover.Choice:
-        choice = discover.choose(self.remote, step, tried, even_diverged=self.even_diverged)
+    def _find(self, step: int | None, tried: Sequence[Attempt]) -> Choice:
+        choice = choosing.choose(self.remote, step, tried, even_diverged=self.even_diverged)
         if choice.found is not None:
-            self.hold(choice.found.key)
+            self.hold(choice.found.manifest.key)
         return choice
 
     def _check_fresh(self, step: int | None, rejected: list[str], everything: list[int]) -> None:
@@ -222,7 +227,8 @@ class Resuming:
         found = (
             manifests.loads(attempt.manifest, told.encode()) if told else discover.read_manifest(self.remote, attempt)
         )
-        reader = CheckpointReader(found, discover.read_layout(self.remote, found), [*self.nearer, self.remote])
+        layout = self._layout or discover.read_layout(self.remote, found)
+        reader = CheckpointReader(found, layout, [*self.nearer, self.remote])
         saved = replace(
             reader.saved_for(self.job.rank),
             ranks=self.job.world_size,

@@ -127,14 +127,21 @@ class Sharing:
 
     def _go_round(self, units: Iterable[Unit], pool: Executor) -> None:
         """Pass everything on. While one round is under way the next is read."""
-        groups = list(allotment.rounds(units))
+        groups = allotment.rounds(units)
         ahead = self._begin(groups[0], pool) if groups else {}
-        for number, group in enumerate(groups):
-            reading = ahead
-            ahead = self._begin(groups[number + 1], pool) if number + 1 < len(groups) else {}
-            read = {tag: data for tag, task in reading.items() if (data := self._tried(task.result)) is not None}
-            self._hear_all(b"")
-            self._pass_on(group, read)
+        arrived: list[Callable[[], None]] = []
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-deliver") as unpacking:
+            for number, group in enumerate(groups):
+                unpacked = [unpacking.submit(each) for each in arrived]
+                reading = ahead
+                ahead = self._begin(groups[number + 1], pool) if number + 1 < len(groups) else {}
+                read = {tag: data for tag, task in reading.items() if (data := self._tried(task.result)) is not None}
+                for task in unpacked:
+                    self._tried(task.result)
+                self._hear_all(b"")
+                arrived = self._pass_on(group, read)
+            for task in [unpacking.submit(each) for each in arrived]:
+                self._tried(task.result)
         self._hear_all(b"")
 
     def _begin(self, group: Iterable[Unit], pool: Executor) -> dict[int, Future[memoryview]]:
@@ -146,22 +153,26 @@ class Sharing:
         self._shards[unit.shard].read_into(unit.begin, [data])
         return data
 
-    def _pass_on(self, group: Iterable[Unit], read: Mapping[int, memoryview]) -> None:
+    def _pass_on(self, group: Iterable[Unit], read: Mapping[int, memoryview]) -> list[Callable[[], None]]:
+        """Give and take; what is to be done then with what there is of this rank's own needs, on any thread."""
         outgoing: list[Parcel] = []
         incoming: dict[int, Parcel] = {}
+        mine: list[Callable[[], None]] = []
         for tag, unit in enumerate(group):
             if unit.reader == self._rank:
                 outgoing += (Parcel(receiver, tag, read[tag]) for receiver in unit.receivers)
+                if unit.from_root:
+                    mine.append(functools.partial(self._deliver, unit, read[tag]))
             elif self._rank in unit.receivers:
                 incoming[tag] = Parcel(unit.reader, tag, memoryview(bytearray(unit.nbytes)))
+                mine.append(functools.partial(self._unpack, unit, incoming[tag].view))
         self._exchange.swap(outgoing, list(incoming.values()))
-        for tag, unit in enumerate(group):
-            if tag in incoming:
-                self._tried(functools.partial(self._shards[unit.shard].check, unit.begin, incoming[tag].view))
-                self.received_nbytes += unit.nbytes
-                self._deliver(unit, incoming[tag].view)
-            elif unit.reader == self._rank and unit.from_root:
-                self._deliver(unit, read[tag])
+        self.received_nbytes += sum(len(parcel.view) for parcel in incoming.values())
+        return mine
+
+    def _unpack(self, unit: Unit, data: memoryview) -> None:
+        self._shards[unit.shard].check(unit.begin, data)
+        self._deliver(unit, data)
 
     def _deliver(self, unit: Unit, data: memoryview) -> None:
         if self._failure:

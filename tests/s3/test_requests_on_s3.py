@@ -12,16 +12,18 @@ import pytest
 import torch
 
 import dcpsvc
-from dcpsvc.format.keys import Attempt
-from dcpsvc.stages import discover
+from dcpsvc import fence
+from dcpsvc.format.epochs import Claim
+from dcpsvc.format.keys import Epoch
 from dcpsvc.storage.open import open_store
 from dcpsvc.storage.scatter import PIECE_NBYTES
 from tests.ranks.harness import run_ranks, values
 from tests.ranks.models import Training, checkpointer
 from tests.s3.spoiling import Proxy
+from tests.unit.turns import manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.s3.servers import Server
@@ -29,7 +31,14 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 
-COMMITS, WIDTH = 1000, 700
+S3_NAMES = 1000
+"""That a server gives in one answer to a LIST."""
+
+A_PAGE, COMMITS, WIDTH = 990, 1000, 700
+
+
+def claim_of(token: str) -> Callable[[int], Claim]:
+    return lambda number: Claim(epoch=Epoch(number, token), host="here", pid=1, created="now")
 
 
 @pytest.fixture
@@ -59,18 +68,50 @@ def kinds(seen: list[str]) -> Counter[str]:
     return found
 
 
-def test_the_newest_of_a_thousand_commits_is_found_in_two_requests(
-    s3_server: Server, run_root: str, options: dict[str, object], between: Proxy
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_the_newest_of_a_thousand_commits_is_found_in_one_listing_and_one_manifest(
+    s3_server: Server, run_root: str, options: dict[str, object], between: Proxy, restarts: int
 ) -> None:
     writer = open_store(run_root, s3_server.storage_options)
-    writer.put("manifests/epochs/00000001.cafecafe.json", b"{}")
-    writer.put("manifests/epochs/00000001.cafecafe.inherited.json", b"{}")
-    attempts = [Attempt(step, "1-cafecafe-0") for step in range(1, COMMITS + 1)]
+    epochs = [fence.claim(writer, claim_of("cafecafe")).epoch]
+    fence.inherit(writer, epochs[0], [])
+    attempts = [epochs[0].attempt(step, 0) for step in range(1, A_PAGE)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda attempt: writer.put(attempt.manifest, b"{}"), attempts))
+        list(pool.map(lambda attempt: writer.create(attempt.manifest, manifest(attempt).dumps()), attempts))
+    for _ in range(restarts):
+        epochs.append(fence.claim(writer, claim_of("deadbeef")).epoch)
+        fence.inherit(writer, epochs[-1], attempts)
+    for step in range(A_PAGE, COMMITS + 1):
+        attempts.append(epochs[-1].attempt(step, 0))
+        writer.create(attempts[-1].manifest, manifest(attempts[-1]).dumps())
+        names = len(attempts) + 2 * len(epochs)
+        if step in {A_PAGE, COMMITS}:
+            between.seen.clear()
+            found = dcpsvc.latest(run_root, storage_options=options, checked=False)
+            assert found is not None
+            assert found.key == attempts[-1]
+            assert kinds(between.seen) == {"LIST manifests": -(-names // S3_NAMES), "GET manifests": 1}
+    with pytest.raises(dcpsvc.RootError, match=r"run\.json is missing"):
+        dcpsvc.latest(run_root + "-elsewhere", storage_options=options)
+
+
+def test_a_checked_latest_looks_at_the_files_of_one_commit_only(
+    s3_server: Server, run_root: str, options: dict[str, object], between: Proxy, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        state = {"n": [1]}
+        with dcpsvc.Checkpointer(
+            run_root, state, local=tmp_path, save_last=False, storage_options=s3_server.storage_options
+        ) as ckpt:
+            step = ckpt.resume()
+            for more in (1, 2, 3):
+                ckpt.save(step + more).wait(60)
     between.seen.clear()
-    assert discover.committed(open_store(run_root, options))[-1] == attempts[-1]
-    assert len(between.seen) <= 2
+    found = dcpsvc.latest(run_root, storage_options=options)
+    assert found is not None
+    assert found.step == 6
+    once = {"LIST manifests": 1, "GET manifests": 1, "LIST data": 1, "LIST metrics": 1, "HEAD layouts": 1}
+    assert kinds(between.seen) == once
 
 
 def save(rank: int, world: int, root: str, local: Path, options: dict[str, object]) -> dict[str, str]:
@@ -113,6 +154,6 @@ def test_a_load_asks_for_each_small_file_once_and_for_each_piece_once(
     pieces = -(-model.weight.nbytes // PIECE_NBYTES) + 1
     assert asked.pop("GET data") <= pieces + 2  # and the beginning and the end of the shard, for its documents
     assert asked == {
-        "GET run": 1, "LIST manifests": 1, "GET manifests": 1, "LIST data": 1, "HEAD layouts": 1, "LIST metrics": 1,
+        "GET run": 1, "LIST manifests": 1, "GET manifests": 1, "LIST data": 1, "LIST metrics": 1,
         "GET layouts": 1, "PUT pins": 1, "DELETE pins": 1,
     }  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpsvc import allotment
-from dcpsvc.allotment import ROUND_NBYTES, UNIT_NBYTES, Ask
+from dcpsvc.allotment import ROUND_NBYTES, UNIT_NBYTES, Ask, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,12 +85,33 @@ def test_what_goes_over_the_wire_comes_back_as_it_was(said: list[Ask]) -> None:
 
 
 @settings(max_examples=50)
-@given(asks)
-def test_rounds_are_bounded_and_keep_the_order(said: list[Ask]) -> None:
+@given(asks, st.sampled_from([UNIT_NBYTES, 2 * UNIT_NBYTES, ROUND_NBYTES]))
+def test_in_no_round_does_a_rank_hold_more_than_its_bound_and_each_keeps_the_order(said: list[Ask], most: int) -> None:
     units = allotment.allot(said, BODIES)
-    groups = list(allotment.rounds(units))
-    assert [unit for group in groups for unit in group] == units
-    assert all(sum(unit.nbytes for unit in group) <= ROUND_NBYTES for group in groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allotment, "ROUND_NBYTES", most)
+        groups = allotment.rounds(units)
+    assert all(groups)
+    in_order = [unit for group in groups for unit in group]
+    assert sorted(in_order) == sorted(units)
+    for rank in range(len(said)):
+        assert [unit for unit in in_order if rank in ranks_of(unit)] == [
+            unit for unit in units if rank in ranks_of(unit)
+        ]
+        assert all(sum(unit.nbytes for unit in group if rank in ranks_of(unit)) <= most for group in groups)
+
+
+def test_ranks_that_need_different_shards_all_have_something_to_do_in_every_round() -> None:
+    body, pairs = 256 * BLOCK, 64
+    asks_of_pairs = [Ask(frozenset(), {rank // 2: [(0, body)]}) for rank in range(2 * pairs)]
+    groups = allotment.rounds(allotment.allot(asks_of_pairs, dict.fromkeys(range(pairs), body)))
+    assert len(groups) == body // ROUND_NBYTES
+    for group in groups:
+        assert {rank for unit in group for rank in ranks_of(unit)} == set(range(2 * pairs))
+
+
+def ranks_of(unit: Unit) -> set[int]:
+    return {unit.reader, *unit.receivers}
 
 
 def test_ranks_that_need_the_same_read_about_as_much_each() -> None:

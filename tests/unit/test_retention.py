@@ -14,7 +14,7 @@ from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dcpsvc import keeping, sidefiles
+from dcpsvc import choosing, keeping, sidefiles
 from dcpsvc.catalog import Catalog
 from dcpsvc.config import Options
 from dcpsvc.errors import RankFailure, StoreUnavailableError
@@ -460,11 +460,12 @@ class History(RuleBasedStateMachine):
     def restart_and_resume(self, data: st.DataObject) -> None:
         self.start()
         step = data.draw(st.none() | st.sampled_from(sorted(self.alive)))
-        choice = discover.choose(self.root, step)
+        choice = choosing.choose(self.root, step)
         assert choice.found is not None
-        assert choice.found.step == (max(self.alive) if step is None else step)
-        self.job.catalog.hold(choice.found.key)
-        self.resumed = choice.found.step
+        found = choice.found.manifest
+        assert found.step == (max(self.alive) if step is None else step)
+        self.job.catalog.hold(found.key)
+        self.resumed = found.step
 
     @invariant()
     def what_is_there_is_whole_and_of_what_is_gone_nothing_is_left(self) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from dcpsvc import fence, sidefiles
 from dcpsvc.commits import is_diverged, listed_metrics
 from dcpsvc.errors import (
     CorruptShardError,
@@ -20,11 +19,12 @@ from dcpsvc.errors import (
 )
 from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
+from dcpsvc.listed import Listed
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.storage.threads import each
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable, Mapping
 
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.manifest import Manifest
@@ -80,20 +80,7 @@ def committed(store: Store) -> list[Attempt]:
     Raises:
         StoreError: The listing failed. That is never "no checkpoints".
     """
-    return _manifests(store)[0]
-
-
-def _manifests(store: Store) -> tuple[list[Attempt], list[Attempt]]:
-    """Attempts that have a manifest: those that count, and those of jobs that had been replaced."""
-    entries = store.list(keys.MANIFESTS)
-    found = [attempt for entry in entries if (attempt := keys.attempt_of(entry.key)) is not None]
-    found.sort(key=lambda attempt: (attempt.step, attempt.epoch.number, attempt.attempt))
-    newest = max((epoch[0] for entry in entries if (epoch := keys.epoch_of(entry.key)) and epoch[1]), default=None)
-    if newest is None or all(attempt.epoch >= newest for attempt in found):
-        return found, []
-    inheritance = fence.newest_inheritance(store, entries)
-    fenced = [attempt for attempt in found if inheritance is not None and not inheritance.counts(attempt)]
-    return [attempt for attempt in found if attempt not in fenced], fenced
+    return Listed(store).counting()
 
 
 def read_manifest(store: Store, attempt: Attempt) -> Manifest:
@@ -116,18 +103,13 @@ def read_layout(store: Store, found: Manifest) -> Layout:
 
 
 def newest_first(store: Store, attempts: Iterable[Attempt]) -> list[Attempt]:
-    """By step, largest first; several commits of one step by epoch, then by when they were made, which is read."""
-    by_step: dict[int, list[Attempt]] = defaultdict(list)
+    """By step, largest first; of one step by epoch, and of one epoch by when they were made, which is read."""
+    alike: dict[tuple[int, int], list[Attempt]] = defaultdict(list)
     for attempt in attempts:
-        by_step[attempt.step].append(attempt)
+        alike[attempt.step, attempt.epoch.number].append(attempt)
     ordered: list[Attempt] = []
-    for step in sorted(by_step, reverse=True):
-        same = by_step[step]
-        ordered += (
-            same
-            if len(same) == 1
-            else sorted(same, key=lambda one: (one.epoch.number, _created(store, one)), reverse=True)
-        )
+    for _, same in sorted(alike.items(), reverse=True):
+        ordered += same if len(same) == 1 else sorted(same, key=lambda one: _created(store, one), reverse=True)
     return ordered
 
 
@@ -144,13 +126,22 @@ def created(found: Manifest) -> datetime:
 
 
 def check_files(store: Store, found: Manifest) -> None:
-    """Every file a manifest names is there and has its size: one LIST of the attempt. Content is proven on reading.
+    """Every file a manifest names is there and has its size. Content is proven on reading.
 
     Raises:
         CorruptShardError: A file is missing or has another size.
     """
-    sizes = {entry.key: entry.nbytes for entry in store.list(found.key.data)}
-    _check_sizes(found, sizes)
+    check_shards(store, found)
+    check_layout(store, found)
+
+
+def check_shards(store: Store, found: Manifest) -> None:
+    """As :func:`check_files`, of the shards: one LIST of the attempt."""
+    _check_sizes(found, {entry.key: entry.nbytes for entry in store.list(found.key.data)})
+
+
+def check_layout(store: Store, found: Manifest) -> None:
+    """As :func:`check_files`, of the layout."""
     try:
         if store.size(found.layout.path) != found.layout.nbytes:
             raise CorruptShardError(found.layout.path, f"has not the {found.layout.nbytes} bytes the manifest says")
@@ -168,47 +159,6 @@ def valid(store: Store, attempt: Attempt) -> Manifest:
     found = read_manifest(store, attempt)
     check_files(store, found)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which commit to load.
-
-    Attributes:
-        found: Its manifest; None if there is none to load.
-        rejected: What newer ones lack, a line each.
-        passed: Those.
-        steps: Everything that is committed, whole or not.
-    """
-
-    found: Manifest | None
-    rejected: tuple[str, ...]
-    passed: tuple[Attempt, ...]
-    steps: tuple[int, ...]
-
-
-def choose(store: Store, step: int | None, tried: Collection[Attempt] = (), *, even_diverged: bool = False) -> Choice:
-    """The newest commit that looks whole and was not tried, or that of ``step``. One LIST, then newest first.
-
-    One that is tagged as diverged is passed over, unless it is named or ``even_diverged``.
-    """
-    everything = committed(store)
-    steps = tuple(sorted({attempt.step for attempt in everything}))
-    wanted = [attempt for attempt in everything if attempt not in tried and step in {None, attempt.step}]
-    rejected: list[str] = []
-    passed: list[Attempt] = []
-    for attempt in newest_first(store, wanted):
-        try:
-            found = valid(store, attempt)
-            if step is None and not even_diverged and is_diverged(sidefiles.metrics_of(store, found)):
-                reason = "tagged as diverged"
-            else:
-                return Choice(found, tuple(rejected), tuple(passed), steps)
-        except FormatError as err:
-            reason = str(err)
-        rejected.append(f"step {attempt.step}: {reason}")
-        passed.append(attempt)
-    return Choice(None, tuple(rejected), tuple(passed), steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,18 +197,32 @@ def look(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS
     entries = store.list(keys.DATA)
     sizes = {entry.key: entry.nbytes for entry in entries}
     layouts = {entry.key: entry.nbytes for entry in store.list(keys.LAYOUTS)}
-    manifests, fenced = _manifests(store)
+    listed = Listed(store)
+    manifests = listed.counting()
+    fenced = {*listed.attempts} - {*manifests}
     describe = functools.partial(_describe, store, sizes=sizes, layouts=layouts)
     found = each(describe, manifests, at_once)
     metrics = notes.metrics({one.checkpoint.key: one.checkpoint.metrics for one in found})
     found = [_with(one, listed_metrics(metrics[one.checkpoint.key])) for one in found]
     found += [Seen(_incomplete(attempt, "a newer job had taken the run root over", sizes)) for attempt in fenced]
-    found += [Seen(one) for one in _without_manifest(entries, {*manifests, *fenced})]
+    found += [Seen(one) for one in _without_manifest(entries, {*listed.attempts})]
     return sorted(found, key=lambda one: _age(one.checkpoint))
 
 
 def _with(one: Seen, metrics: dict[str, float]) -> Seen:
     return replace(one, checkpoint=replace(one.checkpoint, metrics=metrics))
+
+
+def checkpoint_of(found: Manifest, metrics: Mapping[str, float]) -> Checkpoint:
+    """A commit as a listing shows it."""
+    return Checkpoint(
+        step=found.step,
+        attempt=found.attempt,
+        created=created(found),
+        nbytes=found.nbytes,
+        world_size=found.world_size,
+        metrics=listed_metrics(metrics),
+    )
 
 
 def _age(checkpoint: Checkpoint) -> tuple[int, int, datetime, str]:
@@ -285,17 +249,8 @@ def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: di
             reason = f"{found.layout.path}: missing or of another size"
     except CorruptShardError as err:
         reason = str(err)
-    checkpoint = Checkpoint(
-        step=found.step,
-        attempt=found.attempt,
-        created=created(found),
-        nbytes=found.nbytes,
-        world_size=found.world_size,
-        metrics=found.metrics,
-        state="incomplete" if reason else "committed",
-        reason=reason,
-    )
-    return Seen(checkpoint, found)
+    state = "incomplete" if reason else "committed"
+    return Seen(replace(checkpoint_of(found, found.metrics), state=state, reason=reason), found)
 
 
 def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:

@@ -6,12 +6,12 @@ import errno
 import functools
 import os
 import threading
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc.storage import s3client
 from dcpsvc.storage.base import Credentials
 from dcpsvc.storage.bodysum import candidates
-from dcpsvc.storage.direct import Direct, Request
+from dcpsvc.storage.direct import Request
 from dcpsvc.storage.multipart import Sender
 from dcpsvc.storage.names import temp_name
 from dcpsvc.storage.pace import Pace
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dcpsvc.config import Limits
     from dcpsvc.storage.bodysum import BodySum
     from dcpsvc.storage.cargo import Cargo, Carried
+    from dcpsvc.storage.direct import Direct
+    from dcpsvc.storage.s3client import Client
 
 _SLOWEST_NBYTES_PER_S = 2**20
 _MAX_CREATE_NBYTES = 32 * 2**20
@@ -45,14 +47,8 @@ _S3_CONFIG: Mapping[str, object] = {
     "retries": {"mode": "standard", "total_max_attempts": 4},
 }
 
-_RENEWED = frozenset({"assume-role", "assume-role-with-web-identity", "container-role", "custom-process", "iam-role"})
-"""Sources of temporary credentials that botocore asks again before they end."""
-
 _REFUSED_SUM = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "ChecksumMismatch"})
 """What servers say to bytes that do not match the checksum that came with them."""
-
-_ONLY_BY_S3FS = frozenset({"RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"})
-"""Options that every request for data must repeat; s3fs knows how."""
 
 
 def s3_options(options: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
@@ -63,42 +59,20 @@ def s3_options(options: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     return {**options, "config_kwargs": config, "use_listings_cache": False}
 
 
-@functools.cache
-def _service_models() -> Any:
-    """What botocore knows about S3. Reading it takes a tenth of a second and more; once a process is enough."""
-    return import_module("aiobotocore.session").AioSession().get_component("data_loader")
-
-
-def _session() -> Any:
-    session = import_module("aiobotocore.session").AioSession()
-    session.register_component("data_loader", _service_models())
-    return session
-
-
 class S3Wire(BlobWire):
     """Conditional PUT, one LIST a listing, parts that the server proves, and a limit on every call."""
 
     atomic_create = True
     copies = True
 
-    def __init__(self, fs: Any, options: Mapping[str, Any], limits: Limits, stop: threading.Event) -> None:
-        super().__init__(fs)
-        # s3fs's own loop around botocore's would multiply every timeout by five.
-        fs.retries = 1
-        if fs.session is None and not fs.kwargs:
-            fs.session = _session()
+    def __init__(self, client: Client, limits: Limits, stop: threading.Event) -> None:
+        super().__init__(client.fs)
         self._limits, self._stop = limits, stop
         self._pace = Pace(limits, pause=stop.wait)
         self._checksum: tuple[BodySum | None] | None = None
         self._probing = threading.Lock()
-        client: Mapping[str, Any] = options.get("client_kwargs") or {}
-        endpoint = options.get("endpoint_url") or client.get("endpoint_url")
-        extra = {*(options.get("s3_additional_kwargs") or {}), *(fs.req_kw or {})}
-        self._extra = bool(extra)
-        self._control = Control(fs)
-        self._direct: Direct | None = None
-        if not extra & _ONLY_BY_S3FS:
-            self._direct = Direct(fs, options["config_kwargs"], endpoint_url=endpoint, verify=client.get("verify"))
+        self._extra, self._direct = client.extra, client.direct
+        self._control = Control(client.fs)
 
     def create(self, path: str, data: bytes) -> bool:
         """See :class:`Wire`; a single PUT, the only conditional write that S3 servers agree about."""
@@ -169,14 +143,14 @@ class S3Wire(BlobWire):
     def credentials(self) -> Credentials | None:
         """See :class:`Wire`."""
         self._fs.connect()
-        found = self._fs.s3._request_signer._credentials  # noqa: SLF001 - botocore has no other way to ask
+        found = s3client.credentials(self._fs)
         if found is None:
             return None
         ends = getattr(found, "_expiry_time", None)
         return Credentials(
             kind=str(found.method or "given"),
             ends_s=None if ends is None else ends.timestamp(),
-            renewed=found.method in _RENEWED,
+            renewed=found.method in s3client.RENEWED,
             temporary=ends is not None or bool(found.token),
         )
 

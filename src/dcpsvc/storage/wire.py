@@ -94,11 +94,11 @@ def open_wire(url: str, options: Mapping[str, Any], limits: Limits, stop: thread
     """The wire for a URL, and the run root as a path on it. Nothing is sent yet for S3."""
     protocol = url.partition("://")[0]
     if protocol in _S3:
+        from dcpsvc.storage.s3client import client
         from dcpsvc.storage.s3wire import S3Wire, s3_options
 
-        options = s3_options(options, limits)
-        fs, root = _file_system(url, options)
-        return S3Wire(fs, options, limits, stop), root
+        found, root = client(url, s3_options(options, limits))
+        return S3Wire(found, limits, stop), root
     if protocol in _WHOLE_PUT:
         fs, root = _file_system(url, {**options, "use_listings_cache": False})
         return BlobWire(fs), root

@@ -1,0 +1,121 @@
+"""Choosing the commit to load: one LIST, the newest manifest that counts, and a look at what it names."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from dcpsvc import sidefiles
+from dcpsvc.commits import is_diverged
+from dcpsvc.errors import FormatError
+from dcpsvc.listed import Listed
+from dcpsvc.stages import discover
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.layout import Layout
+    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.storage.base import Store
+
+
+class Found(NamedTuple):
+    """A commit, as far as it was looked at.
+
+    Attributes:
+        manifest: Its commit record.
+        metrics: What that says, with what was recorded later, if that was asked for.
+        layout: If that was read.
+    """
+
+    manifest: Manifest
+    metrics: Mapping[str, float]
+    layout: Layout | None = None
+
+
+Look = Callable[["Store", "Manifest"], Found]
+"""How closely to look at a commit; raises FormatError for one that cannot be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which commit to load.
+
+    Attributes:
+        found: None if there is none to load.
+        rejected: What newer ones lack, a line each.
+        passed: Those.
+        steps: Everything that is committed, whole or not, where nothing was found.
+    """
+
+    found: Found | None
+    rejected: tuple[str, ...]
+    passed: tuple[Attempt, ...]
+    steps: tuple[int, ...] = ()
+
+
+def told(_: Store, found: Manifest) -> Found:
+    """What its manifest says. No request."""
+    return Found(found, found.metrics)
+
+
+def looked(store: Store, found: Manifest) -> Found:
+    """All its files are there, with their sizes; and its metrics of now. Three requests side by side."""
+    return _looked(store, found, discover.check_layout)
+
+
+def opened(store: Store, found: Manifest) -> Found:
+    """Likewise, with the layout, which is read. Three requests side by side."""
+    return _looked(store, found, discover.read_layout)
+
+
+def _looked(store: Store, found: Manifest, layout: Callable[[Store, Manifest], Layout | None]) -> Found:
+    with ThreadPoolExecutor(2, thread_name_prefix="dcpsvc-store") as pool:
+        read, metrics = pool.submit(layout, store, found), pool.submit(sidefiles.metrics_of, store, found)
+        discover.check_shards(store, found)
+        return Found(found, metrics.result(), read.result())
+
+
+def choose(
+    store: Store,
+    step: int | None,
+    tried: Collection[Attempt] = (),
+    *,
+    even_diverged: bool = False,
+    look: Look = opened,
+) -> Choice:
+    """The newest commit that looks whole and was not tried, or that of ``step``. One LIST, then newest first.
+
+    One that is tagged as diverged is passed over, unless it is named or ``even_diverged``.
+
+    Raises:
+        StoreError: The store could not be asked.
+    """
+    listed = Listed(store)
+    rejected: list[str] = []
+    passed: list[Attempt] = []
+    for attempt in _newest_first(store, listed, [one for one in listed.attempts if step in {None, one.step}]):
+        if attempt in tried:
+            continue
+        try:
+            found = look(store, discover.read_manifest(store, attempt))
+            if step is not None or even_diverged or not is_diverged(found.metrics):
+                return Choice(found, tuple(rejected), tuple(passed))
+            reason = "tagged as diverged"
+        except FormatError as err:
+            reason = str(err)
+        rejected.append(f"step {attempt.step}: {reason}")
+        passed.append(attempt)
+    steps = dict.fromkeys(attempt.step for attempt in listed.counting())
+    return Choice(None, tuple(rejected), tuple(passed), tuple(steps))
+
+
+def _newest_first(store: Store, listed: Listed, attempts: list[Attempt]) -> Iterator[Attempt]:
+    """Those that count. Nobody asks about older ones before newer ones were of no use."""
+    for _, same in itertools.groupby(reversed(attempts), key=lambda attempt: attempt.step):
+        yield from discover.newest_first(store, filter(functools.partial(Listed.counts, listed), same))
