@@ -24,7 +24,7 @@ from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.settling import OpenRun, settle
 from dcpsvc.storage.posix import PosixStore
-from dcpsvc.tiers import Tiers
+from dcpsvc.tiers import Tiers, note_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,7 +122,13 @@ def _take_place(job: Job, tiers: Tiers) -> int:
     local_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_owner(local_dir)
     tiers.local_path.mkdir(exist_ok=True)
-    return placelock.take(tiers.local_path / f"rank-{job.rank:05d}.lock")
+    lock = placelock.take(tiers.local_path / f"rank-{job.rank:05d}.lock")
+    try:
+        note_root(tiers.local_path, tiers.remote.url)
+    except BaseException:  # whatever it is, the place is given back
+        placelock.release(lock)
+        raise
+    return lock
 
 
 def _try_out(job: Job, tiers: Tiers) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,20 @@ def test_an_upload_that_waits_on_this_disk_is_left_to_the_next_start(run):
     told("gc", root, "--local", local, "--older-than", "0")
     with dcpsvc.Checkpointer(root, {"model": torch.nn.Linear(4, 3)}, local=local, save_last=False) as ckpt:
         assert ckpt.resume() == 5
+
+
+def test_what_this_disk_has_of_the_run_that_was_copied_is_left_when_the_copy_is_cleared(run):
+    root, copy, local = run / "root", run / "copy", run / "local"
+    shutil.copytree(root, copy)
+    before = sorted(local.rglob("*"))
+    arguments = ("gc", copy, "--local", local, "--keep", "latest:1", "--older-than", "0")
+    assert f"belongs to {root}" in told(*arguments, "--dry-run").replace("\n", "")
+    assert json.loads(told(*arguments, "--json"))["local_of"] == str(root)
+    assert sorted(local.rglob("*")) == before
+    with dcpsvc.Checkpointer(copy, {"model": torch.nn.Linear(4, 3)}, local=local, save_last=False) as ckpt:
+        assert ckpt.resume() == 5  # a job of the copy has this disk from now on
+    told(*arguments)
+    assert sorted(path.name[:17] for path in local.glob("*/data/*")) == ["step-000000000005"]
 
 
 def test_a_root_that_a_live_job_writes_is_refused_and_left_as_it_is(run):

@@ -101,7 +101,7 @@ def gc_command(root: str, local: str | None, options: tuple[str, ...], **choices
             older_than_s=choices["older_than"],
             damaged=choices["damaged"],
             force_last=choices["force_last"],
-            waiting=localtier.waiting(here, discover.committed(store)),
+            waiting=localtier.waiting(here, discover.committed(store), store.url),
         )
         if choices["dry_run"]:
             _tell(store, here, rules, as_json=choices["as_json"])
@@ -128,7 +128,7 @@ def _find(store: Store, here: Path, rules: Rules) -> tuple[Leftovers, LocalLefto
     found = leftovers.find(store, rules, now_s)
     gone = {one.attempt for one in found.doomed}
     staying = [attempt for attempt in discover.committed(store) if attempt not in gone]
-    return found, localtier.find(here, staying, now_s - rules.older_than_s)
+    return found, localtier.find(here, staying, now_s - rules.older_than_s, store.url)
 
 
 def _clear(store: Store, here: Path, rules: Rules, choices: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ def _clear(store: Store, here: Path, rules: Rules, choices: dict[str, Any]) -> N
     with progress.shown("freed", found.nbytes + nearby.nbytes, quiet=choices["as_json"]) as advance:
         pace = clearing.Pace(advance, choices["deletes_per_s"])
         done = clearing.clear(store, run_id, rules, pace, take_over=choices["take_over"])
-        nearby = localtier.find(here, discover.committed(store), time.time() - rules.older_than_s)
+        nearby = localtier.find(here, discover.committed(store), time.time() - rules.older_than_s, store.url)
         localtier.clear(here, nearby, time.time() - rules.older_than_s, pace)
     if choices["as_json"]:
         print_json(_document(found, nearby) | _done(done, nearby, pace.nbytes))
@@ -153,6 +153,7 @@ def _document(found: Leftovers, nearby: LocalLeftovers) -> dict[str, Any]:
         "policy": found.policy,
         "keep": [{"step": one.step, "attempt": one.attempt, "why": why} for one, why in found.keep.items()],
         "remove": [one.document() for one in found.everything],
+        "local_of": nearby.elsewhere,
         "local": [one.document() for one in nearby.everything],
         "unfinished": found.unfinished + nearby.unfinished,
         "spared": found.spared,

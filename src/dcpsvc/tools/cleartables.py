@@ -40,14 +40,21 @@ def print_plan(found: Leftovers, nearby: LocalLeftovers) -> None:
         table.add_row("[red]goes[/]", f"{unfinished} unfinished uploads", "?", "their writers are gone")
     if table.row_count:
         console().print(table)
+    _say_whose(nearby)
     for remark in found.remarks:
         click.echo(remark)
     click.echo(f"policy: {found.policy or 'none is recorded; everything is kept (--keep gives one)'}")
     click.echo(f"{size(found.nbytes + nearby.nbytes)} would be freed")
 
 
+def _say_whose(nearby: LocalLeftovers) -> None:
+    if nearby.elsewhere:
+        click.echo(f"this node's disk is left as it is: what it has of this run belongs to {nearby.elsewhere}")
+
+
 def print_cleared(done: Cleared, nearby: LocalLeftovers, nbytes: int, remarks: Sequence[str] = ()) -> None:
     """What went, what could not, and what is odd."""
+    _say_whose(nearby)
     for remark in remarks:
         click.echo(remark)
     removed = [*done.removed, *nearby.everything]

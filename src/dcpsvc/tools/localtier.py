@@ -9,7 +9,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcpsvc import placelock
+from dcpsvc import placelock, tiers
 from dcpsvc.errors import FormatError
 from dcpsvc.format import keys
 from dcpsvc.stages import discover
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalLeftovers:
-    """What would go from this node's disk."""
+    """What would go from this node's disk.
 
+    Attributes:
+        elsewhere: The run root that it belongs to, if that is another one with the same identity: nothing goes then.
+    """
+
+    elsewhere: str = ""
     doomed: tuple[Doomed, ...] = ()
     loose: tuple[Loose, ...] = ()
     unfinished: int = 0
@@ -49,30 +54,35 @@ class LocalLeftovers:
         return not (self.doomed or self.loose or self.unfinished)
 
 
-def waiting(path: Path, committed: Collection[Attempt]) -> frozenset[Attempt]:
+def waiting(path: Path, committed: Collection[Attempt], url: str) -> frozenset[Attempt]:
     """Attempts that are whole on their nodes and newer than all commits: the next start finishes their upload."""
+    if _of_another(path, url):
+        return frozenset()
     newest = max((attempt.step for attempt in committed), default=-1)
     return frozenset(one for one, journal in _journal(path).items() if journal is not None and one.step > newest)
 
 
-def find(path: Path, staying: Collection[Attempt], before_s: float) -> LocalLeftovers:
+def find(path: Path, staying: Collection[Attempt], before_s: float, url: str) -> LocalLeftovers:
     """What no start needs. Reads only.
 
     Args:
         path: This node's tier of the run; it need not exist.
         staying: What is committed, and will be.
         before_s: Shards without a journal, newer than all commits, and layouts go only if written before that.
+        url: Of the run root. A copy of it, or what it was copied from, has the same place here.
 
     Raises:
         StoreError: The disk does not answer.
     """
     if not path.is_dir():
         return LocalLeftovers()
+    if elsewhere := _of_another(path, url):
+        return LocalLeftovers(elsewhere=elsewhere)
     store, journal, here = PosixStore(path), _journal(path), dict[keys.Attempt, int]()
     for entry in store.list(keys.DATA):
         if (attempt := keys.attempt_below(entry.key)) is not None:
             here[attempt] = here.get(attempt, 0) + entry.nbytes
-    stays = {*staying, *waiting(path, staying)}
+    stays = {*staying, *waiting(path, staying, url)}
     newest = max((attempt.step for attempt in staying), default=-1)
     doomed: list[Doomed] = []
     for attempt in sorted({*here, *journal} - stays):
@@ -121,6 +131,11 @@ def _alone(path: Path) -> Generator[None]:
     finally:
         for lock in held:
             placelock.release(lock)
+
+
+def _of_another(path: Path, url: str) -> str:
+    noted = tiers.noted_root(path)
+    return noted if noted != url else ""
 
 
 def _journal(path: Path) -> dict[Attempt, Manifest | None]:
