@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import dcpsvc
 from tests.ranks.harness import die, run_ranks, values
 from tests.ranks.models import checkpointer
 
@@ -142,7 +143,7 @@ def resume_and_train(rank, world, root):
 
 @pytest.fixture(scope="module")
 def runs():
-    """By rank: what each case gave without a break, and what it gave after the kill."""
+    """By rank: what each case gave without a break, and what it gave after the kill; and the names it saved."""
     with tempfile.TemporaryDirectory(prefix="dcpsvc-optimizers-") as folder:
         root = Path(folder)
         for case in CASES:
@@ -150,12 +151,22 @@ def runs():
         outcomes = run_ranks(2, train_and_die, root, timeout_s=90)
         assert {outcome.signal for outcome in outcomes} == {9}, [(each.raised, each.log[-4000:]) for each in outcomes]
         straight = [json.loads((root / f"{rank}.json").read_text()) for rank in range(2)]
-        yield straight, values(run_ranks(2, resume_and_train, root, timeout_s=90))
+        resumed = values(run_ranks(2, resume_and_train, root, timeout_s=90))
+        names = {case: dcpsvc.storage_reader(place_of(root, case)).layout.names() for case in CASES}
+        yield straight, resumed, names
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_killed_after_a_commit_the_losses_are_those_of_a_run_without_a_break(runs, case):
-    straight, resumed = runs
+    straight, resumed, _ = runs
     name = "-".join(case)
     assert [one[name] for one in resumed] == [one[name] for one in straight]
     assert straight[0][name] != straight[1][name]  # each rank its own batches
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_names_are_those_of_the_model_and_of_its_average_whatever_wraps_them(runs, wrap):
+    inside = "inner." if wrap == "DDP inside" else ""
+    names = {f"{component}.{inside}{name}" for component in ("model", "ema") for name in Model().state_dict()}
+    found = runs[2][wrap, "AdamW foreach", "average"]
+    assert {name for name in found if not name.startswith("optim.")} == names | {"ema.n_averaged"}

@@ -112,9 +112,10 @@ def test_the_best_checkpoint_stays_beside_the_newest_and_is_loaded_at_the_end(tm
 
 
 def test_the_last_checkpoint_holds_the_last_model_although_the_best_is_loaded(tmp_path: Path) -> None:
-    made = trainer(tmp_path, load_best_model_at_end=True, **SCORED)
+    made = trainer(tmp_path, load_best_model_at_end=True, save_strategy="best", **SCORED)
     made.checkpoint_options = made.checkpoint_options | {"save_last": True}
     made.train()
+    assert steps(tmp_path) == [4, 8, 20]  # of the last step it is dcpsvc that saves it
     loaded = {"model": transformers.GPT2LMHeadModel(made.model.config)}
     dcpsvc.load(tmp_path / "root", loaded, 20)
     assert told(dict(loaded["model"].state_dict())) == made.weights[20]
