@@ -325,7 +325,11 @@ def unfinished(folder: Path) -> list[str]:
 def _belongs(path: Path, attempts: set[str]) -> bool:
     if path.name.startswith(".tmp-"):
         return True  # of these see unfinished()
-    if path.suffix == ".lock" or path.name == "run.json" or path.parent.name in {"layouts", "epochs", "policies"}:
+    if (
+        path.suffix == ".lock"
+        or path.name in {"run.json", "run-root"}
+        or path.parent.name in {"layouts", "epochs", "policies"}
+    ):
         return True
     if path.parent.name == "manifests":
         return path.name.removesuffix(".json") in attempts

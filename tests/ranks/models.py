@@ -168,11 +168,10 @@ def committed(root: Any) -> list[int]:
 
 
 def files(folder: Any) -> list[str]:
-    """Every file below a folder, by its name from there; locks and probes left out."""
+    """Every file below a folder, by its name from there; those left out that are there while a run is."""
     place = Path(folder)
-    return sorted(
-        str(path.relative_to(place)) for path in place.rglob("*") if path.is_file() and path.suffix != ".lock"
-    )
+    found = [path for path in place.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(place)) for path in found if path.suffix != ".lock" and path.name != "run-root")
 
 
 def step_files(folder: Any, step: int) -> list[str]:
