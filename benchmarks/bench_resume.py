@@ -14,12 +14,9 @@ DCP's FsspecReader.
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -32,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 import dcpsvc
 from benchmarks.common import ceph, resharding
 from benchmarks.common.facts import facts
-from benchmarks.common.life import LIVES
+from benchmarks.common.lives import drop, local_tier
 from benchmarks.common.options import plain_parser
 from benchmarks.common.report import write
 
@@ -40,7 +37,6 @@ MIB = 2**20
 AT_ONCE = 8
 PIECE = 8 * MIB
 WIDTH = 2048
-ROOT = Path(__file__).parents[1]
 
 
 class Model(torch.nn.Module):
@@ -87,15 +83,6 @@ def safetensors(shards, _):
 
     for path in shards:
         {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-
-def drop(folder):
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def peak(work):
@@ -159,42 +146,6 @@ def local(options, folder, model):
         "warm": compare(systems, options.rounds, model.nbytes),
         "cold": compare(systems, options.rounds, model.nbytes, lambda: drop(folder)),
     }
-
-
-def local_tier(options, folder):
-    """A model with Adam, from the disk of the node; each time in a new process, as after a crash."""
-    lived(folder, "save", options.mib)
-    settings = {}
-    for setting, before in (("warm", lambda: None), ("cold", lambda: drop(folder))):
-        taken = {system: [] for system in LIVES}
-        for _ in range(options.rounds):
-            for system, runs in taken.items():
-                before()
-                runs.append(lived(folder, system, options.mib))
-        ours = {key: statistics.median(run[key] for run in taken["dcpsvc"]) for key in ("seconds", "start_s")}
-        settings |= {
-            f"resume, local tier, {setting}": rows_of(taken, "seconds", ours),
-            f"from process start, {setting}": rows_of(taken, "start_s", ours),
-        }
-    return settings
-
-
-def lived(folder, system, mib):
-    command = [sys.executable, "-m", "benchmarks.common.life", system, str(folder), str(mib), str(time.time())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def rows_of(taken, key, ours):
-    rows = []
-    for system, runs in taken.items():
-        seconds = statistics.median(run[key] for run in runs)
-        nbytes, over = runs[0]["nbytes"], statistics.median(run["over_nbytes"] for run in runs)
-        rows.append({
-            "system": system, "seconds": seconds, "x_ours": seconds / ours[key], "gib_per_s": nbytes / 2**30 / seconds,
-            "memory": over / nbytes, "over_mib": over / MIB,
-        })  # fmt: skip
-    return rows
 
 
 def save(root, model, folder, **options):

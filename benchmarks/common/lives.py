@@ -1,0 +1,59 @@
+"""A model with Adam that comes back from the disk of its node, each time in a new process, as after a crash."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common.life import LIVES
+
+MIB = 2**20
+ROOT = Path(__file__).parents[2]
+
+
+def local_tier(options, folder):
+    """Medians of each way to come back, from files in memory and from those that are not."""
+    lived(folder, "save", options.mib)
+    settings = {}
+    for setting, before in (("warm", lambda: None), ("cold", lambda: drop(folder))):
+        taken = {system: [] for system in LIVES}
+        for _ in range(options.rounds):
+            for system, runs in taken.items():
+                before()
+                runs.append(lived(folder, system, options.mib))
+        ours = {key: statistics.median(run[key] for run in taken["dcpsvc"]) for key in ("seconds", "start_s")}
+        settings |= {
+            f"resume, local tier, {setting}": rows_of(taken, "seconds", ours),
+            f"from process start, {setting}": rows_of(taken, "start_s", ours),
+        }
+    return settings
+
+
+def rows_of(taken, key, ours):
+    rows = []
+    for system, runs in taken.items():
+        seconds = statistics.median(run[key] for run in runs)
+        nbytes, over = runs[0]["nbytes"], statistics.median(run["over_nbytes"] for run in runs)
+        rows.append({
+            "system": system, "seconds": seconds, "x_ours": seconds / ours[key], "gib_per_s": nbytes / 2**30 / seconds,
+            "memory": over / nbytes, "over_mib": over / MIB,
+        })  # fmt: skip
+    return rows
+
+
+def lived(folder, system, mib):
+    command = [sys.executable, "-m", "benchmarks.common.life", system, str(folder), str(mib), str(time.time())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def drop(folder):
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
