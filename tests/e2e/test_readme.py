@@ -44,22 +44,26 @@ def test_the_make_targets_exist():
     assert named <= targets
 
 
-@pytest.mark.parametrize("document", ["README.md", "DESIGN.md", "docs/states.md"])
+@pytest.mark.parametrize("document", ["README.md", "DESIGN.md", "docs/states.md", "docs/requirements.md"])
 def test_every_link_leads_to_a_file_and_every_named_test_exists(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert all((ROOT / link).exists() for link in links), links
+    assert all(((ROOT / document).parent / link).exists() for link in links), links
     named = re.findall(r"`(test_\w+)`", text)
     assert named or document == "README.md"
     assert not set(named) - defined_tests()
 
 
-def test_the_matrix_has_every_parallelism_and_the_table_every_requirement():
+def test_the_matrix_has_every_parallelism():
     text = (ROOT / "docs/states.md").read_text()
     lines = re.findall(r"^\| (.+?) \| (\d) \| exact \| exact \|$", text, flags=re.MULTILINE)
     assert lines == [(kind, str(max(world, 1))) for kind, (world, _) in KINDS.items()]
+
+
+def test_every_requirement_is_proven_by_a_test():
+    text = (ROOT / "docs/requirements.md").read_text()
     proven = re.findall(r"^\| (R\d+) \| .+ \| .*`test_\w+`.* \|$", text, flags=re.MULTILINE)
-    assert proven == [f"R{number}" for number in (27, 28, 29, 30, 31, 32, 33, 34, 36)]
+    assert proven == [f"R{number}" for number in range(1, 44)]
 
 
 def defined_tests():
