@@ -26,15 +26,17 @@ def decide(rule: Keep, commits: Sequence[Commit], *, protected: Mapping[Hashable
     """Apply a rule. Some are never removed, whatever it says.
 
     The newest commit, and the newest that did not diverge; what is pinned, being read, or ``protected``; and whatever
-    holds files of one that is kept.
+    holds files of one that is kept. Of a step that was committed again, as by an edit, the last attempt alone counts for
+    the rule, and the others stay as long as it does.
 
     Args:
         rule: What the user asked for.
-        commits: Every valid commit, ascending by step. Damaged ones do not belong here: they must not
+        commits: Every valid commit, ascending by step, those of one step by age. Damaged ones do not belong here: they must not
             push a good one out.
         protected: Further checkpoints in use, with the reason.
     """
-    keep = dict(rule.reasons(commits))
+    last = {commit.step: commit for commit in commits}
+    keep = dict(rule.reasons(list(last.values())))
     for commit in commits:
         said = keep.get(commit.key, "")
         uses = [why for why in (*commit.pins, protected.get(commit.key, "")) if why and why not in said]
@@ -43,6 +45,9 @@ def decide(rule: Keep, commits: Sequence[Commit], *, protected: Mapping[Hashable
     for newest, why in ((commits, "newest commit"), ([c for c in commits if not c.diverged], "newest that is sound")):
         if newest:
             keep.setdefault(newest[-1].key, why)
+    for commit in commits:
+        if last[commit.step].key in keep:
+            keep.setdefault(commit.key, f"a later attempt of step {commit.step} stays")
     _keep_what_they_need(keep, commits)
     return Decision(keep, {commit.key: _why_not(rule, commit) for commit in commits if commit.key not in keep})
 

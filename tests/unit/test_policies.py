@@ -296,6 +296,17 @@ def test_a_checkpoint_whose_files_another_one_uses_stays_and_so_on() -> None:
     )
 
 
+def test_a_step_that_was_committed_again_takes_one_place_and_its_attempts_stay_and_go_together() -> None:
+    one, two, three = (commit(step, loss=loss) for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)))
+    edited = Commit(step=2, key=(2, "2-edit"), created=two.created, metrics=two.metrics)
+    decision = decide(Latest(2) | Best(1, "loss", "min"), [one, two, edited, three], protected={})
+    assert decision.keep[two.key] == "a later attempt of step 2 stays"
+    assert decision.keep[edited.key] == "latest 2 of 2, best 1 of 1 by loss (1)"
+    assert decision.remove == {one.key: "not among the latest 2, not among the best 1 by loss"}
+    assert list(decide(Latest(1), [one, two, edited, three], protected={}).keep) == [three.key]
+    assert decide(Latest(1), [one, two, edited, three], protected={edited.key: "resumed"}).remove.keys() == {one.key}
+
+
 # --- what makes no sense --------------------------------------------------------------------------
 
 
