@@ -128,7 +128,7 @@ def test_a_checkpoint_that_another_job_reads_is_not_deleted_under_its_hands(tmp_
         ckpt.wait(BOUND_S)
         store = Interrupted(root)
         if not writable:
-            store.create = PosixStore(root / "nowhere" / "run.json" / "x").create
+            store.create_fleeting = PosixStore(root / "nowhere" / "run.json" / "x").create_fleeting
             (root / "nowhere").mkdir()
             (root / "nowhere" / "run.json").touch()
         reader = threading.Thread(target=lambda: loaded.append(dcpsvc.load(store, state)), daemon=True)
