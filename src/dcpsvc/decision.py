@@ -26,13 +26,13 @@ def decide(rule: Keep, commits: Sequence[Commit], *, protected: Mapping[Hashable
     """Apply a rule. Some are never removed, whatever it says.
 
     The newest commit, and the newest that did not diverge; what is pinned, being read, or ``protected``; and whatever
-    holds files of one that is kept. Of a step that was committed again, as by an edit, the last attempt alone counts for
+    holds files of one that is kept. Of a step that was committed again, as by an edit, only the last attempt counts for
     the rule, and the others stay as long as it does.
 
     Args:
         rule: What the user asked for.
-        commits: Every valid commit, ascending by step, those of one step by age. Damaged ones do not belong here: they must not
-            push a good one out.
+        commits: Every valid commit, ascending by step, those of one step by age. Damaged ones do not belong here: they
+            must not push a good one out.
         protected: Further checkpoints in use, with the reason.
     """
     last = {commit.step: commit for commit in commits}
