@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dcpsvc import choosing
 from dcpsvc.blueprint import Blueprint, Blueprints
 from dcpsvc.format import layout, parts
 from dcpsvc.format.digest import digest, table_nbytes
@@ -20,7 +21,7 @@ from dcpsvc.format.parse import compact
 from dcpsvc.ranks.c10d import SoloStore
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import Meeting, Rendezvous
-from dcpsvc.stages import ack, commit, discover
+from dcpsvc.stages import ack, commit
 from dcpsvc.state import claims
 from dcpsvc.state.collected import Collected, Item, Sharing
 from dcpsvc.storage.memory import MemoryStore
@@ -162,7 +163,7 @@ class Simulation:
         )
         data = manifest.dumps()
         self._timed("read manifest", lambda: load_manifest(manifest.key.manifest, data), nbytes=lambda _: len(data))
-        self._timed("discover", lambda: discover.choose(self.store, None), nbytes=lambda _: len(data))
+        self._timed("discover", lambda: choosing.choose(self.store, None), nbytes=lambda _: len(data))
 
     def _meeting(self, name, act):
         """All ranks but the coordinator say what they have to say; then it decides, and that is timed.

@@ -65,16 +65,19 @@ def told(_: Store, found: Manifest) -> Found:
 
 
 def looked(store: Store, found: Manifest) -> Found:
-    """All its files are there, with their sizes; and its metrics of now. Three requests side by side."""
+    """All its files are there, with their sizes; and its metrics of now. Three requests, of a distant store at once."""
     return _looked(store, found, discover.check_layout)
 
 
 def opened(store: Store, found: Manifest) -> Found:
-    """Likewise, with the layout, which is read. Three requests side by side."""
+    """Likewise, with the layout, which is read."""
     return _looked(store, found, discover.read_layout)
 
 
 def _looked(store: Store, found: Manifest, layout: Callable[[Store, Manifest], Layout | None]) -> Found:
+    if not getattr(store, "distant", False):
+        discover.check_shards(store, found)
+        return Found(found, sidefiles.metrics_of(store, found), layout(store, found))
     with ThreadPoolExecutor(2, thread_name_prefix="dcpsvc-store") as pool:
         read, metrics = pool.submit(layout, store, found), pool.submit(sidefiles.metrics_of, store, found)
         discover.check_shards(store, found)

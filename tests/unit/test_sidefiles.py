@@ -302,7 +302,7 @@ def test_metrics_and_pins_from_outside_are_seen_by_a_listing_and_resume_passes_o
     assert dcpsvc.unpin(root, 10) == 1
     with pytest.raises(NoSuchStepError, match="step 15"):
         dcpsvc.pin(root, 15)
-    with pytest.raises(NoSuchStepError, match="no attempt x"):
+    with pytest.raises(NoSuchStepError, match="no committed attempt x"):
         dcpsvc.record_metrics(root, 10, {"eval": 1.0}, attempt="x")
 
     dcpsvc.record_metrics(root, 20, {"diverged": 1})

@@ -80,8 +80,8 @@ def sums(tensors: Iterable[tuple[str, torch.Tensor]], rank: int, holder: int | N
                 collected.add_part(name, tensor, holder)
         for item in collected.items.values():
             replicated = item.sharing is Sharing.REPLICATED
-            if not replicated and not item.writes:
-                continue
+            if not replicated and not (item.writes and item.alike[:1] in {(), (rank,)}):
+                continue  # of those that hold it alike the first counts it
             found = _sum(name, item)
             whole += found if replicated else 0
             counted += found if not replicated or rank == 0 else 0

@@ -41,6 +41,9 @@ class ObjectStore:
     durable means what that server means by it.
     """
 
+    distant = True
+    """Requests are better made side by side, for each waits for the network."""
+
     def __init__(
         self,
         url: str,

@@ -138,6 +138,11 @@ class RetryingStore:
         return bool(getattr(self._store, "cached", False))
 
     @property
+    def distant(self) -> bool:
+        """Likewise."""
+        return bool(getattr(self._store, "distant", False))
+
+    @property
     def copies(self) -> bool:
         """Likewise."""
         return copies(self._store)
