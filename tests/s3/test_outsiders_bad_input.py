@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import uuid
@@ -86,13 +87,13 @@ def look(request: pytest.FixtureRequest, s3_server: Server) -> Look:
 def test_wrong_credentials_are_named(s3_server: Server, run_root: str, look: Look) -> None:
     told = look(run_root, {**s3_server.storage_options, "secret": WRONG})
     assert "the secret key does not fit the access key" in told
-    assert f"get {run_root}/run.json" in told
+    assert f"get {run_root}/run.json" in told or f"list {run_root}/manifests/" in told
 
 
 def test_a_bucket_that_is_not_there_is_named(s3_server: Server, look: Look) -> None:
     told = look("s3://dcpsvc-no-such-bucket/run", s3_server.storage_options)
     assert "there is no such bucket" in told
-    assert "s3://dcpsvc-no-such-bucket/run/run.json" in told
+    assert re.search("s3://dcpsvc-no-such-bucket/run/(run.json|manifests/)", told)
 
 
 def test_an_endpoint_where_nobody_is_is_named(s3_server: Server, run_root: str, look: Look) -> None:

@@ -203,7 +203,7 @@ class RetryingStore:
         once: bool = False,
     ) -> T:
         """Likewise."""
-        return self._retry.run(lambda: stream_into(self._store, key, begin, views, look, once=once))
+        return self._reading.run(lambda: stream_into(self._store, key, begin, views, look, once=once))
 
     def read_rest(self, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
         """See :class:`RestReadingStore <dcpsvc.storage.base.RestReadingStore>`."""

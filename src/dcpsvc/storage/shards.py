@@ -121,6 +121,8 @@ class VerifiedShard:
     @property
     def cached(self) -> bool:
         """The nearest store that has it, of the right size, reads something again for no more than a copy."""
+        if not any(source.cheap for source in self._sources):
+            return False  # nobody need ask
         nearest = next((source for source in self._sources if source.whole), None)
         return nearest is not None and nearest.cheap
 
