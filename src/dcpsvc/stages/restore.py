@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from dcpsvc.progress import unseen
 from dcpsvc.reader import plan, prove, read, read_again
-from dcpsvc.state import fresh
 from dcpsvc.state.saved import Want, own_name
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unse
 def staged(wants: Sequence[Want]) -> list[Want]:
     """The same, none of them into memory of the state itself."""
     return [
-        Want(want.key, want.offsets, fresh.empty(want.out.shape, want.out.dtype)) if want.live else want
+        Want(want.key, want.offsets, torch.empty(want.out.shape, dtype=want.out.dtype, device="cpu"))
+        if want.live
+        else want
         for want in wants
     ]
 
