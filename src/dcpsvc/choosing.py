@@ -81,7 +81,7 @@ def _looked(store: Store, found: Manifest, layout: Callable[[Store, Manifest], L
     with ThreadPoolExecutor(2, thread_name_prefix="dcpsvc-store") as pool:
         read, metrics = pool.submit(layout, store, found), pool.submit(sidefiles.metrics_of, store, found)
         discover.check_shards(store, found)
-        return Found(found, metrics.result(), read.result())
+        return Found(found, metrics.result(), read.result())  # each request ends by the deadline of its client
 
 
 def choose(
