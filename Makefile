@@ -10,7 +10,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip -q --disable-pip-version-check --no-input --no-cache-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help venv integrations browser demo test simulate bench peers check fmt clean
+.PHONY: help venv integrations browser server demo test simulate bench peers check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ demo: $(READY) ## train, kill, resume, on this machine (ARGS="...")
 	@$(BIN)/dcpsvc demo $(ARGS)
 
 # pytest exits with 5 when no test was selected.
-test: $(READY) ## every test, or only some (PYTEST_ARGS="tests/unit -k policy")
+test: $(READY) server ## every test, or only some (PYTEST_ARGS="tests/unit -k policy")
 ifeq ($(strip $(PYTEST_ARGS)),)
 	$(BIN)/python -m pytest -m "not s3" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m s3 || test $$? -eq 5
@@ -71,6 +71,10 @@ browser: ## chromium for the tests of the report, as root on a machine with apt-
 	  { timeout 60 apt-get update -qq; \
 	    DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || \
 	    echo "chromium cannot be installed: tests of the report in a browser are skipped"
+
+# Before the tests, which take minutes: a mirror that answers now may not answer then.
+server: $(READY) ## the S3 server for the tests, as far as it can be had
+	@$(BIN)/python -m tests.s3.servers
 
 # Costs nothing while pyproject.toml and constraints.txt stay the same.
 $(READY): pyproject.toml constraints.txt

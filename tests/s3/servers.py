@@ -12,6 +12,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,22 @@ def choose() -> tuple[Kind | None, str]:
     return None, "; ".join(reasons)
 
 
+def fetch_patiently(rounds: int) -> None:
+    """Have a server on this machine before the tests begin; a mirror that does not answer is asked again."""
+    if os.environ.get("DCPSVC_TEST_S3"):
+        return
+    for left in reversed(range(rounds)):
+        kind, reason = choose()
+        if kind or not left:
+            break
+        print(f"no S3 server yet: {reason}; trying again", flush=True)
+        time.sleep(20)
+    if kind:
+        print(f"S3 server for the tests: {kind.name}" + (f" ({reason})" if reason else ""))
+    else:
+        print(f"there is no S3 server for the tests: {reason}")
+
+
 def fetch(kind: Kind) -> None:
     """Have it on this machine; at once where it is already."""
     try:
@@ -154,3 +171,7 @@ def free_port() -> int:
             continue
         return port
     raise RuntimeError("no free ports below 32000")
+
+
+if __name__ == "__main__":
+    fetch_patiently(rounds=4 if os.environ.get("CI") else 1)
