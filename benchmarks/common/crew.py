@@ -75,7 +75,7 @@ class Crew:
         self._tell({})
         self._hear(_START_S)
 
-    def do(self, exercise, timeout_s=900, **told):
+    def do(self, exercise, timeout_s=240, **told):
         """Run one exercise on all ranks; see :func:`_together`."""
         self._step += 1
         self._tell({"exercise": exercise, "step": self._step, **told})

@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import Future
 
 import torch
+import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -25,6 +26,8 @@ class Adapter(System):
         self._executor, self._stager = executor, _stager(stager)
         self._future = self._staged = None
         self.background = executor != "sync"
+        # Its thread's collectives and training's own would meet in one group and wait for ever: seen under DDP.
+        self._group = dist.new_group(backend="gloo") if executor == "thread" else None
 
     def save(self, step):
         writer = dcp.FileSystemWriter(self.path(step))
@@ -35,7 +38,7 @@ class Adapter(System):
             return
         saving = dcp.async_save(
             state, storage_writer=writer, planner=planner, async_stager=self._stager,
-            async_checkpointer_type=AsyncCheckpointerType[self._executor.upper()],
+            async_checkpointer_type=AsyncCheckpointerType[self._executor.upper()], process_group=self._group,
         )  # fmt: skip
         if isinstance(saving, Future):
             self._future = saving
