@@ -1,9 +1,9 @@
 """How fast training runs while a save goes on in the background; 1.00 is undisturbed.
 
-    python -m benchmarks.bench_interference --settings fsdp2x1,fsdp2x2
+    python -m benchmarks.bench_interference --settings fsdp2x1,fsdp2x1t1,fsdp2x2
 
 From the return of ``save()`` until the checkpoint is on disk. What blocks (``torch.save``, ``dcp.save``) has no
-background: its cost is in ``added``.
+background: its cost is in ``added``. Where training fills all cores, whatever the save computes is taken from it.
 """
 
 from benchmarks.common.options import parser

@@ -1,6 +1,7 @@
 """What every test shares: a machine that answers the same way each time."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,10 @@ os.environ["RES_OPTIONS"] = "attempts:0"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.environ["AWS_CONFIG_FILE"] = os.devnull
 os.environ.pop("AWS_PROFILE", None)
+
+# A shell has what it starts in the background ignore interrupts, and whatever is started by that in turn.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is not a bug; and CI is to look at other examples each time, as everybody does.
 hypothesis.settings.register_profile("dcpsvc", deadline=None, print_blob=True, derandomize=False)

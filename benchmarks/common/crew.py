@@ -48,8 +48,8 @@ class Crew:
         port = _free_port()
         pipes = [os.pipe() for _ in range(setting.ranks)]
         spec = {
-            "kind": setting.kind, "mib": mib, "module": entry.module, "options": entry.options,
-            "directory": str(self._place),
+            "kind": setting.kind, "threads": setting.threads, "mib": mib, "module": entry.module,
+            "options": entry.options, "directory": str(self._place),
         }  # fmt: skip
         self._ranks = [
             _start(entry.python, spec | {"answers": pipe[1]}, _environment(rank, setting.ranks, port), self._log)

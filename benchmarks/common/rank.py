@@ -36,7 +36,7 @@ def main():
 
 
 def _serve(spec, answers):
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["WORLD_SIZE"])))
+    torch.set_num_threads(spec["threads"] or max(1, os.cpu_count() // int(os.environ["WORLD_SIZE"])))
     dist.init_process_group("gloo")
     workload = Workload(spec["kind"], spec["mib"])
     workload.digests()

@@ -1,6 +1,7 @@
 """Systems side by side: round by round in one run, so that what disturbs one disturbs all."""
 
 import dataclasses
+import re
 import signal
 import statistics
 import sys
@@ -23,21 +24,23 @@ class Setting:
     Attributes:
         kind: ``fsdp2`` (each rank holds a part) or ``ddp`` (each holds all of it).
         ranks: How many.
+        threads: Each trains on; 0 for its share of the cores.
     """
 
     kind: str
     ranks: int
+    threads: int = 0
 
     @classmethod
     def parse(cls, text):
-        """``fsdp2x1``."""
-        kind, _, ranks = text.partition("x")
-        if kind not in {"fsdp2", "ddp"} or not ranks.isdigit() or int(ranks) < 1:
-            raise ValueError(f"{text!r}: use fsdp2x1, fsdp2x2, ddpx2, ...")
-        return cls(kind, int(ranks))
+        """``fsdp2x1``, or ``fsdp2x1t1``: it leaves the other cores to the save."""
+        found = re.fullmatch(r"(fsdp2|ddp)x([1-9]\d*)(?:t([1-9]\d*))?", text)
+        if not found:
+            raise ValueError(f"{text!r}: use fsdp2x1, fsdp2x2, ddpx2, fsdp2x1t1, ...")
+        return cls(found[1], int(found[2]), int(found[3] or 0))
 
     def __str__(self):
-        return f"{self.kind} x {self.ranks}"
+        return f"{self.kind} x {self.ranks}" + (f", {self.threads} thread each" if self.threads else "")
 
 
 def measure(options, setting, exercises, *, fresh=False, after=None):

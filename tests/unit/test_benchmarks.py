@@ -167,10 +167,16 @@ def test_a_peer_without_an_environment_is_skipped_with_the_reason(tmp_path):
     assert install.reason("absent", tmp_path) == "ERROR: no matching distribution"
 
 
-@pytest.mark.parametrize("text", ["fsdp1x2", "ddp", "ddpx0", "x2"])
+@pytest.mark.parametrize("text", ["fsdp1x2", "ddp", "ddpx0", "x2", "ddpx2t0", "ddpx2t"])
 def test_a_setting_that_makes_no_sense_is_refused(text):
     with pytest.raises(ValueError, match="use fsdp2x1"):
         Setting.parse(text)
+
+
+def test_a_setting_says_on_how_many_threads_each_rank_trains():
+    assert Setting.parse("fsdp2x1t1") == Setting("fsdp2", 1, threads=1)
+    assert str(Setting.parse("fsdp2x1t1")) == "fsdp2 x 1, 1 thread each"
+    assert Setting.parse("ddpx16") == Setting("ddp", 16)
 
 
 def crew_does(entry, directory):
