@@ -36,11 +36,15 @@ def madvise(address: int, nbytes: int, advice: int) -> None:
 
 
 def fallocate(descriptor: int, nbytes: int) -> None:
-    """Give a file its size and its room on the disk at once. Unlike the C library's own, never by writing zeros.
+    """Give an empty file its size and its room on the disk at once. Unlike the C library's own, never by writing zeros.
 
     Raises:
-        OSError: ``ENOSPC``; ``EOPNOTSUPP`` where the file system cannot.
+        OSError: ``ENOSPC``, before anything is taken; ``EOPNOTSUPP`` where the file system cannot.
     """
+    # ext4 takes all there is before it says that it is not enough: for that moment everybody's disk would be full.
+    found = os.fstatvfs(descriptor)
+    if found.f_blocks and found.f_bavail * found.f_frsize < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     _call("fallocate", ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcpsvc import linux
 from dcpsvc.storage.diskfile import DiskFile
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mounts a file system; skips where that is not permitted."""
     mounted: list[Path] = []
 
-    def make(kind: str, options: str = "rw") -> Path:
+    def make(kind: str, options: str = "rw", source: Path | str = "none") -> Path:
         target = tmp_path / f"mounted-{len(mounted)}"
         target.mkdir()
-        done = command("mount", "-t", kind, "-o", options, "none", target)
+        done = command("mount", "-t", kind, "-o", options, source, target)
         if done.returncode:
             pytest.skip(f"mounting a {kind} is not permitted here: {done.stderr.strip()}")
         mounted.append(target)
@@ -244,6 +245,23 @@ def test_a_disk_without_room_says_so_before_the_first_byte_and_nothing_is_left(m
     assert caught.value.errno == errno.ENOSPC
     assert list(small.iterdir()) == []
     write(DiskFile, small / "file", aligned(MIB))
+
+
+def test_a_file_that_is_too_large_takes_nothing_of_the_room_that_others_have(
+    tmp_path: Path, mount: Callable[..., Path]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"")
+    os.truncate(disk, 64 * MIB)
+    command("mkfs.ext4", "-q", disk)  # unlike tmpfs it takes what there is before it says that it is not enough
+    folder = mount("ext4", "loop", disk)
+    descriptor = os.open(folder / "file", os.O_CREAT | os.O_WRONLY)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            linux.fallocate(descriptor, 128 * MIB)
+        assert os.fstat(descriptor).st_blocks == 0
+    finally:
+        os.close(descriptor)
 
 
 def test_a_file_that_nobody_keeps_is_gone(tmp_path: Path) -> None:
