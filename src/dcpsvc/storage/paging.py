@@ -44,5 +44,5 @@ def pages(store: Store, prefix: str) -> Iterator[list[Entry]]:
         return
     yield sorted(found)
     while after:
-        found, after = store.list_page(prefix, after)
+        found, after = list_page(store, prefix, after)
         yield found
