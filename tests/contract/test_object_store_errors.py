@@ -9,9 +9,11 @@ import pytest
 from scripted_s3 import SECRET, ScriptedS3, hangs_up, says, says_nothing, stops_half_way, stores_and_hangs_up
 from store_contract import BrokenStoreContract, StoreContract
 
+from dcpsvc import identity
 from dcpsvc.config import Limits
 from dcpsvc.errors import (
     ConfigError,
+    RootError,
     StoreAccessError,
     StoreError,
     StoreFullError,
@@ -19,6 +21,7 @@ from dcpsvc.errors import (
     StoreThrottledError,
     StoreUnavailableError,
 )
+from dcpsvc.format.run import Run
 from dcpsvc.storage.base import read_into
 from dcpsvc.storage.objectstore import ObjectStore
 from dcpsvc.storage.open import open_store
@@ -203,6 +206,33 @@ def test_a_read_is_tried_again_for_as_long_as_the_limits_say_and_says_so(server:
     patient = open_store("s3://bucket/run", server.options(), limits=Limits(patience_s=0.5))
     with pytest.raises(StoreUnavailableError, match=r"\(tried \d+ times in 0\.\d s\)"):
         read_into(patient, "data/step/x", 0, [memoryview(bytearray(len(BODY)))])
+
+
+def test_a_root_that_is_an_object_is_a_file_and_one_where_nobody_may_look_or_a_bucket_is_none(
+    server: ScriptedS3, store: ObjectStore
+) -> None:
+    assert not store.is_file()
+    server.objects["run"] = BODY
+    assert store.is_file()
+    server.faults.extend([says(403, "AccessDenied")])
+    assert not store.is_file()
+    server.requests.clear()
+    assert not ObjectStore("s3://bucket", server.options()).is_file()
+    assert server.requests == []
+
+
+def test_an_existing_run_is_found_by_one_request_and_only_where_there_is_none_somebody_looks_for_a_file(
+    server: ScriptedS3, store: ObjectStore
+) -> None:
+    server.objects["run/run.json"] = Run(run_id="f0043bb33a0c", created="now").dumps()
+    server.objects["run"] = BODY
+    assert identity.find(store) is not None
+    assert len(server.requests) == 1
+    del server.objects["run/run.json"]
+    with pytest.raises(RootError, match="a file, not a folder"):
+        identity.find(store)
+    del server.objects["run"]
+    assert identity.find(store) is None
 
 
 def test_a_consoles_empty_folder_is_no_object(server: ScriptedS3, store: ObjectStore) -> None:
