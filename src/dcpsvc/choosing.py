@@ -102,7 +102,7 @@ def choose(
     listed = Listed(store)
     rejected: list[str] = []
     passed: list[Attempt] = []
-    for attempt in _newest_first(store, listed, [one for one in listed.attempts if step in {None, one.step}]):
+    for attempt in _newest_first(store, listed, step):
         if attempt in tried:
             continue
         try:
@@ -118,7 +118,8 @@ def choose(
     return Choice(None, tuple(rejected), tuple(passed), tuple(steps))
 
 
-def _newest_first(store: Store, listed: Listed, attempts: list[Attempt]) -> Iterator[Attempt]:
+def _newest_first(store: Store, listed: Listed, step: int | None) -> Iterator[Attempt]:
     """Those that count. Nobody asks about older ones before newer ones were of no use."""
-    for _, same in itertools.groupby(reversed(attempts), key=lambda attempt: attempt.step):
-        yield from discover.newest_first(store, filter(functools.partial(Listed.counts, listed), same))
+    for each, same in itertools.groupby(listed, key=lambda attempt: attempt.step):
+        if step in {None, each}:
+            yield from discover.newest_first(store, filter(functools.partial(Listed.counts, listed), same))

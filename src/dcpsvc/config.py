@@ -43,7 +43,7 @@ class Limits:
     """Size of a part of a large object. Servers refuse less than 5 MiB."""
 
     patience_s: float = 60.0
-    """How long one part is tried again after it first failed."""
+    """How long one request, or one part, is tried again after it first failed."""
 
     node_concurrency: int | None = None
     """As ``concurrency``, for all processes of this node together; None: no limit but each one's own."""
@@ -93,6 +93,10 @@ class Options:
     upload_timeout_s: float = 1800.0
     """Longest time a shard may take to reach the local disk, and again to reach the run root. A rank that
     stops giving signs of life is noticed after ``sync_timeout_s`` all the same."""
+
+    retry_s: float = 60.0
+    """How long one request to the run root, one part of an upload or one piece that is read is tried again after it
+    first failed: a server that is started again takes longer than a few tries. Small requests have 5 tries in it."""
 
     backpressure: Literal["wait", "skip", "drop-oldest"] = "wait"
     """What ``save()`` does while ``max_inflight`` saves are under way: wait for the oldest, leave this one out, or
@@ -161,6 +165,7 @@ class Options:
     def __post_init__(self) -> None:
         _positive("sync_timeout_s", self.sync_timeout_s)
         _positive("upload_timeout_s", self.upload_timeout_s)
+        _positive("retry_s", self.retry_s)
         if not is_count(self.max_consecutive_failures):
             raise ConfigError(
                 f"max_consecutive_failures={self.max_consecutive_failures!r} must be an int of at least 1"
@@ -220,10 +225,11 @@ class Options:
         for_one = min(for_all, max(alone, for_all // sharers))
         nbytes_per_s = None if rate is None else rate / sharers
         if for_one * sharers <= for_all:
-            return Limits(concurrency=for_one, nbytes_per_s=nbytes_per_s)
+            return Limits(concurrency=for_one, nbytes_per_s=nbytes_per_s, patience_s=self.retry_s)
         return Limits(
             concurrency=for_one,
             nbytes_per_s=nbytes_per_s,
+            patience_s=self.retry_s,
             node_concurrency=for_all,
             node_folder=self.local_dir / "turns",
         )
@@ -232,6 +238,11 @@ class Options:
     def failure_budget(self) -> int:
         """Failed saves in a row before ``step()`` raises."""
         return 1 if self.on_failure == "raise" else self.max_consecutive_failures
+
+
+def outside_a_job() -> Limits:
+    """What ``load()`` and the command line may ask of a store: as one rank, and all of this node as its ranks."""
+    return Limits(node_concurrency=_NODE_CONCURRENCY, node_folder=Options().local_dir / "turns")
 
 
 def _positive(name: str, value: float, unit: str = "seconds") -> None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
-from dcpsvc import placelock
+from dcpsvc import identity, placelock
 from dcpsvc.errors import (
     RankFailure,
     RootError,
     RunBusyError,
     StoreError,
-    StoreNotFoundError,
     UnsupportedFormatError,
 )
 from dcpsvc.format import keys, run
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.settling import OpenRun, settle
+from dcpsvc.storage import posixfile
 from dcpsvc.storage.posix import PosixStore
 from dcpsvc.tiers import Tiers, note_root
 
@@ -86,9 +84,8 @@ def open_run(job: Job, remote: Store, local_dir: Path, options: Options) -> Plac
 
 def _find_run(remote: Store) -> str:
     """Coordinator: the run's identity, created if this is the first job here."""
-    try:
-        found = run.loads(remote.url, remote.get(keys.RUN, max_nbytes=run.MAX_NBYTES))
-    except StoreNotFoundError:
+    found = identity.find(remote)
+    if found is None:
         created = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         found = run.Run(run_id=secrets.token_hex(6), created=created)
         if not remote.create(keys.RUN, found.dumps()):
@@ -139,8 +136,8 @@ def _try_out(job: Job, tiers: Tiers) -> None:
 
 def _check_owner(local_dir: Path) -> None:
     """In a directory everybody may write to, such as /tmp, the local tier must be of our own making."""
-    sticky, owner = local_dir.parent.stat().st_mode & stat.S_ISVTX, local_dir.stat().st_uid
-    if sticky and owner != os.geteuid():
+    owner = posixfile.stranger(local_dir)
+    if owner is not None:
         raise RootError(
             str(local_dir), f"belongs to user {owner}, who could read the checkpoints; use local= elsewhere"
         )
@@ -166,11 +163,9 @@ def _probe(store: Store, job: Job, *, keep: bool = False) -> None:
 
 def _check_shared(remote: Store, run_id: str) -> None:
     """What this rank reads at the run root must be what the coordinator wrote there."""
-    try:
-        seen = run.loads(remote.url, remote.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id
-    except StoreNotFoundError:
-        seen = "nothing"
-    if seen != run_id:
+    found = identity.find(remote)
+    if found is None or found.run_id != run_id:
+        seen = f"run {found.run_id}" if found else "nothing"
         raise RootError(
             remote.url, f"not the same place on all ranks: the coordinator sees run {run_id}, this rank {seen}"
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc import choosing
-from dcpsvc.errors import FormatError, RootError, StoreNotFoundError
-from dcpsvc.format import keys, run
+from dcpsvc import choosing, identity
+from dcpsvc.errors import FormatError, RootError
 from dcpsvc.stages import discover
 from dcpsvc.storage.open import open_store
 
@@ -37,11 +36,11 @@ def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] |
 def check_root(store: Store) -> None:
     """Raises RootError unless there is a run of this format version."""
     try:
-        run.loads(store.url, store.get(keys.RUN, max_nbytes=run.MAX_NBYTES))
+        found = identity.find(store)
     except FormatError as err:
         raise RootError(store.url, f"its run.json is damaged: {err.reason}") from err
-    except StoreNotFoundError as err:
-        raise RootError(store.url, "no run is stored here (run.json is missing); check the path or URL") from err
+    if found is None:
+        raise RootError(store.url, "no run is stored here (run.json is missing); check the path or URL")
 
 
 def list_checkpoints(

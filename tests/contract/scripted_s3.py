@@ -29,6 +29,7 @@ class ScriptedS3(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.compares_md5 = False
+        self.names_a_page = 1000
         self.faults: deque[Fault | None] = deque()
         self.requests: list[str] = []
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
@@ -50,6 +51,7 @@ class ScriptedS3(ThreadingHTTPServer):
         self.objects.clear()
         self.uploads.clear()
         self.compares_md5 = False
+        self.names_a_page = 1000
         self.faults.clear()
         self.requests.clear()
 
@@ -107,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.command == "PUT":
             self.store(key)
         elif not key:
-            self.listing(query.get("prefix", [""])[0])
+            self.listing(query.get("prefix", [""])[0], int(query.get("continuation-token", ["0"])[0]))
         elif self.command == "DELETE":
             self.server.objects.pop(key, None)
             self.answer(204)
@@ -168,10 +170,12 @@ class Handler(BaseHTTPRequestHandler):
         found = data[begin : int(last) + 1 if last else None]
         self.answer(206, found) if begin < len(data) else self.refuse(416, "InvalidRange")
 
-    def listing(self, prefix: str) -> None:
+    def listing(self, prefix: str, begin: int) -> None:
         found = sorted(item for item in self.server.objects.items() if item[0].startswith(prefix))
-        lines = "".join(f"<Contents><Key>{k}</Key><Size>{len(v)}</Size></Contents>" for k, v in found)
-        text = f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{len(found)}</KeyCount>{lines}"
+        end = begin + self.server.names_a_page
+        lines = "".join(f"<Contents><Key>{k}</Key><Size>{len(v)}</Size></Contents>" for k, v in found[begin:end])
+        more = f"<NextContinuationToken>{end}</NextContinuationToken>" if end < len(found) else ""
+        text = f"<ListBucketResult><IsTruncated>{str(bool(more)).lower()}</IsTruncated>{more}{lines}"
         self.answer(200, f"{text}</ListBucketResult>".encode())
 
 

@@ -9,8 +9,11 @@ import pytest
 from scripted_s3 import SECRET, ScriptedS3, hangs_up, says, says_nothing, stops_half_way, stores_and_hangs_up
 from store_contract import BrokenStoreContract, StoreContract
 
+from dcpsvc import identity
+from dcpsvc.config import Limits
 from dcpsvc.errors import (
     ConfigError,
+    RootError,
     StoreAccessError,
     StoreError,
     StoreFullError,
@@ -18,7 +21,11 @@ from dcpsvc.errors import (
     StoreThrottledError,
     StoreUnavailableError,
 )
+from dcpsvc.format.run import Run
+from dcpsvc.storage.base import read_into
 from dcpsvc.storage.objectstore import ObjectStore
+from dcpsvc.storage.open import open_store
+from dcpsvc.storage.paging import pages
 from dcpsvc.storage.remoteerror import from_remote_error
 from dcpsvc.storage.retry import RetryingStore
 
@@ -163,6 +170,69 @@ def test_a_listing_is_one_request_for_that_prefix(server: ScriptedS3, store: Obj
     assert store.list("tombstones/") == []
     assert len(server.requests) == 2
     assert "prefix=run%2Fmanifests%2F" in server.requests[0]
+
+
+def test_a_listing_of_several_pages_is_whole_and_one_whose_later_page_fails_is_an_error(
+    server: ScriptedS3, store: ObjectStore
+) -> None:
+    server.objects.update({f"run/manifests/{number:03d}": b"x" for number in range(25)})
+    server.names_a_page = 10
+    names = [f"manifests/{number:03d}" for number in range(25)]
+    assert [entry.key for entry in store.list("manifests/")] == names
+    assert len(server.requests) == 3
+    found = pages(store, "manifests/")
+    assert [entry.key for entry in next(found)] == names[:10]
+    assert len(server.requests) == 4
+    server.faults.extend([says(503, "SlowDown")])
+    with pytest.raises(StoreThrottledError):
+        next(found)
+    server.faults.extend([None, says(503, "SlowDown")])
+    with pytest.raises(StoreThrottledError):
+        store.list("manifests/")
+
+
+def test_a_page_that_failed_is_tried_again_by_itself(server: ScriptedS3, store: ObjectStore) -> None:
+    server.objects.update({f"run/manifests/{number:03d}": b"x" for number in range(25)})
+    server.names_a_page = 10
+    server.faults.extend([None, says(503, "SlowDown")])
+    patient = RetryingStore(store, pause=lambda _: False)
+    assert [len(page) for page in pages(patient, "manifests/")] == [10, 10, 5]
+    assert len(server.requests) == 4
+
+
+def test_a_read_is_tried_again_for_as_long_as_the_limits_say_and_says_so(server: ScriptedS3) -> None:
+    server.objects["run/data/step/x"] = BODY
+    server.faults.extend([says(500, "InternalError")] * 1000)
+    patient = open_store("s3://bucket/run", server.options(), limits=Limits(patience_s=0.5))
+    with pytest.raises(StoreUnavailableError, match=r"\(tried \d+ times in 0\.\d s\)"):
+        read_into(patient, "data/step/x", 0, [memoryview(bytearray(len(BODY)))])
+
+
+def test_a_root_that_is_an_object_is_a_file_and_one_where_nobody_may_look_or_a_bucket_is_none(
+    server: ScriptedS3, store: ObjectStore
+) -> None:
+    assert not store.is_file()
+    server.objects["run"] = BODY
+    assert store.is_file()
+    server.faults.extend([says(403, "AccessDenied")])
+    assert not store.is_file()
+    server.requests.clear()
+    assert not ObjectStore("s3://bucket", server.options()).is_file()
+    assert server.requests == []
+
+
+def test_an_existing_run_is_found_by_one_request_and_only_where_there_is_none_somebody_looks_for_a_file(
+    server: ScriptedS3, store: ObjectStore
+) -> None:
+    server.objects["run/run.json"] = Run(run_id="f0043bb33a0c", created="now").dumps()
+    server.objects["run"] = BODY
+    assert identity.find(store) is not None
+    assert len(server.requests) == 1
+    del server.objects["run/run.json"]
+    with pytest.raises(RootError, match="a file, not a folder"):
+        identity.find(store)
+    del server.objects["run"]
+    assert identity.find(store) is None
 
 
 def test_a_consoles_empty_folder_is_no_object(server: ScriptedS3, store: ObjectStore) -> None:

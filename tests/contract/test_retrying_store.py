@@ -84,6 +84,17 @@ def test_the_last_error_is_raised_when_the_tries_are_used_up() -> None:
     assert len(time.pauses) == 2
 
 
+def test_who_gives_up_says_how_often_and_how_long_it_was_tried() -> None:
+    flaky, time = Flaky(99), Time()
+    with pytest.raises(StoreUnavailableError, match=r"failure 3 \(tried 3 times in \d+\.\d s\)") as caught:
+        retrying(flaky, time, tries=3).list("")
+    assert f"in {time.now:.1f} s" in caught.value.reason
+    assert isinstance(caught.value.__cause__, StoreUnavailableError)
+    with pytest.raises(StoreUnavailableError) as again:
+        RetryingStore(retrying(flaky, time, tries=3), clock=lambda: time.now, pause=time.pause, tries=2).list("")
+    assert again.value.reason.count("tried") == 1
+
+
 def test_what_does_not_pass_is_not_tried_again() -> None:
     flaky, time = Flaky(99, error=StoreAccessError), Time()
     with pytest.raises(StoreAccessError):

@@ -64,7 +64,7 @@ class Moody(PosixStore):
             super().put_file(key, path, progress=progress)
 
     def create(self, key: str, data: bytes) -> bool:
-        if self.fault == "manifest lost" and key.startswith("manifests/step-"):
+        if self.fault == "manifest lost" and key.startswith("manifests/order-"):
             raise StoreFullError("create", key, "no space left")
         return super().create(key, data)
 

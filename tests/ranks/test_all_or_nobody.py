@@ -448,7 +448,7 @@ class Blind(PosixStore):
         return super().get(key, max_nbytes=max_nbytes)
 
     def _is_it(self, key):
-        return key.startswith("manifests/step-000000000002.")
+        return key.startswith("manifests/") and ".step-000000000002." in key
 
 
 class Forgetful(Blind):

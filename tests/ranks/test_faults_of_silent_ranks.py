@@ -184,7 +184,7 @@ def run_of(world, victim, where, place):
 
 
 def manifests_at(place):
-    return {int(path.name.removeprefix("step-").split(".")[0]) for path in (place / "run/manifests").glob("step-*")}
+    return {int(path.name.partition(".step-")[2][:12]) for path in (place / "run/manifests").glob("order-*")}
 
 
 def seconds_from_death(place, outcomes):

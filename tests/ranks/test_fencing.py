@@ -142,7 +142,7 @@ class StopsAt(PosixStore):
 
     def __init__(self, root, signs, call, step):
         super().__init__(root)
-        self._signs, self._call, self._key = signs, call, f"{keys.MANIFESTS}step-{step:012d}."
+        self._signs, self._call, self._key = signs, call, keys.Attempt(step, "").manifest[:-5]
 
     def create(self, key, data):
         self._stop("create", key)
@@ -155,7 +155,7 @@ class StopsAt(PosixStore):
     def stop_at(self, event):
         """An observer: stops at a point of a checkpoint's life instead."""
         if event.step is not None:
-            self._stop(event.name, f"{keys.MANIFESTS}step-{event.step:012d}.")
+            self._stop(event.name, keys.Attempt(event.step, "").manifest[:-5])
 
     def _stop(self, call, key):
         if call == self._call and key.startswith(self._key):
@@ -409,7 +409,7 @@ def test_a_save_to_a_root_that_was_renamed_under_the_job_fails_and_whoever_follo
         assert "moved or emptied" in failed.text
     assert values(second) == [(1, None)] * 2
     assert committed(tmp_path / "renamed") == [1, 2]
-    assert not list(root.glob(f"{keys.MANIFESTS}step-*"))
+    assert not list(root.glob(f"{keys.COMMITS}*"))
     assert_resumes(tmp_path / "renamed", 2)
 
 

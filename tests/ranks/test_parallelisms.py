@@ -115,7 +115,7 @@ def test_the_names_in_a_checkpoint_are_those_of_the_model(runs, kind):
 )
 def test_the_mesh_and_the_number_of_ranks_are_recorded(runs, kind, mesh):
     root, _ = runs(kind)
-    (manifest,) = [json.loads(path.read_bytes()) for path in (root / "manifests").glob("step-*.json")]
+    (manifest,) = [json.loads(path.read_bytes()) for path in (root / "manifests").glob("order-*.json")]
     assert manifest["versions"].get("mesh") == mesh
     assert manifest["versions"]["world"] == str(KINDS[kind][0])
 

@@ -145,7 +145,7 @@ def test_when_one_rank_is_told_to_end_all_stop_at_one_step_that_is_saved_once(tm
     assert code == EXIT_STOPPED
     assert why == (f"trigger file {tmp_path / f'stop-{victim}'}" if how == "file" else f"{how} on rank {victim}")
     assert committed(root) == ([5] if when == "save" and stopped != 5 else []) + [stopped]
-    assert len([name for name in files(root) if name.startswith("manifests/step-")]) == len(committed(root))
+    assert len([name for name in files(root) if name.startswith("manifests/order-")]) == len(committed(root))
     assert len([name for name in step_files(root, stopped) if name.endswith(".safetensors")]) == WORLD
     assert values(run_ranks(WORLD, resumed, root)) == [(stopped, final) for _, _, _, final in results]
 

@@ -74,7 +74,7 @@ def test_a_damaged_newer_commit_does_not_push_good_ones_out(tmp_path, damage):
 
 def rename_attempt(root, step, attempt):
     """Give a commit another attempt's name: which one sorts last among equal steps is chance otherwise."""
-    (path,) = [root / name for name in files(root) if name.startswith(f"manifests/step-{step:012d}")]
+    (path,) = [root / name for name in files(root) if name.startswith("manifests/") and f".step-{step:012d}." in name]
     old = manifests.loads(f"manifests/{path.name}", path.read_bytes())
     shards = tuple(dataclasses.replace(s, path=s.path.replace(old.attempt, attempt)) for s in old.shards)
     new = dataclasses.replace(old, attempt=attempt, shards=shards)

@@ -159,5 +159,15 @@ def test_a_url_that_names_no_place_says_what_to_write(refused: Refused, root: st
 def test_a_run_root_that_is_a_file_is_refused(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("x")
-    assert "is a file where a directory is needed" in refused(str(path), {})
+    assert "a file, not a folder; name a folder" in refused(str(path), {})
     assert path.read_text() == "x"
+
+
+def test_a_run_root_that_is_an_object_is_refused_likewise_and_nothing_is_written(
+    s3_server: Server, run_root: str, refused: Refused
+) -> None:
+    client, key = s3_server.client(), f"{run_root.partition(s3_server.bucket)[2].strip('/')}/file.txt"
+    client.put_object(Bucket=s3_server.bucket, Key=key, Body=b"somebody's")
+    assert "a file, not a folder; name a folder" in refused(f"{run_root}/file.txt", s3_server.storage_options)
+    found = client.list_objects_v2(Bucket=s3_server.bucket, Prefix=key)["Contents"]
+    assert [item["Key"] for item in found] == [key]

@@ -49,14 +49,18 @@ def list_checkpoints(root: str, options: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def ran(*argv: str, options: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    given = [
+        part for key, value in options.items()
+        for part in ("-o", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "dcpsvc", *argv, *given]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
 def command(name: str, *more: str, code: int = 3) -> Look:
     def look(root: str, options: dict[str, Any]) -> str:
-        given = [
-            part for key, value in options.items()
-            for part in ("-o", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-        ]  # fmt: skip
-        argv = [sys.executable, "-m", "dcpsvc", name, root, *more, *given]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=200, check=False)
+        done = ran(name, root, *more, options=options)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert code == 0 or done.stdout == ""
@@ -105,13 +109,39 @@ def test_a_place_where_no_run_is_says_so(s3_server: Server, run_root: str, look:
     assert f"{run_root}: no run is stored here" in look(run_root, s3_server.storage_options)
 
 
-def test_a_run_lives_below_an_object_of_the_same_name_and_neither_disturbs_the_other(
+def test_a_place_that_is_an_object_is_called_a_file(s3_server: Server, run_root: str, look: Look) -> None:
+    key = f"{run_root.partition(s3_server.bucket)[2].strip('/')}/file.txt"
+    s3_server.client().put_object(Bucket=s3_server.bucket, Key=key, Body=b"somebody's")
+    told = look(f"{run_root}/file.txt", s3_server.storage_options)
+    assert f"{run_root}/file.txt: a file, not a folder" in told
+
+
+def test_a_copy_and_an_import_to_an_object_are_refused_and_the_doctor_says_why(
+    s3_server: Server, run_root: str, tmp_path: Path
+) -> None:
+    options, client = s3_server.storage_options, s3_server.client()
+    with dcpsvc.Checkpointer(tmp_path / "run", {"w": torch.ones(3)}, local=tmp_path / "local") as ckpt:
+        ckpt.save(1).wait(60)
+    torch.save({"w": torch.ones(3)}, tmp_path / "weights.pt")
+    key = f"{run_root.partition(s3_server.bucket)[2].strip('/')}/file.txt"
+    client.put_object(Bucket=s3_server.bucket, Key=key, Body=b"somebody's")
+    root, folder, weights = f"{run_root}/file.txt", str(tmp_path / "run"), str(tmp_path / "weights.pt")
+    local = ("--local", str(tmp_path / "doctor"))
+    for argv, code in ((("cp", folder, root), 3), (("import", weights, root), 3), (("doctor", root, *local), 1)):
+        done = ran(*argv, options=options)
+        assert "a file, not a folder" in done.stdout + done.stderr, done
+        assert done.returncode == code
+    found = client.list_objects_v2(Bucket=s3_server.bucket, Prefix=key)["Contents"]
+    assert [item["Key"] for item in found] == [key]
+
+
+def test_a_run_goes_on_though_an_object_has_got_its_name_and_neither_disturbs_the_other(
     s3_server: Server, tmp_path: Path
 ) -> None:
     key, client, options = f"{uuid.uuid4().hex}/run", s3_server.client(), s3_server.storage_options
-    client.put_object(Bucket=s3_server.bucket, Key=key, Body=b"somebody's")
     root = f"s3://{s3_server.bucket}/{key}"
-    assert "no run is stored here" in latest(root, options)
+    dcpsvc.Checkpointer(root, {"w": torch.ones(3)}, local=tmp_path, storage_options=options).close()
+    client.put_object(Bucket=s3_server.bucket, Key=key, Body=b"somebody's")
     with dcpsvc.Checkpointer(root, {"w": torch.ones(3)}, local=tmp_path, storage_options=options) as ckpt:
         assert ckpt.resume() == 0
         ckpt.save(1).wait(60)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +17,14 @@ import dcpsvc
 from dcpsvc import fence
 from dcpsvc.format.epochs import Claim
 from dcpsvc.format.keys import Epoch
+from dcpsvc.stages import discover
+from dcpsvc.storage.nodeturns import NodeTurns
 from dcpsvc.storage.open import open_store
 from dcpsvc.storage.scatter import PIECE_NBYTES
+from dcpsvc.tools.verifying import verify
 from tests.ranks.harness import run_ranks, values
 from tests.ranks.models import Training, checkpointer
-from tests.s3.spoiling import Proxy
+from tests.s3.spoiling import Proxy, passes
 from tests.unit.turns import manifest
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.s3.servers import Server
+    from tests.s3.spoiling import Spoiler
 
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
@@ -69,7 +75,7 @@ def kinds(seen: list[str]) -> Counter[str]:
 
 
 @pytest.mark.parametrize("restarts", [0, 2])
-def test_the_newest_of_a_thousand_commits_is_found_in_one_listing_and_one_manifest(
+def test_the_newest_of_a_thousand_commits_and_of_more_is_found_in_one_listing_and_one_manifest(
     s3_server: Server, run_root: str, options: dict[str, object], between: Proxy, restarts: int
 ) -> None:
     writer = open_store(run_root, s3_server.storage_options)
@@ -81,16 +87,18 @@ def test_the_newest_of_a_thousand_commits_is_found_in_one_listing_and_one_manife
     for _ in range(restarts):
         epochs.append(fence.claim(writer, claim_of("deadbeef")).epoch)
         fence.inherit(writer, epochs[-1], attempts)
-    for step in range(A_PAGE, COMMITS + 1):
+    for step in range(A_PAGE, COMMITS + 3):
         attempts.append(epochs[-1].attempt(step, 0))
         writer.create(attempts[-1].manifest, manifest(attempts[-1]).dumps())
-        names = len(attempts) + 2 * len(epochs)
-        if step in {A_PAGE, COMMITS}:
+        if step in {A_PAGE, COMMITS, COMMITS + 2}:
             between.seen.clear()
             found = dcpsvc.latest(run_root, storage_options=options, checked=False)
             assert found is not None
             assert found.key == attempts[-1]
-            assert kinds(between.seen) == {"LIST manifests": -(-names // S3_NAMES), "GET manifests": 1}
+            assert kinds(between.seen) == {"LIST manifests": 1, "GET manifests": 1}
+    between.seen.clear()
+    assert discover.committed(open_store(run_root, options)) == attempts
+    assert kinds(between.seen)["LIST manifests"] == -(-(len(attempts) + 2 * len(epochs)) // S3_NAMES)
     with pytest.raises(dcpsvc.RootError, match=r"run\.json is missing"):
         dcpsvc.latest(run_root + "-elsewhere", storage_options=options)
 
@@ -157,3 +165,54 @@ def test_a_load_asks_for_each_small_file_once_and_for_each_piece_once(
         "GET run": 1, "LIST manifests": 1, "GET manifests": 1, "LIST data": 1, "LIST metrics": 1,
         "GET layouts": 1, "PUT pins": 1, "DELETE pins": 1,
     }  # fmt: skip
+
+
+def counting(most: list[int]) -> Callable[[Spoiler], None]:
+    """A slow server that notes how many large answers were under way at once."""
+    lock, under_way = threading.Lock(), 0
+
+    def fault(spoiler: Spoiler) -> None:
+        nonlocal under_way
+        begin, _, end = spoiler.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        large = end and int(end) - int(begin) > 1 << 20
+        with lock:
+            under_way += bool(large)
+            most.append(under_way)
+        spoiler.server.over.wait(0.05)
+        passes(spoiler)
+        with lock:
+            under_way -= bool(large)
+
+    return fault
+
+
+@pytest.fixture
+def busy_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Others have all turns of this node but one."""
+    monkeypatch.setenv("DCPSVC_LOCAL", str(tmp_path / "local"))
+    turns = NodeTurns(tmp_path / "local" / "turns", 32)
+    with contextlib.ExitStack() as taken:
+        for _ in range(31):
+            taken.enter_context(turns.turn())
+        yield
+
+
+@pytest.mark.usefixtures("busy_node")
+@pytest.mark.parametrize("what", ["load", "verify"])
+def test_what_reads_outside_a_job_keeps_to_what_its_node_may_do_at_once(
+    run_root: str, options: dict[str, object], between: Proxy, what: str
+) -> None:
+    model, loaded = (torch.nn.Linear(4096, 4096, bias=False) for _ in range(2))
+    with dcpsvc.Checkpointer(run_root, {"model": model}, storage_options=options) as ckpt:
+        ckpt.save(1).wait(60)
+    most: list[int] = []
+    between.spoil("^GET .*/data/", counting(most), 1000)
+    if what == "load":
+        dcpsvc.load(run_root, {"model": loaded}, storage_options=options)
+        assert torch.equal(loaded.weight, model.weight)
+    else:
+        store = open_store(run_root, options)
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: verify(store, discover.committed(store)), range(3)))
+        assert all(one.problems == () for (one,) in found)
+    assert max(most) == 1

@@ -12,6 +12,7 @@ from dcpsvc import choosing, fence
 from dcpsvc.format.epochs import Claim
 from dcpsvc.format.keys import Attempt, Epoch
 from dcpsvc.listed import Listed
+from dcpsvc.storage.paging import Page
 from tests.unit.turns import Place, manifest
 
 if TYPE_CHECKING:
@@ -34,6 +35,20 @@ class Counting(Place):
     def list(self, prefix: str):  # type: ignore[no-untyped-def]
         self.asked.append(f"LIST {prefix}")
         return super().list(prefix)
+
+
+class Paged(Counting):
+    """Lists as S3 does, so many names at a time; a directory bucket lists in no order."""
+
+    def __init__(self, names: int, *, ordered: bool = True) -> None:
+        super().__init__()
+        self._names, self._ordered = names, ordered
+
+    def list_page(self, prefix: str, after: str) -> Page:
+        self.asked.append(f"PAGE {after or 0}")
+        found = sorted(Place.list(self, prefix), reverse=not self._ordered)
+        begin, end = int(after or 0), int(after or 0) + self._names
+        return Page(found[begin:end], str(end) if end < len(found) else "")
 
 
 def claims(token: str) -> Callable[[int], Claim]:
@@ -90,9 +105,47 @@ def test_before_a_new_job_has_committed_its_inheritance_is_read_once() -> None:
     assert place.asked == ["LIST manifests/", f"GET {second.inheritance}", f"GET {attempts[19].manifest}"]
 
 
+def test_of_a_listing_in_pages_only_the_first_is_asked_for_whatever_the_number_of_commits() -> None:
+    place = Paged(10)
+    epoch = take_over(place, TOKENS[0], [])
+    attempts = [commit(place, epoch.attempt(step, 0)) for step in range(1, 95)]
+    place.asked.clear()
+    assert newest(place) == attempts[-1]
+    assert place.asked == ["PAGE 0", f"GET {attempts[-1].manifest}"]
+
+
+def test_a_step_that_is_named_is_listed_for_no_further_than_its_page() -> None:
+    place = Paged(10)
+    epoch = take_over(place, TOKENS[0], [])
+    attempts = [commit(place, epoch.attempt(step, 0)) for step in range(1, 95)]
+    place.asked.clear()
+    found = choosing.choose(place, 80, look=choosing.told).found
+    assert found is not None
+    assert found.manifest.key == attempts[79]
+    assert place.asked == ["PAGE 0", "PAGE 10", f"GET {attempts[79].manifest}"]
+
+
+def test_claims_that_fill_a_page_are_all_known_before_a_manifest_counts() -> None:
+    place = Paged(1)
+    first = take_over(place, TOKENS[0], [])
+    zombies = [commit(place, first.attempt(step, 0)) for step in range(1, 9)]
+    for token in TOKENS[1:]:
+        take_over(place, token, zombies[:2])
+    assert newest(place) == zombies[1]
+
+
+def test_a_server_that_lists_in_no_order_is_asked_for_everything() -> None:
+    place = Paged(10, ordered=False)
+    epoch = take_over(place, TOKENS[0], [])
+    attempts = [commit(place, epoch.attempt(step, 0)) for step in range(1, 95)]
+    place.asked.clear()
+    assert newest(place) == attempts[-1]
+    assert place.asked == ["PAGE 0", "LIST manifests/", f"GET {attempts[-1].manifest}"]
+
+
 @given(st.data())
 def test_what_is_chosen_is_the_newest_of_what_counts_whatever_jobs_left(data: st.DataObject) -> None:
-    place = Place()
+    place = Paged(data.draw(st.sampled_from([1, 2, 5, 1000])))
     epochs = [Epoch(number, data.draw(st.sampled_from(TOKENS))) for number in range(1, data.draw(st.integers(1, 4)))]
     made: list[Attempt] = [Attempt(1, "by-hand")] if data.draw(st.booleans()) else []
     made += [

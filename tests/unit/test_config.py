@@ -144,7 +144,13 @@ def test_the_ranks_of_a_node_divide_the_bytes_a_second(monkeypatch: pytest.Monke
     assert Options(transfer_nbytes_per_s=1e9).limits.nbytes_per_s == 2.5e8
 
 
-@pytest.mark.parametrize("options", [{"transfer_concurrency": 0}, {"transfer_nbytes_per_s": 0.0}])
+@pytest.mark.parametrize("ranks", ["1", "64"])
+def test_how_long_a_request_is_tried_again_is_an_option(monkeypatch: pytest.MonkeyPatch, ranks: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert (Options().limits.patience_s, Options(retry_s=600.0).limits.patience_s) == (60.0, 600.0)
+
+
+@pytest.mark.parametrize("options", [{"transfer_concurrency": 0}, {"transfer_nbytes_per_s": 0.0}, {"retry_s": 0.0}])
 def test_a_limit_on_transfers_that_allows_none_is_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(options))}=0"):
         Options(**options)

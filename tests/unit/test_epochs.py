@@ -29,7 +29,8 @@ CLAIM = Claim(epoch=EPOCH, host="node-17", pid=4321, created="2026-01-31T23:59:5
 LIST = Inheritance(epoch=EPOCH, attempts=frozenset({Epoch(6, "beefbeef").attempt(500, 0), Attempt(400, "old-0")}))
 SEVEN = "\N{ARABIC-INDIC DIGIT SEVEN}"
 HOSTILE_KEYS = [
-    "/etc/passwd", "../../etc/passwd", "manifests/../../x.json", "manifests/step-000000000500.6-beefbeef-0.json\n",
+    "/etc/passwd", "../../etc/passwd", "manifests/../../x.json",
+    "manifests/order-999999999499.step-000000000500.6-beefbeef-0.json\n",
     "data/step-000000000500.6-beefbeef-0/rank-00000.safetensors", "tombstones/step-000000000500.6-beefbeef-0.json",
     "manifests/epochs/00000007.cafecafe.json", "run.json", "", None, 7, True, [], {}, ["x"], 1.5,
 ]  # fmt: skip
@@ -198,7 +199,9 @@ def test_an_inheritance_names_manifests_of_ours_and_nothing_else(key: Any) -> No
         epochs.load_inheritance(EPOCH.inheritance, changed(LIST.dumps(), {"inherited": [*good, key]}))
 
 
-@pytest.mark.parametrize("inherited", [None, {}, "manifests/step-000000000500.6-beefbeef-0.json", 7, ...])
+@pytest.mark.parametrize(
+    "inherited", [None, {}, "manifests/order-999999999499.step-000000000500.6-beefbeef-0.json", 7, ...]
+)
 def test_an_inheritance_without_a_list_is_refused(inherited: Any) -> None:
     with pytest.raises(FormatError, match="inherited"):
         epochs.load_inheritance(EPOCH.inheritance, changed(LIST.dumps(), {"inherited": inherited}))

@@ -165,7 +165,7 @@ def test_a_dcp_directory_that_needs_code_is_refused_and_none_of_it_runs(tmp_path
     result = run(source, tmp_path / "root")
     assert isinstance(result.exception, ForeignFormatError)
     assert not (tmp_path / "boom").exists()
-    assert not list((tmp_path / "root").glob("manifests/step*"))
+    assert not list((tmp_path / "root").glob("manifests/order-*"))
 
 
 # --- damage -------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_a_damaged_folder_is_refused_by_name_and_nothing_is_committed(tmp_path: 
     result = run(source, tmp_path / "root")
     assert isinstance(result.exception, ForeignFormatError)
     assert expected in str(result.exception)
-    assert not list((tmp_path / "root").glob("manifests/step*"))
+    assert not list((tmp_path / "root").glob("manifests/order-*"))
 
 
 def test_an_import_that_was_cut_short_goes_on_under_its_attempt_and_sends_no_shard_twice(tmp_path: Path) -> None:

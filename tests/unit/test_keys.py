@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dcpsvc.format import keys
-from dcpsvc.format.keys import Attempt
+from dcpsvc.format.keys import Attempt, Epoch
 
 steps = st.integers(0, keys.MAX_STEP)
 names = st.from_regex(r"[0-9a-z](?:[0-9a-z-]{0,62}[0-9a-z])?", fullmatch=True)
@@ -15,7 +15,7 @@ attempts = st.builds(Attempt, steps, names)
 ranks = st.integers(0, 10**6)
 
 GOOD_SHARD = "data/step-000000000500.cafe-0/rank-00003.safetensors"
-GOOD_MANIFEST = "manifests/step-000000000500.cafe-0.json"
+GOOD_MANIFEST = "manifests/order-999999999499.step-000000000500.cafe-0.json"
 GOOD_LAYOUT = f"layouts/{'0123456789abcdef' * 2}.json"
 
 HOSTILE = [
@@ -58,11 +58,13 @@ HOSTILE = [
     "data/step-000000000500.cafe-0/rank--0003.safetensors",
     "data/step-000000000500.cafe-0/rank-00003.safetensors.tmp",
     "data/step-000000000500.cafe-0/rank-00003.pt",
-    "manifests/step-000000000500.cafe-0",
-    "manifests/step-000000000500.cafe-0.json.tmp",
-    "manifests/x/step-000000000500.cafe-0.json",
-    "manifests/step-000000000500.json",
-    "manifests\\step-000000000500.cafe-0.json",
+    "manifests/order-999999999499.step-000000000500.cafe-0",
+    "manifests/order-999999999499.step-000000000500.cafe-0.json.tmp",
+    "manifests/x/order-999999999499.step-000000000500.cafe-0.json",
+    "manifests/order-999999999499.step-000000000500.json",
+    "manifests/order-999999999498.step-000000000500.cafe-0.json",
+    "manifests/step-000000000500.cafe-0.json",
+    "manifests\\order-999999999499.step-000000000500.cafe-0.json",
     "layouts/0123456789ABCDEF0123456789ABCDEF.json",
     "layouts/0123456789abcdef.json",
     f"layouts/{'0' * 33}.json",
@@ -111,15 +113,18 @@ def test_whatever_is_taken_for_a_shard_stays_below_its_attempt(key: str) -> None
         assert keys.attempt_of(key) == keys.attempt_below(key)
 
 
-@pytest.mark.parametrize("key", ["manifests/step-000000000500.cafe-0.json", "layouts/x", "data/x/y", "x/data/"])
+@pytest.mark.parametrize("key", [GOOD_MANIFEST, "layouts/x", "data/x/y", "x/data/"])
 def test_only_a_data_folder_is_a_folder_of_an_attempt(key: str) -> None:
     assert keys.attempt_below(key) is None
 
 
 @given(st.lists(attempts, min_size=2))
-def test_attempts_sort_by_step_as_their_names_do(found: list[Attempt]) -> None:
+def test_attempts_sort_by_step_and_their_manifests_with_the_newest_first_behind_the_claims(
+    found: list[Attempt],
+) -> None:
     assert [attempt.step for attempt in sorted(found)] == sorted(attempt.step for attempt in found)
-    assert [a.step for a in sorted(found)] == [a.step for a in sorted(found, key=lambda a: a.manifest)]
+    assert [a.step for a in sorted(found)] == [a.step for a in sorted(found, key=lambda a: a.manifest, reverse=True)]
+    assert min(attempt.manifest for attempt in found) > Epoch(keys.MAX_EPOCH, "ffffffff").inheritance
 
 
 def test_the_example_in_the_documentation_is_what_we_write() -> None:

@@ -115,7 +115,7 @@ def test_what_was_deleted_at_the_run_root_does_not_wait_for_an_upload_though_a_d
         for step in (1, 2):
             ckpt.save(step).wait(30)
     retain.remove(open_root(root), discover.committed(open_root(root))[0], lambda: True)
-    assert len(list(local.glob("*/manifests/step-*"))) == 2
+    assert len(list(local.glob("*/manifests/*.step-*"))) == 2
     assert [each["step"] for each in told_json("ls", root, "--local", local)] == [2]
 
 
@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_is_not_fetched(copy, tmp_path):
     done = shell("fetch", copy.root, 10, tmp_path / "copy")
     assert done.returncode == 1
     assert shard.name in done.stderr
-    assert not list((tmp_path / "copy").rglob("step-*.json"))
+    assert not list((tmp_path / "copy").rglob("*step-*.json"))
 
 
 def test_a_directory_of_another_run_is_refused_as_a_place_to_fetch_to(run, tmp_path):

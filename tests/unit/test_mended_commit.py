@@ -40,7 +40,7 @@ def error(kind: type[Exception]) -> Exception:
 
 
 def is_manifest(key: str) -> bool:
-    return key.startswith(f"{keys.MANIFESTS}step-")
+    return key.startswith(keys.COMMITS)
 
 
 class Faults:

@@ -142,7 +142,7 @@ def test_a_layout_nested_too_deep_is_only_ever_a_layout_error(depth: int, place:
 
 def relay(root: Path, step: int, change: Callable[[list[Any]], None]) -> None:
     """Give a commit another layout, sealed like ours, in which the first chunk of ``x`` lies elsewhere."""
-    (path,) = (root / "manifests").glob(f"step-{step:012d}.*")
+    (path,) = (root / "manifests").glob(f"*.step-{step:012d}.*")
     found = json.loads(path.read_bytes())
     content = json.loads((root / "layouts" / f"{found['layout']['digest']}.json").read_bytes())
     change(content["tensors"]["x"][2][0])

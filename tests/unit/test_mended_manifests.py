@@ -28,7 +28,7 @@ BAD_METRICS = [[], {}, [1.5], None, True, "1.5", "hello", 10**400, -(10**400), 2
 
 
 def seal_again(root: Path, step: int, change: dict[str, Any]) -> None:
-    (path,) = (root / "manifests").glob(f"step-{step:012d}.*")
+    (path,) = (root / "manifests").glob(f"*.step-{step:012d}.*")
     found = json.loads(path.read_bytes()) | change
     del found["digest"]
     path.write_bytes(manifest.seal(found))
@@ -94,7 +94,7 @@ def two_commits_of_step_5(tmp_path: Path) -> tuple[Path, list[str]]:
     shutil.copytree(root, twin)
     save(tmp_path, {"x": torch.full((2,), 1.0)}, step=5)
     save(tmp_path / "twin", {"x": torch.full((2,), 2.0)}, step=5)
-    attempts = [next((place / "manifests").glob("step-000000000005.*")).stem for place in (root, twin)]
+    attempts = [next((place / "manifests").glob("*.step-000000000005.*")).stem for place in (root, twin)]
     shutil.copytree(twin, root, dirs_exist_ok=True)
     shutil.rmtree(root / "manifests" / "epochs")  # which would say that one of the two does not count
     return root, attempts

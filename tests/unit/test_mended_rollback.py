@@ -96,7 +96,7 @@ def local_attempts(folder: Path, rank: int = 0) -> tuple[list[str], list[str]]:
     """Attempts of a rank on the local tier: those with a shard, those with a manifest."""
     local = folder / "local"
     shards = sorted(path.parent.name for path in local.glob(f"*/data/*/rank-{rank:05d}.safetensors"))
-    return shards, sorted(path.stem for path in local.glob("*/manifests/*"))
+    return shards, sorted(path.stem.partition(".")[2] for path in local.glob("*/manifests/*"))
 
 
 @pytest.mark.parametrize("keep", [Everything(), Latest(10), Latest(1)])

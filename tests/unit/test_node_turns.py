@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import dcpsvc
-from dcpsvc.config import Limits
+from dcpsvc.config import Limits, Options, outside_a_job
 from dcpsvc.storage.nodeturns import NodeTurns
 from dcpsvc.storage.pace import Pace
 
@@ -151,7 +152,40 @@ def test_nobody_waits_for_a_turn_when_all_is_over(rank: Rank, tmp_path: Path) ->
 
 
 def test_where_the_files_cannot_be_made_nobody_waits(tmp_path: Path) -> None:
-    turns = NodeTurns(tmp_path / "no such local tier" / "turns", 1)
+    turns = NodeTurns(tmp_path / "no such disk" / "local" / "turns", 1)
     with turns.turn(), turns.turn():
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_outside_a_job_takes_turns_where_jobs_do_though_none_has_been_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCPSVC_LOCAL", str(tmp_path / "local"))
+    limits, waited = outside_a_job(), threading.Event()
+    assert limits.node_folder == Options().local_dir / "turns"
+
+    def give_up(_: float) -> bool:
+        waited.set()
+        return True
+
+    job = NodeTurns(tmp_path / "local" / "turns", 32, pause=give_up)
+    with contextlib.ExitStack() as taken:
+        taken.enter_context(Pace(limits).turn(1))
+        for _ in range(31):
+            taken.enter_context(job.turn())
+        assert not waited.is_set()
+        taken.enter_context(job.turn())
+        assert waited.is_set()
+    assert (tmp_path / "local").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_somebody_else_in_tmp_is_not_touched(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "local").mkdir()
+    try:
+        os.chown(tmp_path / "local", os.geteuid() + 1, -1)
+    except PermissionError:
+        pytest.skip("only root can make a folder of somebody else")
+    with NodeTurns(tmp_path / "local" / "turns", 1).turn():
+        assert list((tmp_path / "local").iterdir()) == []

@@ -267,7 +267,7 @@ def test_only_own_shards_of_committed_checkpoints_go_and_what_is_kept_stays(
     assert freed(0, {OLD, MIDDLE, NEW}, {NEW}) == 2 * (100 + 102)  # those of rank 2, which is no more, as well
 
     assert left(local) == [(1, "1"), (2, "1"), (3, "0"), (3, "1"), (3, "2"), (4, "0"), (4, "1"), (4, "2")]
-    assert [entry.key for entry in local.list("manifests/")] == [NEW.manifest, OTHER.manifest]
+    assert {entry.key for entry in local.list("manifests/")} == {NEW.manifest, OTHER.manifest}
 
 
 def test_what_is_not_known_to_be_committed_never_goes(local: Reluctant, freed: Callable[..., int]) -> None:

@@ -86,7 +86,7 @@ def test_a_resume_under_another_torch_says_so_and_goes_on(tmp_path: Path, caplog
     save(tmp_path, {"x": torch.ones(1)}, step=3)
     assert resume(tmp_path, {"x": torch.zeros(1)}) == 3
     assert "torch was" not in caplog.text
-    (path,) = (tmp_path / "root" / "manifests").glob("step-*.json")
+    (path,) = (tmp_path / "root" / "manifests").glob("*.step-*.json")
     key = f"manifests/{path.name}"
     older = dataclasses.replace(manifest.loads(key, path.read_bytes()), versions={"torch": "1.0"})
     path.write_bytes(older.dumps())

@@ -441,8 +441,8 @@ def save_once(life: Life, tiers: Tiers, attempt: Attempt, ledger: Ledger) -> Sav
 
 
 STOPS = [
-    "", "create manifests/step", "create manifests/epochs", "create tombstones", "delete", "delete data", "list data",
-    "list manifests", "list tombstones", "put_file", "get manifests/step", "its end",
+    "", "create manifests/order", "create manifests/epochs", "create tombstones", "delete", "delete data", "list data",
+    "list manifests", "list tombstones", "put_file", "get manifests/order", "its end",
 ]  # fmt: skip
 SCENES = st.tuples(
     st.sampled_from([0, 0, 1, 1, 2, 2, 3]), st.sampled_from(STOPS), st.sampled_from([False] * 6 + [True])

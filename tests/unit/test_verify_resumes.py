@@ -107,7 +107,7 @@ def test_a_shard_whose_manifest_was_replaced_is_read_again(root, tmp_path):
     twin = tmp_path / "twin"
     shutil.copytree(root, twin)
     killed(twin, 3)
-    path = min((twin / "manifests").glob("step-*"))
+    path = max((twin / "manifests").glob("order-*"))
     found = manifests.loads(f"manifests/{path.name}", path.read_bytes())
     path.write_bytes(replace(found, metrics={"new": 1.0}).dumps())
     assert read_again(twin) == 3

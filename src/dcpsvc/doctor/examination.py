@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from dcpsvc import preflight
+from dcpsvc import identity, preflight
 from dcpsvc.doctor import machine, place, rehearsal
 from dcpsvc.doctor.findings import Finding, Verdict, broken, merged, ok, worst
 from dcpsvc.doctor.forecast import Forecast, Measured, forecast
@@ -144,9 +144,11 @@ def _examine(job: Job, plan: Plan) -> Any:
     measured: Measured | None = None
     try:
         store = open_store(root, plan.options)
+        if plan.root is not None:
+            identity.check_folder(open_store(plan.root, plan.options))
     except DcpsvcError as err:
-        findings.append(broken("run root", err, "check the path or URL, and -o KEY=VALUE"))
         store = None
+        findings.append(broken("run root", err, "check the path or URL, and -o KEY=VALUE"))
     findings += _look_at(job, store, token, meeting)
     if store is not None:
         more, measured = rehearsal.rehearse(

@@ -3,7 +3,7 @@
 ::
 
     run.json
-    manifests/step-000000000500.<attempt>.json
+    manifests/order-999999999499.step-000000000500.<attempt>.json
     manifests/epochs/00000007.<token>.json            one start of a job has taken the run root over
     manifests/epochs/00000007.<token>.inherited.json  what was committed then
     layouts/<digest>.json
@@ -17,6 +17,10 @@
     probes/<token>
     lineage/step-000000000500.<attempt>.json          where a checkpoint comes from that no training step wrote
     events/<start>-<token>.rank-00003.00000.jsonl     what one rank of one start of a job has to tell, in segments
+
+Listings come in the order of the names and, at S3, 1,000 at a time. So the name of a manifest begins with a number that
+falls while the step grows, and claims sort before manifests: the first page of one LIST has every claim, and the newest
+manifests, however many there are.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import NamedTuple
 RUN = "run.json"
 MANIFESTS = "manifests/"
 EPOCHS = f"{MANIFESTS}epochs/"
+COMMITS = f"{MANIFESTS}order-"
 LAYOUTS = "layouts/"
 DATA = "data/"
 METRICS = "metrics/"
@@ -44,7 +49,7 @@ MAX_UNTIL_S = 10**12 - 1
 
 _ATTEMPT = r"[0-9a-z](?:[0-9a-z-]{0,62}[0-9a-z])?"
 _NAME = rf"step-(?P<step>[0-9]{{12}})\.(?P<attempt>{_ATTEMPT})"
-_MANIFEST = re.compile(rf"{MANIFESTS}{_NAME}\.json")
+_MANIFEST = re.compile(rf"{COMMITS}(?P<order>[0-9]{{12}})\.{_NAME}\.json")
 _TOMBSTONE = re.compile(rf"{TOMBSTONES}{_NAME}\.json")
 _SHARD = re.compile(rf"{DATA}{_NAME}/rank-(?P<rank>[0-9]{{5,}})\.safetensors")
 _FOLDER = re.compile(rf"{DATA}{_NAME}/")
@@ -106,7 +111,7 @@ class Attempt(NamedTuple):
     @property
     def manifest(self) -> str:
         """Key of the commit record."""
-        return f"{MANIFESTS}{self}.json"
+        return f"{COMMITS}{MAX_STEP - self.step:012d}.{self}.json"
 
     @property
     def tombstone(self) -> str:
@@ -166,7 +171,8 @@ def attempt_of(key: str) -> Attempt | None:
     """The attempt a manifest, tombstone or shard key belongs to; None for a name that is not ours."""
     for pattern in (_MANIFEST, _SHARD, _TOMBSTONE):
         if match := pattern.fullmatch(key):
-            return Attempt(int(match["step"]), match["attempt"])
+            found = Attempt(int(match["step"]), match["attempt"])
+            return found if pattern is not _MANIFEST or key == found.manifest else None
     return None
 
 

@@ -67,6 +67,6 @@ def fetch(
         try:
             for _ in pool.map(lambda each: each(), work(done)):
                 pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what is not begun need not be: it is over
+        except BaseException:  # an interrupt too: what is not begun need not be
+            pool.shutdown(cancel_futures=True)
             raise

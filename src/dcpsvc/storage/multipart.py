@@ -111,7 +111,7 @@ class Sender:
             self._carry(upload, file, work)
             self._complete(upload, work.parts)
             self._check_whole(path, nbytes, work.parts)
-        except BaseException as err:
+        except BaseException as err:  # an interrupt too: what has arrived would stay, and cost
             self.control.abort(path, upload.id)
             # A server that copies, and then does not make an object of it.
             if not (isinstance(err, StoreError) and work.is_done and work.nbytes.keys() - {How.SENT}):
@@ -230,7 +230,7 @@ class Sender:
         def attempt() -> None:
             try:
                 self.control.complete(upload.path, upload.id, listed)
-            except Exception as err:
+            except Exception as err:  # every library below has an error tree of its own
                 # A completion whose answer was lost: whether it happened, the object itself will tell.
                 if not (is_gone(err) and self._is_whole(upload.path, parts)):
                     raise from_remote_error("put_file", f"s3://{upload.path}", err) from err
@@ -238,7 +238,7 @@ class Sender:
         self.retry().run(attempt)
 
     def _is_whole(self, path: str, parts: list[Part]) -> bool:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # whatever it is, it is not known to be whole
             self._check_whole(path, sum(part.nbytes for part in parts), parts)
             return True
         return False

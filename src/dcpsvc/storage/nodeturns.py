@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -11,6 +12,8 @@ import socket
 import threading
 import time
 from typing import TYPE_CHECKING
+
+from dcpsvc.storage.posixfile import stranger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -33,7 +36,7 @@ class NodeTurns:
     one beyond the number; and where the files cannot be made nobody waits.
 
     Args:
-        folder: Of the local tier; its parent must be there at the first turn.
+        folder: Of the local tier.
         count: Of the turns.
         pause: Waits so many seconds; True, at once, if all is over.
         patience_s: See above.
@@ -69,8 +72,7 @@ class NodeTurns:
     def _take(self) -> int:
         deadline = time.monotonic() + self._patience_s
         try:
-            self._folder.parent.mkdir(exist_ok=True)
-            self._folder.mkdir(exist_ok=True)
+            self._make_folder()
             while (found := self._try_each()) is None:
                 if time.monotonic() > deadline and not self._taken:
                     _log.info("event=turn_beyond_the_number of=%d waited_s=%.1f", self._count, self._patience_s)
@@ -81,6 +83,14 @@ class NodeTurns:
             _log.info("event=turns_not_shared folder=%s because=%s", self._folder, err)
             return _BEYOND
         return found
+
+    def _make_folder(self) -> None:
+        tier = self._folder.parent.parent
+        tier.mkdir(mode=0o700, exist_ok=True)  # where no job has been yet
+        if (owner := stranger(tier)) is not None:  # who could make links of the files
+            raise PermissionError(errno.EPERM, f"the folder belongs to user {owner}", str(tier))
+        self._folder.parent.mkdir(exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
 
     def _try_each(self) -> int | None:
         first = random.randrange(self._count)  # noqa: S311 - no secret

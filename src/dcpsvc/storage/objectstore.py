@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from dcpsvc.config import Limits
-from dcpsvc.errors import StoreNotFoundError, StoreUnavailableError
+from dcpsvc.errors import StoreAccessError, StoreNotFoundError, StoreUnavailableError
 from dcpsvc.storage.base import Entry
 from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.names import check_key, check_prefix, is_temp, redact
 from dcpsvc.storage.oserror import local_file_error
+from dcpsvc.storage.paging import Page
 from dcpsvc.storage.ranges import check_end, check_length, check_limit, check_range
 from dcpsvc.storage.remoteerror import from_remote_error, secrets_in
 from dcpsvc.storage.wire import open_wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from dcpsvc.storage.base import Credentials
@@ -137,8 +138,22 @@ class ObjectStore:
         check_prefix("list", prefix)
         with self._translated("list", prefix):
             found = list(self._wire.listing(self._root, prefix))
-        entries = (self._entry(name, nbytes) for name, nbytes in found)
-        return sorted(entry for entry in entries if entry and entry.key.startswith(prefix))
+        return sorted(self._entries(found, prefix))
+
+    def list_page(self, prefix: str, after: str) -> Page:
+        """See :meth:`PagingStore.list_page <dcpsvc.storage.paging.PagingStore.list_page>`."""
+        check_prefix("list", prefix)
+        with self._translated("list", prefix):
+            found, after = self._wire.page(self._root, prefix, after)
+        return Page([*self._entries(found, prefix)], after)
+
+    def is_file(self) -> bool:
+        """See :class:`PlacedStore <dcpsvc.storage.placed.PlacedStore>`. One request."""
+        try:
+            with self._translated("size", ""):
+                return self._wire.is_file(self._root)
+        except (StoreNotFoundError, StoreAccessError):
+            return False
 
     def size(self, key: str) -> int:
         """See :meth:`Store.size <dcpsvc.storage.base.Store.size>`."""
@@ -200,12 +215,15 @@ class ObjectStore:
     def _translated(self, operation: str, key: str) -> Generator[None]:
         try:
             yield
-        # Every client library below fsspec has an error tree of its own, and some raise bare Exceptions.
-        except Exception as err:
+        except Exception as err:  # every library below has an error tree of its own, and some raise bare Exceptions
             translated = from_remote_error(operation, self._where(key), err, self._secrets)
             if translated is err:
                 raise
             raise translated from err
+
+    def _entries(self, found: Iterable[tuple[str, int]], prefix: str) -> Iterator[Entry]:
+        entries = (self._entry(name, nbytes) for name, nbytes in found)
+        return (entry for entry in entries if entry and entry.key.startswith(prefix))
 
     def _entry(self, name: str, nbytes: int) -> Entry | None:
         # fsspec's file systems disagree about a leading slash.

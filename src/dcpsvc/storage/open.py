@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from dcpsvc.config import outside_a_job
 from dcpsvc.errors import RootError, StoreError
 from dcpsvc.storage.memory import MemoryStore
 from dcpsvc.storage.names import redact
@@ -45,7 +46,7 @@ def open_store(
             own.
         storage_options: What fsspec takes for that protocol, such as ``endpoint_url``, ``key`` and ``secret``.
         stop: Once set, nothing is tried again.
-        limits: How hard to work an object store.
+        limits: How hard to work an object store; None: as hard as processes outside a job may together.
 
     Raises:
         RootError: The URL names no place that can hold a run, or the package for its protocol is missing.
@@ -53,11 +54,12 @@ def open_store(
     # tenacity is not needed to only import this module.
     from dcpsvc.storage.retry import RetryingStore
 
+    limits = limits or outside_a_job()
     store = _open(os.fspath(url), storage_options or {}, limits, stop) if isinstance(url, str | os.PathLike) else url
-    return RetryingStore(store, stop=stop)
+    return RetryingStore(store, stop=stop, deadline_s=limits.patience_s)
 
 
-def _open(url: str, options: Mapping[str, Any], limits: Limits | None, stop: threading.Event | None) -> Store:
+def _open(url: str, options: Mapping[str, Any], limits: Limits, stop: threading.Event | None) -> Store:
     if not url:
         raise RootError("run root", "it is empty; give a directory or a URL such as s3://bucket/prefix")
     if "\0" in url:
@@ -95,7 +97,7 @@ def _memory_name(url: str) -> str:
 
 
 def _open_remote(
-    protocol: str, url: str, options: Mapping[str, Any], limits: Limits | None, stop: threading.Event | None
+    protocol: str, url: str, options: Mapping[str, Any], limits: Limits, stop: threading.Event | None
 ) -> Store:
     shown = redact(url)
     if "::" in url or protocol in _NO_PLACE:

@@ -143,6 +143,10 @@ class PosixStore:
         with self._translated("list", prefix):
             return sorted(_walk(folder, prefix))
 
+    def is_file(self) -> bool:
+        """See :class:`PlacedStore <dcpsvc.storage.placed.PlacedStore>`."""
+        return self._root.is_file()
+
     def size(self, key: str) -> int:
         """See :meth:`Store.size <dcpsvc.storage.base.Store.size>`."""
         with self._opened("size", key) as (_, nbytes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from dcpsvc.storage.names import temp_name
@@ -42,6 +43,12 @@ def make_directory(directory: Path) -> None:
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
     sync_directory(directory.parent)
+
+
+def stranger(directory: Path) -> int | None:
+    """Who else made a directory where everybody may make one, such as /tmp; None if it is this user's own."""
+    sticky, owner = directory.parent.stat().st_mode & stat.S_ISVTX, directory.stat().st_uid
+    return owner if sticky and owner != os.geteuid() else None
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:

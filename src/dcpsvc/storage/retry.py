@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from dataclasses import replace
@@ -25,7 +24,9 @@ from dcpsvc.storage.base import (
 )
 from dcpsvc.storage.cargo import Cargo
 from dcpsvc.storage.conflict import holds
-from dcpsvc.storage.tries import count_one
+from dcpsvc.storage.paging import list_page
+from dcpsvc.storage.patience import Patience, log_retry
+from dcpsvc.storage.placed import is_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
     from dcpsvc.storage.base import Credentials, Entry, Store
     from dcpsvc.storage.cargo import Carried
+    from dcpsvc.storage.paging import Page
 
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
 _FIRST_WAIT_S = 0.5
 _ENDLESS = 10**9
 
@@ -71,7 +72,7 @@ class Retry:
         self._wait = tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=wait_max_s)
 
     def run(self, call: Callable[[], T]) -> T:
-        """What ``call`` gives in the end; its last error if there is no end."""
+        """What ``call`` gives in the end; its last error if there is no end, and how long it was tried."""
         try:  # by far the most calls succeed, and many of them cost less than making ready for another try
             return call()
         except StoreError as err:
@@ -87,21 +88,26 @@ class Retry:
         return self._patiently(once_more)
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        patience = _Patience(self._clock, self._tries, self._deadline_s, self._stop)
+        patience = Patience(self._clock, self._tries, self._deadline_s, self._stop)
 
         def pause(seconds: float) -> None:
             # Raising here is the only way to make no further try: tenacity tries once more after every pause.
             if self._pause(seconds) and patience.last:
                 raise patience.last
 
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(patience.forgives),
-            stop=patience.is_over,
-            wait=self._wait,
-            sleep=pause,
-            before_sleep=_log_retry,
-            reraise=True,
-        )(call)
+        try:
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception(patience.forgives),
+                stop=patience.is_over,
+                wait=self._wait,
+                sleep=pause,
+                before_sleep=log_retry,
+                reraise=True,
+            )(call)
+        except StoreError as err:
+            if self._stop.is_set() or (told := patience.told(err)) is err:
+                raise
+            raise told from err
 
 
 class RetryingStore:
@@ -213,6 +219,10 @@ class RetryingStore:
         """See :meth:`Store.list <dcpsvc.storage.base.Store.list>`."""
         return self._retry.run(lambda: self._store.list(prefix))
 
+    def list_page(self, prefix: str, after: str) -> Page:
+        """See :meth:`PagingStore.list_page <dcpsvc.storage.paging.PagingStore.list_page>`."""
+        return self._retry.run(lambda: list_page(self._store, prefix, after))
+
     def size(self, key: str) -> int:
         """See :meth:`Store.size <dcpsvc.storage.base.Store.size>`."""
         return self._retry.run(lambda: self._store.size(key))
@@ -229,6 +239,10 @@ class RetryingStore:
         """See :meth:`FleetingStore.delete_fleeting <dcpsvc.storage.base.FleetingStore.delete_fleeting>`."""
         self._retry.run(lambda: delete_fleeting(self._store, key))
 
+    def is_file(self) -> bool:
+        """See :class:`PlacedStore <dcpsvc.storage.placed.PlacedStore>`; False if it is no such store."""
+        return self._retry.run(lambda: is_file(self._store))
+
     def credentials(self) -> Credentials | None:
         """See :meth:`SigningStore.credentials <dcpsvc.storage.base.SigningStore.credentials>`; None if it has none."""
         return self._store.credentials() if isinstance(self._store, SigningStore) else None
@@ -240,30 +254,6 @@ class RetryingStore:
     def remove_unfinished(self, before: str | float, *, dry_run: bool = False) -> int:
         """See :meth:`Store.remove_unfinished <dcpsvc.storage.base.Store.remove_unfinished>`."""
         return self._retry.run(lambda: self._store.remove_unfinished(before, dry_run=dry_run))
-
-
-class _Patience:
-    """How much of it one operation has left."""
-
-    def __init__(self, clock: Callable[[], float], tries: int, deadline_s: float, stop: threading.Event) -> None:
-        self._clock, self._tries, self._deadline_s, self._stop = clock, tries, deadline_s, stop
-        self._failing_since: float | None = None
-        self.last: StoreError | None = None
-
-    def forgives(self, err: BaseException) -> bool:
-        """Whether an error is worth another try at all."""
-        if not (isinstance(err, StoreError) and err.transient):
-            return False
-        self.last = err
-        if self._failing_since is None:
-            self._failing_since = self._clock()
-        return True
-
-    def is_over(self, state: tenacity.RetryCallState) -> bool:
-        """Whether the try that just failed was the last."""
-        failing_s = 0.0 if self._failing_since is None else self._clock() - self._failing_since
-        late = failing_s + state.upcoming_sleep > self._deadline_s
-        return late or state.attempt_number >= self._tries or self._stop.is_set()
 
 
 class _Reported:
@@ -289,9 +279,3 @@ class _Reported:
                 progress(news)
 
         return more
-
-
-def _log_retry(state: tenacity.RetryCallState) -> None:
-    count_one()
-    error = state.outcome.exception() if state.outcome else None
-    _log.warning("event=store_retry attempt=%d wait_s=%.2f error=%s", state.attempt_number, state.upcoming_sleep, error)

@@ -68,6 +68,14 @@ class Control:
             raise from_remote_error("put_file", f"s3://{path}", err) from err
         return dict(answer.get("CopyPartResult") or {})  # nothing, where the server knows no copying
 
+    def names(self, path: str, after: str) -> tuple[list[tuple[str, int]], str]:
+        """A page of the objects whose path begins so, with their sizes; and what to ask for the next one with."""
+        bucket, _, key = path.partition("/")
+        more = {"ContinuationToken": after} if after else {}
+        page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, **more, timeout=CONTROL_S)
+        found = [(f"{bucket}/{one['Key']}", int(one["Size"])) for one in page.get("Contents") or []]
+        return found, str(page["NextContinuationToken"]) if page.get("IsTruncated") else ""
+
     def unfinished(self, path: str) -> Iterator[Mapping[str, Any]]:
         """Multipart uploads to objects whose path begins so."""
         for page in self._pages("list_multipart_uploads", path, ("KeyMarker", "UploadIdMarker"), {}):

@@ -18,7 +18,7 @@ from dcpsvc.storage.pace import Pace
 from dcpsvc.storage.remoteerror import answer_of, from_remote_error
 from dcpsvc.storage.retry import Retry
 from dcpsvc.storage.s3control import CONTROL_S, Control
-from dcpsvc.storage.wire import BlobWire, files
+from dcpsvc.storage.wire import BlobWire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -125,20 +125,29 @@ class S3Wire(BlobWire):
             return super().size(path)
         except FileNotFoundError:
             raise
-        except Exception as err:
+        except Exception as err:  # every library below has an error tree of its own
             # The answer to a HEAD has no body, so it cannot say why; that to a GET has one.
             answer = answer_of(err)
             if answer and answer.status in _REFUSED:
                 self._fs.cat_file(path, start=0, end=1, **self._within(0))
             raise
 
+    def is_file(self, path: str) -> bool:
+        """See :class:`Wire`; a bucket is none."""
+        return "/" in path and bool(self._control.head(path))
+
     def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
-        """See :class:`Wire`; here FileNotFoundError means that there is no such bucket, so it is raised."""
-        if prefix:
-            # With a prefix s3fs asks once; without, an empty answer costs two more requests.
-            yield from files(self._fs.find(root, prefix=prefix, detail=True, **self._within(0)))
-        else:
-            yield from files(self._fs.find(root, detail=True, **self._within(0)))
+        """See :class:`Wire`; a request for each page, and FileNotFoundError where there is no such bucket."""
+        after = ""
+        while True:
+            found, after = self.page(root, prefix, after)
+            yield from found
+            if not after:
+                return
+
+    def page(self, root: str, prefix: str, after: str) -> tuple[list[tuple[str, int]], str]:
+        """See :class:`Wire`."""
+        return self._control.names(f"{root}/{prefix}", after)
 
     def credentials(self) -> Credentials | None:
         """See :class:`Wire`."""

@@ -14,11 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dcpsvc.storage.cargo import Carried
-from dcpsvc.storage.names import temp_name
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dcpsvc.config import Limits
     from dcpsvc.storage.base import Credentials
@@ -69,8 +68,16 @@ class Wire(Protocol):
         """Bytes of an object; FileNotFoundError where there is none."""
         ...
 
+    def is_file(self, path: str) -> bool:
+        """Whether there is an object, or a file, of that very name; FileNotFoundError is a fine answer."""
+        ...
+
     def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
         """Paths and sizes of all objects below ``root/prefix``; nothing where nobody has written."""
+        ...
+
+    def page(self, root: str, prefix: str, after: str) -> tuple[list[tuple[str, int]], str]:
+        """What one request tells of a listing, and what the next one begins after; empty at both ends."""
         ...
 
     def delete(self, path: str) -> None:
@@ -102,6 +109,8 @@ def open_wire(url: str, options: Mapping[str, Any], limits: Limits, stop: thread
     if protocol in _WHOLE_PUT:
         fs, root = _file_system(url, {**options, "use_listings_cache": False})
         return BlobWire(fs), root
+    from dcpsvc.storage.filewire import FileWire
+
     fs, root = _file_system(url, options)
     return FileWire(fs), root
 
@@ -169,11 +178,20 @@ class BlobWire:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return int(info["size"])
 
+    def is_file(self, path: str) -> bool:
+        """See :class:`Wire`."""
+        return self.size(path) >= 0
+
     def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
         """See :class:`Wire`."""
         self._fs.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             yield from files(self._fs.find(f"{root}/{prefix}", detail=True))
+
+    def page(self, root: str, prefix: str, after: str) -> tuple[list[tuple[str, int]], str]:
+        """See :class:`Wire`; everything: pages are the library's business."""
+        del after
+        return list(self.listing(root, prefix)), ""
 
     def delete(self, path: str) -> None:
         """See :class:`Wire`."""
@@ -200,72 +218,6 @@ class BlobWire:
         """Options that bound one call."""
         del nbytes
         return {}
-
-
-class FileWire(BlobWire):
-    """A file system behind fsspec: directories are made, and files are written aside and moved to their name."""
-
-    def put(self, path: str, data: bytes) -> None:
-        """See :class:`Wire`."""
-        with self._aside(path) as temp:
-            self._fs.pipe_file(temp, data)
-
-    def put_file(self, path: str, cargo: Cargo, nbytes: int) -> Carried:
-        """See :class:`Wire`."""
-        with self._aside(path) as temp:
-            return super().put_file(temp, cargo, nbytes)
-
-    def read(self, path: str, begin: int, end: int) -> bytes:
-        """See :class:`Wire`."""
-        with _directory_is_no_object():
-            return super().read(path, begin, end)
-
-    def delete(self, path: str) -> None:
-        """See :class:`Wire`."""
-        with _directory_is_no_object():
-            super().delete(path)
-
-    def listing(self, root: str, prefix: str) -> Iterator[tuple[str, int]]:
-        """See :class:`Wire`; walked here, since fsspec's own walk takes every failure for an empty directory."""
-        self._fs.invalidate_cache()
-        yield from self._walk(f"{root}/{prefix}".rstrip("/"))
-
-    def _walk(self, folder: str) -> Iterator[tuple[str, int]]:
-        try:
-            found: list[dict[str, Any]] = self._fs.ls(folder, detail=True)
-        except FileNotFoundError:
-            return
-        for info in found:
-            name = str(info["name"])
-            if name.strip("/") == folder.strip("/"):
-                # How fsspec lists a file.
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if info["type"] == "directory":
-                yield from self._walk(name.rstrip("/"))
-            elif info["type"] == "file":
-                yield name, int(info["size"])
-
-    @contextlib.contextmanager
-    def _aside(self, path: str) -> Generator[str]:
-        parent = path.rpartition("/")[0]
-        temp = f"{parent}/{temp_name()}"
-        self._fs.makedirs(parent, exist_ok=True)
-        try:
-            yield temp
-            self._fs.mv(temp, path)
-        except BaseException:
-            # A temporary name that stays is never listed, and must not hide what went wrong before.
-            with contextlib.suppress(Exception):
-                self._fs.rm_file(temp)
-            raise
-
-
-@contextlib.contextmanager
-def _directory_is_no_object() -> Generator[None]:
-    try:
-        yield
-    except IsADirectoryError as err:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from err
 
 
 def files(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcpsvc import fence, sidefiles
+from dcpsvc import fence, identity, sidefiles
 from dcpsvc.errors import DestinationError, FormatError, StoreNotFoundError
 from dcpsvc.format import keys, run
 from dcpsvc.format.layout import MAX_NBYTES as MAX_LAYOUT_NBYTES
@@ -93,13 +93,11 @@ def copy(
 def _take_identity(source: Store, target: Store) -> str:
     ours = source.get(keys.RUN, max_nbytes=run.MAX_NBYTES)
     wanted = run.loads(source.url, ours).run_id
-    try:
-        found = run.loads(target.url, target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id
-    except StoreNotFoundError:
+    found = identity.find(target)
+    if found is None:
         target.create(keys.RUN, ours)
-        return wanted
-    if found != wanted:
-        raise DestinationError(target.url, f"holds run {found}, not {wanted}")
+    elif found.run_id != wanted:
+        raise DestinationError(target.url, f"holds run {found.run_id}, not {wanted}")
     return wanted
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from dcpsvc import fence
-from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError, StoreNotFoundError
+from dcpsvc import fence, identity
+from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError
 from dcpsvc.format import keys, run
 from dcpsvc.format.lineage import Lineage
 from dcpsvc.format.parse import compact
@@ -147,9 +147,7 @@ def promote(operation: Operation, target: Store, progress: Callable[[int], None]
 def identity_of(target: Store) -> str:
     """Of the run at a root; made if there is none."""
     mine = run.Run(run_id=secrets.token_hex(6), created=owning.utc_now())
-    try:
-        target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)
-    except StoreNotFoundError:
+    if identity.find(target) is None:
         target.create(keys.RUN, mine.dumps())
     return run.loads(target.url, target.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id
 
