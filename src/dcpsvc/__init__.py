@@ -10,6 +10,7 @@ reader, sharing     what a rank needs of it, and who reads what for whom
 saving, laststep    a save begins on the training thread; the last step is not lost
 blueprint, arenas   what a structure needs once: who writes what and where; memory to copy it into
 uploader, life      the background thread; one save up to its commit: the order of the stages
+contribution        what one rank does for it: what goes wrong becomes a value; ``carrying``: its files
 commits, decision   a checkpoint as the rules see it; what stays and what goes, and why: pure
 keeping             the same for a run root from outside, by the policy that a job has recorded
 retention, catalog  a job's round of deletions after each commit; what is known to be committed

@@ -62,8 +62,8 @@ class Annotator:
         return self._ask(step, functools.partial(sidefiles.pin, self._remote, note=note))
 
     def unpin(self, step: int) -> Future[None]:
-        """See :func:`dcpsvc.sidefiles.unpin`."""
-        return self._ask(step, functools.partial(sidefiles.unpin, self._remote))
+        """See :func:`dcpsvc.sidefiles.unpin_step`."""
+        return self._ask(step, lambda attempt: sidefiles.unpin_step(self._remote, attempt.step))
 
     def steps(self) -> set[int]:
         """What is committed, or may be soon."""

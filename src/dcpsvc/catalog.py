@@ -50,7 +50,7 @@ class Catalog:
         """A commit of this job."""
         self.attempts[found.step] = found.key
         if self.manifests is not None:
-            self.manifests = sorted([*self.manifests, found], key=lambda manifest: manifest.key)
+            self.manifests = sorted([*self.manifests, found], key=lambda one: (one.step, one.key.epoch, one.attempt))
 
     def set_aside(self, resumed: int, *, damaged: bool) -> list[int]:
         """Commits newer than the one resumed neither count for retention nor are deleted by it; says their steps.

@@ -157,7 +157,8 @@ class Options:
     run_log: bool = False
     """Leave a summary of each rank in the run root, every 50 saves and at the end: what every save took, and what
     failed. Until then it is on the local tier; what a killed job left there is taken along by the next start.
-    ``dcpsvc report`` makes a page of it. See :class:`~dcpsvc.observing.runlog.RunLog` for more."""
+    ``dcpsvc report`` makes a page of it. Off, because it is one object a rank each time, which nothing deletes. See
+    :class:`~dcpsvc.observing.runlog.RunLog` for more."""
 
     on_event: Callable[[Event], None] | None = None
     """Called with every life-cycle event of this rank, on whichever thread it happens. Must not block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ def decide(rule: Keep, commits: Sequence[Commit], *, protected: Mapping[Hashable
 
     The newest commit, and the newest that did not diverge; what is pinned, being read, or ``protected``; and whatever
     holds files of one that is kept. Of a step that was committed again, as by an edit, only the last attempt counts for
-    the rule, and the others stay as long as it does.
+    the rule; and if any of its attempts stays, for whatever reason, so do the others: without the last one, the step
+    would silently be again what it was before the edit.
 
     Args:
         rule: What the user asked for.
@@ -45,22 +47,24 @@ def decide(rule: Keep, commits: Sequence[Commit], *, protected: Mapping[Hashable
     for newest, why in ((commits, "newest commit"), ([c for c in commits if not c.diverged], "newest that is sound")):
         if newest:
             keep.setdefault(newest[-1].key, why)
-    for commit in commits:
-        if last[commit.step].key in keep:
-            keep.setdefault(commit.key, f"a later attempt of step {commit.step} stays")
-    _keep_what_they_need(keep, commits)
+    _keep_what_goes_with_them(keep, commits)
     return Decision(keep, {commit.key: _why_not(rule, commit) for commit in commits if commit.key not in keep})
 
 
-def _keep_what_they_need(keep: dict[Hashable, str], commits: Sequence[Commit]) -> None:
-    """A checkpoint whose files another one names stays with it; and so on."""
+def _keep_what_goes_with_them(keep: dict[Hashable, str], commits: Sequence[Commit]) -> None:
+    """The other attempts of a step, and whose files it names, stay with it; and so on."""
     by_key = {commit.key: commit for commit in commits}
+    attempts: defaultdict[int, list[Hashable]] = defaultdict(list)
+    for commit in commits:
+        attempts[commit.step].append(commit.key)
     unseen = [by_key[key] for key in keep]
     while unseen:
-        user = unseen.pop()
-        for key in user.needs:
+        one = unseen.pop()
+        with_it = dict.fromkeys(attempts[one.step], f"another attempt of step {one.step} stays")
+        with_it |= dict.fromkeys(one.needs, f"step {one.step} uses its files")
+        for key, why in with_it.items():
             if key in by_key and key not in keep:
-                keep[key] = f"step {user.step} uses its files"
+                keep[key] = why
                 unseen.append(by_key[key])
 
 

@@ -13,8 +13,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import deadline, fence, outcomes
+from dcpsvc import outcomes
 from dcpsvc.blueprint import Layouts
+from dcpsvc.carrying import Carrier
+from dcpsvc.contribution import Contribution
 from dcpsvc.errors import (
     ClosedError,
     CommitUnknownError,
@@ -31,10 +33,8 @@ from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
 from dcpsvc.lateness import OWN, slowest
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
-from dcpsvc.recovery import known_shard
 from dcpsvc.retention import Retention
 from dcpsvc.stages import ack, commit, upload
-from dcpsvc.state import dcp_quirks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,11 +46,8 @@ if TYPE_CHECKING:
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
     from dcpsvc.settling import OpenRun
-    from dcpsvc.storage.cargo import Carried
 
 T = TypeVar("T")
-
-_CLOSED = "the Checkpointer was closed before the save ended"
 
 
 class Life:
@@ -62,8 +59,9 @@ class Life:
         self.catalog = catalog
         self._layouts = Layouts()
         self.abandoned = threading.Event()
+        self._mine = Contribution(job.rank, self.abandoned)
         self._previous: Save | None = None
-        self._committed: upload.Known | None = None
+        self._carrier = Carrier(job, run, catalog)
         self._replaced_by = ""
         self._sync = Meeting(options.sync_timeout_s)
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
@@ -99,15 +97,15 @@ class Life:
         need = save.proposal.disk if isinstance(save.proposal, ack.Proposal) else None
         agreement = ack.agree(self._job, save.place, save.proposal, self._sync, lambda: self._make_room(save, need))
         self._forget_previous(save)
-        layout = self._guarded(save, "plan", lambda: self._layout(save, agreement))
-        record = self._then(save, "write", layout, lambda _: self._write(save))
+        layout = self._mine.guarded(save, "plan", lambda: self._layout(save, agreement))
+        record = self._mine.then(save, "write", layout, lambda _: self._write(save))
         records = self._acknowledged(save, "local", record)
-        manifest = self._then(
+        manifest = self._mine.then(
             save, "ack", records, lambda acks: self._commit_locally(save, agreement, acks.records, layout)
         )
-        record = self._then(save, "upload", manifest, lambda found: self._upload(save, found, layout))
+        record = self._mine.then(save, "upload", manifest, lambda found: self._upload(save, found, layout))
         records = self._acknowledged(save, "remote", record)
-        manifest = self._then(save, "ack", records, lambda acks: self._acked_remote(save, manifest, acks))
+        manifest = self._mine.then(save, "ack", records, lambda acks: self._acked_remote(save, manifest, acks))
         created = functools.partial(self._created, save, manifest)
         save.may_exist = isinstance(manifest, Manifest)
         published = commit.publish(
@@ -131,7 +129,7 @@ class Life:
             replicas.complete(proposal.said)
             return proposal
 
-        save.proposal = self._tried(save, "stage", complete)
+        save.proposal = self._mine.tried(save, "stage", complete)
 
     def check_room(self, nbytes: int | None) -> None:
         """Whether the local disks can take a first save. Collective; before the first step.
@@ -153,47 +151,18 @@ class Life:
             raise RootError(str(path), "; ".join(map(str, err.failures)) or f"ranks {err.missing} are gone") from None
 
     def _make_room(self, save: Save, need: DiskNeed | None) -> Any:
-        return self._tried(save, "plan", lambda: self._retention.make_room(need))
+        return self._mine.tried(save, "plan", lambda: self._retention.make_room(need))
 
     def _within(self, work: Callable[[], T], given_up: Callable[[], str] | None = None) -> T:
         clock = self._job.rendezvous.clock
         return clock.bounded(work, self._options.upload_timeout_s, "a call to the store", given_up)
 
-    def _why_given_up(self, save: Save) -> str:
-        return save.dropped or (_CLOSED if self.abandoned.is_set() else "")
-
-    def _given_up(self, save: Save, phase: str) -> RankFailure | None:
-        if not (reason := self._why_given_up(save)):
-            return None
-        kind = SaveSkippedError if save.dropped else ClosedError
-        return RankFailure(self._job.rank, phase, kind.__name__, reason)
-
-    def _guarded(self, save: Save, phase: str, work: Callable[[], T]) -> T | RankFailure:
-        """Do this rank's part, unless nobody wants it any more."""
-        given_up = self._given_up(save, phase)
-        return self._tried(save, phase, work) if given_up is None else given_up
-
-    def _tried(self, save: Save, phase: str, work: Callable[[], T]) -> T | RankFailure:
-        """What goes wrong becomes a value for the next meeting."""
-        try:
-            return work()
-        except deadline.GivenUpError as err:
-            return self._given_up(save, phase) or RankFailure(self._job.rank, phase, type(err).__name__, str(err))
-        except DisagreementError:
-            raise
-        except BaseException as err:  # noqa: BLE001 - DCP's own is no Exception; all become values for the meeting
-            cause = dcp_quirks.cause(err)
-            return RankFailure(self._job.rank, phase, type(cause).__name__, str(cause) or "no message")
-
-    def _then(self, save: Save, phase: str, before: Any, work: Callable[[Any], T]) -> T | RankFailure:
-        return before if isinstance(before, RankFailure) else self._guarded(save, phase, lambda: work(before))
-
     def _acknowledged(self, save: Save, phase: str, record: ShardRecord | RankFailure) -> ack.Acks | RankFailure:
-        mine = record if isinstance(record, RankFailure) else self._given_up(save, phase) or record
+        mine = record if isinstance(record, RankFailure) else self._mine.given_up(save, phase) or record
         times = save.pending.timings
         took = (times.stage_s, times.write_s, times.upload_s) if phase == "remote" else ()  # as in OWN
         acknowledge = functools.partial(ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took)
-        return self._tried(save, "ack", acknowledge)
+        return self._mine.tried(save, "ack", acknowledge)
 
     def _layout(self, save: Save, agreement: ack.Agreement) -> bytes:
         """The layout's bytes; then the gate opens and DCP writes."""
@@ -246,9 +215,9 @@ class Life:
     def _upload(self, save: Save, manifest: Manifest, layout: Any) -> ShardRecord | RankFailure:
         began = time.perf_counter()
         record = manifest.shards[self._job.rank]
-        given_up = functools.partial(self._why_given_up, save)
+        given_up = functools.partial(self._mine.why_given_up, save)
         image, save.image = save.image, None
-        carry = functools.partial(self._carry, record, layout, image)
+        carry = functools.partial(self._carrier.carry, record, layout, image)
         carried = self._within(carry, given_up)  # one deadline for all of it
         if isinstance(carried, RankFailure):
             return carried
@@ -257,22 +226,6 @@ class Life:
         detail = f"copied={carried.copied_nbytes}" if carried.copied_nbytes else ""
         self._emit(Point.UPLOADED, save, nbytes=record.nbytes, seconds=save.pending.timings.upload_s, detail=detail)
         return record
-
-    def _carry(self, record: ShardRecord, layout: Any, image: memoryview | None) -> Carried | RankFailure:
-        """This rank's files to the run root, unless that has another owner by now."""
-        epoch, remote = self._run.settled.epoch, self._run.remote
-        if self._job.coordinates and (theirs := fence.successor(remote, epoch)):
-            return RankFailure(self._job.rank, "upload", FencedError.__name__, fence.replaced(epoch, theirs))
-        carried = upload.upload_shard(remote, record, self._run.local_path / record.path, self._known(), image)
-        if self._job.coordinates:
-            upload.put_layout(remote, layout)
-        return carried
-
-    def _known(self) -> upload.Known | None:
-        """This rank's shard of the newest commit: retention lets that one stay."""
-        if self._committed is None and (newest := self.catalog.newest) is not None:
-            self._committed = known_shard(self._run, self.catalog.attempts[newest], self._job.rank)
-        return self._committed
 
     def _acked_remote(self, save: Save, manifest: Manifest | RankFailure, acks: ack.Acks) -> Manifest:
         """Every shard is durable and proven at the run root; nothing is a checkpoint yet."""
@@ -288,7 +241,7 @@ class Life:
     def _finish(self, save: Save, manifest: Manifest) -> None:
         self.catalog.add(manifest)
         self.catalog.slowest = "" if save.slowest is None else str(save.slowest)
-        self._committed = upload.Known(manifest.shards[self._job.rank], [self._run.local])
+        self._carrier.committed(manifest.shards[self._job.rank])
         save.pending.timings.commit_lag_s = save.elapsed_s()
         detail = f"world_size={manifest.world_size} root={self._run.remote.url}"
         if save.slowest is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcpsvc import choosing
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
+from dcpsvc.leases import held
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError
 from dcpsvc.reader import CheckpointReader
@@ -32,6 +34,9 @@ def storage_reader(
 ) -> CheckpointReader:
     """A DCP StorageReader: ``torch.distributed.checkpoint.load(state, storage_reader=...)`` reads the checkpoint.
 
+    While DCP reads, each rank holds the checkpoint by a lease of its own, if the root can be written: a live job does
+    not delete it then. Before that, it may.
+
     Args:
         root: The run.
         step: A committed step; None takes the newest that is not tagged as diverged.
@@ -44,7 +49,8 @@ def storage_reader(
     """
     store = open_root(root, storage_options)
     manifest, _, layout = _choose(store, step)
-    reader = CheckpointReader(manifest, layout or discover.read_layout(store, manifest), [store])
+    hold = functools.partial(held, store, manifest.key)
+    reader = CheckpointReader(manifest, layout or discover.read_layout(store, manifest), [store], hold)
     reader.read_metadata()  # now, because DCP turns what goes wrong here into an AssertionError
     return reader
 

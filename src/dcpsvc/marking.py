@@ -74,9 +74,13 @@ def unpin(
     attempt: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> int:
-    """Leave a checkpoint to the policy again; says how many pins it had. Arguments and errors as above."""
+    """Leave a checkpoint to the policy again; says how many pins it had. Arguments and errors as above.
+
+    A pin keeps all attempts of a step, so without ``attempt`` those of all of them go.
+    """
     store = open_root(root, storage_options)
-    return sidefiles.unpin(store, find(store, step, attempt))
+    found = find(store, step, attempt)
+    return sidefiles.unpin_step(store, step) if attempt is None else sidefiles.unpin(store, found)
 
 
 def find(store: Store, step: int, attempt: str | None = None) -> Attempt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _FEW_RUNS = 64
 
 Deliver = Callable[[dict[int, Needs]], None]
+Hold = Callable[[], "contextlib.AbstractContextManager[None]"]
 
 
 class CheckpointReader(StorageReader):
@@ -53,10 +55,13 @@ class CheckpointReader(StorageReader):
         manifest: The commit record.
         layout: Its layout.
         stores: Where the files are, nearest first.
+        hold: Around the reading by DCP: whatever keeps the checkpoint from being deleted meanwhile.
     """
 
-    def __init__(self, manifest: Manifest, layout: Layout, stores: Sequence[Store]) -> None:
-        self.manifest, self.layout = manifest, layout
+    def __init__(
+        self, manifest: Manifest, layout: Layout, stores: Sequence[Store], hold: Hold = contextlib.nullcontext
+    ) -> None:
+        self.manifest, self.layout, self._hold = manifest, layout, hold
         self.shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
@@ -85,7 +90,7 @@ class CheckpointReader(StorageReader):
             deliver: Is given what is needed of each shard, by rank.
         """
         twin = copy.copy(self)
-        twin._deliver = deliver  # noqa: SLF001 - our own twin
+        twin._deliver, twin._hold = deliver, contextlib.nullcontext  # noqa: SLF001 - our own twin
         twin._metadata = Metadata(state_dict_metadata={})  # noqa: SLF001 - likewise
         return twin
 
@@ -155,6 +160,13 @@ class CheckpointReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read every item: whole rows in the order of the files and in large pieces, a few at a time."""
+        with self._hold():
+            self._read(plan, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         targets = [planner.resolve_tensor(item) for item in tensors]
         self._deliver(self._needs(tensors, targets))
@@ -163,9 +175,6 @@ class CheckpointReader(StorageReader):
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._value(item.storage_index.fqn))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
 
     def _needs(self, items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> dict[int, Needs]:
         """What there is to read of each shard, and where it goes."""

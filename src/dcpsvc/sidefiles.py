@@ -107,6 +107,12 @@ def unpin(store: Store, attempt: Attempt) -> int:
     return len(found)
 
 
+def unpin_step(store: Store, step: int) -> int:
+    """The same of every attempt of a step, for one that is pinned keeps all of them."""
+    named = (keys.pin_of(entry.key) for entry in store.list(keys.PINS))
+    return sum(unpin(store, attempt) for attempt in sorted({pin[0] for pin in named if pin and pin[0].step == step}))
+
+
 def pins_of(store: Store, attempt: Attempt) -> list[str]:
     """Keys of the pins of a checkpoint, but for leases."""
     named = ((entry.key, keys.pin_of(entry.key)) for entry in store.list(attempt.pins))

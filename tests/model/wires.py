@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from dcpsvc.deadline import GivenUpError
-from dcpsvc.ranks.rendezvous import LostPeerError
+from dcpsvc.ranks.messages import LostPeerError
 from tests.model.kernel import Killed
 
 if TYPE_CHECKING:

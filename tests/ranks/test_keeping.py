@@ -5,7 +5,10 @@ import shutil
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 import dcpsvc
 from dcpsvc import Best, Divergence, Latest
@@ -120,6 +123,12 @@ class Interrupted(PosixStore):
         return super().read(key, begin, end)
 
 
+def refuses_writes(root):
+    """A place below a file: nobody can write there, root neither."""
+    (root / "file").touch()
+    return root / "file" / "x"
+
+
 @pytest.mark.parametrize("writable", [True, False], ids=["with a lease", "read-only"])
 def test_a_checkpoint_that_another_job_reads_is_not_deleted_under_its_hands(tmp_path, writable):
     root, state, loaded = tmp_path / "run", {"n": [0]}, []
@@ -128,9 +137,7 @@ def test_a_checkpoint_that_another_job_reads_is_not_deleted_under_its_hands(tmp_
         ckpt.wait(BOUND_S)
         store = Interrupted(root)
         if not writable:
-            store.create_fleeting = PosixStore(root / "nowhere" / "run.json" / "x").create_fleeting
-            (root / "nowhere").mkdir()
-            (root / "nowhere" / "run.json").touch()
+            store.create_fleeting = PosixStore(refuses_writes(root)).create_fleeting
         reader = threading.Thread(target=lambda: loaded.append(dcpsvc.load(store, state)), daemon=True)
         reader.start()
         assert store.reads.wait(BOUND_S)
@@ -148,6 +155,48 @@ def test_a_checkpoint_that_another_job_reads_is_not_deleted_under_its_hands(tmp_
         assert held == [3]
         assert loaded == [3], "what was deleted is not half loaded: another one is taken"
     assert committed(root) == [4]
+    assert files(root / "pins") == []
+
+
+class Meanwhile(DefaultLoadPlanner):
+    """DCP's own planner; something else happens before the first tensor is read."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.work = work
+
+    def resolve_tensor(self, read_item):
+        self.work()
+        return super().resolve_tensor(read_item)
+
+
+def test_a_checkpoint_that_plain_dcp_reads_is_not_deleted_under_its_hands(tmp_path):
+    root, state, told = tmp_path / "run", {"w": torch.zeros(1000), "n": 0}, []
+    with checkpointer(root, {"w": torch.full((1000,), 7.0), "n": 5}, keep=Latest(1)) as ckpt:
+
+        def save(*steps):
+            for step in steps:
+                ckpt.save(step).wait(BOUND_S)
+                ckpt.wait(BOUND_S)
+            told.append(committed(root))
+
+        save(1)
+        reader = dcpsvc.storage_reader(root)
+        dcp.load(state, storage_reader=reader, planner=Meanwhile(lambda: save(2, 3)), no_dist=True)
+        save(4)
+    assert told == [[1], [1, 3], [4]]
+    assert (state["w"].unique().tolist(), state["n"]) == ([7.0], 5)
+    assert files(root / "pins") == []
+
+
+def test_a_root_that_cannot_be_written_is_read_by_plain_dcp_without_a_lease(tmp_path):
+    root, state = tmp_path / "run", {"w": torch.zeros(1000)}
+    with checkpointer(root, {"w": torch.full((1000,), 7.0)}) as ckpt:
+        ckpt.save(1).wait(BOUND_S)
+    store = PosixStore(root)
+    store.create_fleeting = PosixStore(refuses_writes(root)).create_fleeting
+    dcp.load(state, storage_reader=dcpsvc.storage_reader(store), no_dist=True)
+    assert state["w"].unique().tolist() == [7.0]
     assert files(root / "pins") == []
 
 

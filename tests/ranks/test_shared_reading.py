@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dcpsvc.format import keys
 from dcpsvc.ranks.exchange import Exchange
-from dcpsvc.ranks.rendezvous import LostPeerError
+from dcpsvc.ranks.messages import LostPeerError
 from dcpsvc.storage.posix import PosixStore
 from tests.ranks.harness import die, raised_by, run_ranks, values
 from tests.ranks.models import Training, checkpointer, flip_byte

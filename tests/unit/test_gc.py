@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,8 @@ from tests.unit.gc_roots import NEW, OLD, Made, a_bit_of_everything
 from tests.unit.turns import RUN_ID, Place
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dcpsvc.storage.base import Store
 
 KEEP = policy.parse("latest:2,best:1:loss:min")
@@ -289,17 +292,37 @@ def told(*arguments: object, code: int = 0) -> str:
     return done.output
 
 
+def _nbytes(place: Path, steps: Iterable[int]) -> int:
+    """Of the shards of some steps."""
+    shards = [path for step in steps for path in place.glob(f"data/step-{step:012d}.*/*")]
+    return sum(path.stat().st_size for path in shards)
+
+
+def test_the_table_of_what_was_removed_names_the_tier_of_each_thing(run):
+    arguments = ("gc", run / "root", "--local", run / "local", "--keep", "latest:4", "--older-than", "0")
+    gone = [line.split() for line in told(*arguments).splitlines() if line.startswith("gone")]
+    assert [(step, tier) for _, _, step, _, tier, *_ in gone] == [("1", "remote"), ("1", "local")]
+
+
 def test_the_command_clears_both_tiers_and_a_job_resumes_from_what_is_left(run):
     root, local = run / "root", run / "local"
     arguments = ("gc", root, "--local", local, "--keep", "latest:1,best:1:loss:min", "--older-than", "0")
     shown = told(*arguments, "--dry-run")
     assert "best 1 of 1 by loss (0)" in shown
-    assert "would be freed" in shown
+    stay, gone = (sum(_nbytes(place, steps) for place in (root, *local.glob("*"))) for steps in ((2, 5), (1, 3, 4)))
+    assert re.search(r"would be freed \(remote .*iB, local .*iB\)", shown)
+    assert re.search(r"stay \(remote .*iB, local .*iB\)", shown)
+    assert re.search(r"stays +step 2 \S+ +remote +\S+ [KM]iB +best 1 of 1", shown)
     found = json.loads(told(*arguments, "--dry-run", "--json"))
     assert [one["step"] for one in found["remove"] if one["kind"] == "checkpoint"] == [1, 3, 4]
     assert [one["step"] for one in found["local"] if one["kind"] == "attempt"] == [1, 3, 4]
+    assert sum(found["staying_nbytes"].values()) == stay
+    assert sum(one["nbytes"] for one in found["keep"]) == found["staying_nbytes"]["remote"] == stay // 2
     done = json.loads(told(*arguments, "--json"))
     assert (done["nbytes"], done["dry_run"]) == (found["nbytes"], False)
+    assert done["freed_nbytes"] == {"remote": gone // 2, "local": gone // 2}
+    assert [(one["tier"], one["step"]) for one in done["remove"]] == [("remote", step) for step in (1, 3, 4)]
+    assert [(one["tier"], one["step"]) for one in done["local"]] == [("local", step) for step in (1, 3, 4)]
     assert [one.step for one in dcpsvc.list_checkpoints(root)] == [2, 5]
     assert sorted(path.name[:17] for path in local.glob("*/data/*")) == ["step-000000000002", "step-000000000005"]
     assert "nothing to remove" in told(*arguments)

@@ -135,6 +135,16 @@ def test_with_run_log_a_run_leaves_its_log_at_its_root_beside_an_observer_of_one
     assert [save.step for save in runlog.read(open_root(tmp_path / "root"))[0]] == [1]
 
 
+def test_the_report_of_a_run_without_a_log_says_how_to_get_one(tmp_path, caplog):
+    train(tmp_path, None)
+    reporting.report(open_root(tmp_path / "root"))
+    assert "no times of saves: jobs with run_log=True leave them there" in caplog.text
+    caplog.clear()
+    train(tmp_path, RunLog(tmp_path / "root"), steps=(3,))
+    reporting.report(open_root(tmp_path / "root"))
+    assert "no times of saves" not in caplog.text
+
+
 class Flaky(PosixStore):
     """Each shard is taken at the second try."""
 

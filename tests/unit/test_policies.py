@@ -300,11 +300,19 @@ def test_a_step_that_was_committed_again_takes_one_place_and_its_attempts_stay_a
     one, two, three = (commit(step, loss=loss) for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)))
     edited = Commit(step=2, key=(2, "2-edit"), created=two.created, metrics=two.metrics)
     decision = decide(Latest(2) | Best(1, "loss", "min"), [one, two, edited, three], protected={})
-    assert decision.keep[two.key] == "a later attempt of step 2 stays"
+    assert decision.keep[two.key] == "another attempt of step 2 stays"
     assert decision.keep[edited.key] == "latest 2 of 2, best 1 of 1 by loss (1)"
     assert decision.remove == {one.key: "not among the latest 2, not among the best 1 by loss"}
     assert list(decide(Latest(1), [one, two, edited, three], protected={}).keep) == [three.key]
-    assert decide(Latest(1), [one, two, edited, three], protected={edited.key: "resumed"}).remove.keys() == {one.key}
+    for held in (two.key, edited.key):
+        assert decide(Latest(1), [one, two, edited, three], protected={held: "resumed"}).remove.keys() == {one.key}
+    pinned = Commit(step=2, key=two.key, created=two.created, pins=("pinned",))
+    decision = decide(Latest(1), [one, pinned, edited, three], protected={})
+    assert decision.keep == {
+        three.key: "latest 1 of 1", two.key: "pinned", edited.key: "another attempt of step 2 stays"
+    }  # fmt: skip
+    user = Commit(step=3, key=three.key, needs=frozenset({two.key}))
+    assert decide(Latest(1), [two, edited, user], protected={}).remove == {}
 
 
 # --- what makes no sense --------------------------------------------------------------------------

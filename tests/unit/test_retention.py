@@ -3,125 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import event, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
-from dcpsvc import choosing, keeping, sidefiles
+from dcpsvc import commits, decision, keeping, retention, sidefiles
 from dcpsvc.catalog import Catalog
-from dcpsvc.config import Options
-from dcpsvc.errors import RankFailure, StoreUnavailableError
-from dcpsvc.events import Events
+from dcpsvc.decision import Decision
+from dcpsvc.errors import StoreUnavailableError
 from dcpsvc.format import keys
-from dcpsvc.pending import PendingSave
-from dcpsvc.policies import Best, EveryNSteps, Everything, Keep, Latest
-from dcpsvc.retention import Retention
-from dcpsvc.save import Save
-from dcpsvc.settling import OpenRun, settle
+from dcpsvc.format.keys import Epoch
+from dcpsvc.policies import Best, Everything, Keep, Latest
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover
 from dcpsvc.stages.retain import Rate
-from dcpsvc.tiers import Tiers
-from tests.unit.turns import MEETING, RUN_ID, Killed, Place, manifest, put_shards, solo
+from tests.unit.histories import History
+from tests.unit.one_rank import Mortal, started, there
+from tests.unit.turns import Place, manifest, put_shards
 
 if TYPE_CHECKING:
-    from dcpsvc.format.keys import Attempt
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from dcpsvc.commits import Commit
     from dcpsvc.storage.base import Entry
-
-TOKENS = (f"{number:08x}" for number in range(1, 10**6))
-
-
-class Mortal(Place):
-    """A place at which a job dies before its n-th call from now on."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.calls_left: int | None = None
-        self.writes: list[str] = []
-
-    def _count(self) -> None:
-        if self.calls_left is not None:
-            self.calls_left -= 1
-            if self.calls_left < 0:
-                raise Killed
-
-    def create(self, key: str, data: bytes) -> bool:
-        self._count()
-        self.writes.append(f"create {key}")
-        return super().create(key, data)
-
-    def delete(self, key: str) -> None:
-        self._count()
-        self.writes.append(f"delete {key}")
-        super().delete(key)
-
-    def get(self, key: str, *, max_nbytes: int) -> bytes:
-        self._count()
-        return super().get(key, max_nbytes=max_nbytes)
-
-    def list(self, prefix: str) -> list[Entry]:
-        self._count()
-        return super().list(prefix)
-
-    def size(self, key: str) -> int:
-        self._count()
-        return super().size(key)
-
-
-class OneRank:
-    """A start of a job of one rank, up to where saves begin; its commits are put there by hand."""
-
-    def __init__(self, root: Place, disk: Place, **options: Any) -> None:
-        self.root, self.disk = root, disk
-        job = solo(next(TOKENS))
-        path = Path("/disk")
-        tiers = Tiers(run_id=RUN_ID, remote=root, local=disk, local_path=path)
-        self.settled = settle(job, tiers, MEETING)
-        run = OpenRun(run_id=RUN_ID, remote=root, local=disk, local_path=path, settled=self.settled)
-        self.catalog = Catalog(
-            {attempt.step: attempt for attempt in self.settled.committed}, leftovers=set(self.settled.unfinished)
-        )
-        self.events: list[str] = []
-        events = Events(rank=0, observer=lambda event: self.events.append(str(event)))
-        self.retention = Retention(job, run, Options(**options), events, self.catalog)
-        self.pauses = job.rendezvous.clock
-
-    def commit(self, step: int, *, created: str = "2026-01-31T23:59:59Z", **metrics: float) -> Attempt:
-        """A checkpoint of this job is committed; retention has not run yet."""
-        attempt = self.settled.epoch.attempt(step, 0)
-        found = replace(manifest(attempt), metrics=metrics, created=created)
-        for place in (self.root, self.disk):
-            place.put(found.layout.path, b'{"format": 1, "aliases": {}, "tensors": {}}')
-            put_shards(place, attempt)
-            place.put(attempt.manifest, found.dumps())
-        self.catalog.add(found)
-        return attempt
-
-    def retain(self, attempt: Attempt) -> list[str]:
-        """What comes after a commit; says what was told about it."""
-        self.events.clear()
-        nothing = RankFailure(0, "stage", "Unfinished", "")
-        self.retention.run(Save(key=attempt, pending=PendingSave(*attempt), began=0.0, proposal=nothing))
-        return [text for text in self.events if "event=retained" in text]
-
-    def save(self, step: int, **metrics: float) -> list[str]:
-        return self.retain(self.commit(step, **metrics))
-
-
-def started(root: Place | None = None, **options: Any) -> OneRank:
-    return OneRank(root or Mortal("root"), Mortal("disk"), **options)
-
-
-def there(place: Place) -> list[int]:
-    return [attempt.step for attempt in discover.committed(place)]
-
 
 # --- by example -----------------------------------------------------------------------------------
 
@@ -350,144 +256,44 @@ def test_where_no_policy_is_recorded_or_it_is_a_users_own_nothing_is_said_to_go(
 
 # --- any history, and a crash before any call -----------------------------------------------------
 
-LOSSES = st.sampled_from([0.0, -0.0, -1.0, 2.0, 2.5, 2.0, math.nan, math.inf, -math.inf, None])
-POLICIES = st.builds(
-    lambda n, k, mode, multiple: (n, k, mode, multiple),
-    st.integers(1, 3),
-    st.integers(0, 2),
-    st.sampled_from(["min", "max"]),
-    st.sampled_from([0, 0, 7]),
-)
-
-
-class History(RuleBasedStateMachine):
-    """Starts, saves, late metrics, pins and crashes; what is there afterwards is compared with plain sorting."""
-
-    @initialize(policy=POLICIES)
-    def begin(self, policy: tuple[int, int, str, int]) -> None:
-        self.n, self.k, self.mode, self.multiple = policy
-        keep: Keep = Latest(self.n)
-        if self.k:
-            keep |= Best(self.k, "loss", self.mode)
-        if self.multiple:
-            keep |= EveryNSteps(self.multiple)
-        self.keep = keep
-        self.root, self.disk = Mortal("root"), Mortal("disk")
-        self.step = 0
-        self.losses: dict[int, float | None] = {}
-        self.pinned: set[int] = set()
-        self.alive: set[int] = set()
-        self.must_stay: set[int] = set()
-        self.attempts: dict[int, Attempt] = {}
-        self.start()
-
-    def start(self) -> None:
-        """A new start on the same disk, and perhaps it resumes."""
-        self.root.calls_left = None
-        self.job = OneRank(self.root, self.disk, keep=self.keep)
-        self.resumed: int | None = None
-
-    def expected(self) -> set[int]:
-        """By plain sorting."""
-        steps = sorted(self.alive)
-        able = [s for s in steps if self.losses[s] is not None and math.isfinite(self.losses[s] or 0.0)]
-        sign = 1 if self.mode == "min" else -1
-        stay = set(steps[-self.n :])
-        stay |= set(sorted(able, key=lambda s: (sign * (self.losses[s] or 0.0), s))[: self.k])
-        stay |= {s for s in steps if self.multiple and s % self.multiple == 0}
-        return stay | (self.pinned | {self.resumed}) & self.alive
-
-    def committed(self, gap: int, loss: float | None) -> Attempt:
-        self.step += gap
-        metrics = {} if loss is None else {"loss": loss}
-        self.attempts[self.step] = attempt = self.job.commit(self.step, **metrics)
-        self.losses[self.step] = loss
-        self.alive.add(self.step)
-        return attempt
-
-    @rule(gap=st.integers(1, 5), loss=LOSSES)
-    def save(self, gap: int, loss: float | None) -> None:
-        attempt = self.committed(gap, loss)
-        told = self.job.retain(attempt)
-        assert len(told) == 1, told
-        assert "removed" in told[0]
-        before, self.alive = self.alive, self.expected()
-        assert set(there(self.root)) == self.alive
-        event(f"removed {min(len(before - self.alive), 3)} at once")
-
-    @rule(gap=st.integers(1, 5), loss=LOSSES, calls=st.integers(0, 30), restart_calls=st.none() | st.integers(0, 20))
-    def save_and_crash(self, gap: int, loss: float | None, calls: int, restart_calls: int | None) -> None:
-        attempt = self.committed(gap, loss)
-        self.must_stay = self.expected()
-        self.root.calls_left = calls
-        try:
-            self.job.retain(attempt)
-        except Killed:
-            event("crashed while deleting")
-        self.root.calls_left = restart_calls
-        try:
-            OneRank(self.root, self.disk, keep=self.keep)
-        except Killed:
-            event("crashed again while starting")
-        self.root.calls_left = None
-        self.alive = set(there(self.root)) & self.alive
-        assert self.must_stay <= self.alive, "the crash cost a checkpoint"
-        self.start()
-
-    @rule(loss=LOSSES.filter(lambda loss: loss is not None), data=st.data())
-    @precondition(lambda self: self.alive)
-    def record_late(self, loss: float, data: st.DataObject) -> None:
-        step = data.draw(st.sampled_from(sorted(self.alive)))
-        sidefiles.record(self.root, self.attempts[step], {"loss": loss})
-        self.losses[step] = loss
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.alive)
-    def pin(self, data: st.DataObject) -> None:
-        step = data.draw(st.sampled_from(sorted(self.alive)))
-        sidefiles.pin(self.root, self.attempts[step])
-        self.pinned.add(step)
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.pinned & self.alive)
-    def unpin(self, data: st.DataObject) -> None:
-        step = data.draw(st.sampled_from(sorted(self.pinned & self.alive)))
-        sidefiles.unpin(self.root, self.attempts[step])
-        self.pinned.discard(step)
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.alive)
-    def restart_and_resume(self, data: st.DataObject) -> None:
-        self.start()
-        step = data.draw(st.none() | st.sampled_from(sorted(self.alive)))
-        choice = choosing.choose(self.root, step)
-        assert choice.found is not None
-        found = choice.found.manifest
-        assert found.step == (max(self.alive) if step is None else step)
-        self.job.catalog.hold(found.key)
-        self.resumed = found.step
-
-    @invariant()
-    def what_is_there_is_whole_and_of_what_is_gone_nothing_is_left(self) -> None:
-        if not hasattr(self, "root"):
-            return
-        assert set(there(self.root)) == self.alive
-        for step in self.alive:
-            assert discover.valid(self.root, self.attempts[step])
-        gone = [str(attempt) for step, attempt in self.attempts.items() if step not in self.alive]
-        rest = [key for key in self.root.objects if any(name in key for name in gone)]
-        assert rest == [], "debris outlived a start"
-
-    @invariant()
-    def a_stranger_reads_the_same_as_the_job_decided(self) -> None:
-        if not hasattr(self, "root") or not self.alive:
-            return
-        notes = SideFiles(self.root)
-        plan = keeping.plan(self.root, discover.look(self.root, notes), notes, self.keep, now_s=time.time())
-        resumed, self.resumed = self.resumed, None  # which only the job knows
-        assert {key.step for key in plan.keep} == self.expected()
-        self.resumed = resumed
-
-
 TestHistory = pytest.mark.timeout(300)(History.TestCase)
 TestHistory.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+_counts = sidefiles._counts
+
+
+def _the_newest_goes(rule: Keep, found: Sequence[Commit], *, protected: Mapping[Hashable, str]) -> Decision:
+    """One that diverged is deleted while it is the newest, under whoever looks at it."""
+    right = decision.decide(rule, found, protected=protected)
+    go = {key: why for key, why in right.keep.items() if why == "newest commit"}
+    return Decision({key: why for key, why in right.keep.items() if key not in go}, right.remove | go)
+
+
+BUGS: dict[str, tuple[Any, str, Any]] = {
+    "leases are ignored": (sidefiles, "_counts", lambda key, now_s: ".until-" not in key and _counts(key, now_s)),
+    "leases never end": (sidefiles, "delete_fleeting", lambda store, key: None),
+    "what diverged counts": (commits.Commit, "diverged", property(lambda self: False)),
+    "the newest goes if it diverged": (retention, "decide", _the_newest_goes),
+    "an edit lacks what came later": (sidefiles, "metrics_of", lambda store, found: dict(found.metrics)),
+    "attempts of a step are kept one by one": (decision, "_keep_what_goes_with_them", lambda keep, found: None),
+    "a pin holds one attempt": (sidefiles, "unpin_step", lambda store, step: 0),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BUGS[bug])
+    quick = settings(
+        max_examples=300, stateful_step_count=25, deadline=None, database=None,
+        phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(History, settings=quick)
+
+
+def test_of_one_step_the_tenth_start_comes_after_the_ninth() -> None:
+    catalog = Catalog(manifests=[])
+    for number in (10, 9, 11):
+        catalog.add(manifest(Epoch(number, "deadbeef").attempt(1, 0)))
+    assert catalog.manifests is not None
+    assert [found.key.epoch.number for found in catalog.manifests] == [9, 10, 11]

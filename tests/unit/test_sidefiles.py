@@ -172,6 +172,16 @@ def test_a_pin_holds_until_it_is_taken_away_and_says_why(place: Place) -> None:
     assert sidefiles.unpin(place, FIRST) == 0
 
 
+def test_pins_of_all_attempts_of_a_step_are_taken_away_together_and_of_no_other_step(place: Place) -> None:
+    again, other = Attempt(FIRST.step, "2-0123abcd-0"), Attempt(FIRST.step + 1, "2-0123abcd-0")
+    for attempt in (again, other):
+        put_checkpoint(place, attempt)
+    for attempt in (FIRST, again, other):
+        sidefiles.pin(place, attempt)
+    assert sidefiles.unpin_step(place, FIRST.step) == 2
+    assert pins(place).keys() == {other}
+
+
 def test_a_damaged_pin_pins(place: Place) -> None:
     place.put(FIRST.pin("cafecafe"), b"{")
     assert pins(place) == {FIRST: ("pinned",)}

@@ -133,6 +133,54 @@ def test_an_edit_of_an_edit_counts_too(root, tmp_path):
     assert optimizer.param_groups[0]["lr"] == 0.125
 
 
+def test_metrics_that_came_later_go_along_and_best_ranks_the_changed_copy_by_them(root, tmp_path):
+    for value in (9.0, 0.5):
+        dcpsvc.record_metrics(root, 10, {"eval": value})
+    dcpsvc.record_metrics(root, 20, {"eval": 0.7})
+    run("edit", root, 10, "--set", "note=changed")
+    told = [each["metrics"] for each in run_json("ls", root)]
+    assert told == [{"loss": 2.0, "eval": 0.5}, {"loss": 2.0, "eval": 0.5}, {"eval": 0.7}]
+    run("promote", root, 10, tmp_path / "new")
+    assert [each["metrics"] for each in run_json("ls", tmp_path / "new")] == [{"loss": 2.0, "eval": 0.5}]
+    keep = dcpsvc.Latest(1) | dcpsvc.Best(1, "eval", mode="min")
+    options = {"local": tmp_path / "local", "keep": keep, "save_last": False}
+    with dcpsvc.Checkpointer(root, state(*training()), **options) as ckpt:
+        ckpt.save(30).wait(30)
+        ckpt.wait(30)
+        assert [each.step for each in dcpsvc.list_checkpoints(root)] == [10, 10, 30]
+        ckpt.record_metrics(10, {"eval": 0.8}).result(30)
+        ckpt.save(40, metrics={"eval": 0.6}).wait(30)
+        ckpt.wait(30)
+    assert [each.step for each in dcpsvc.list_checkpoints(root)] == [40]
+
+
+def test_a_copy_of_a_checkpoint_that_was_found_to_diverge_is_tagged_too(root):
+    dcpsvc.record_metrics(root, 20, {"diverged": 1})
+    run("edit", root, 20, "--set", "note=changed")
+    newest = dcpsvc.latest(root)
+    assert newest is not None
+    assert newest.step == 10
+
+
+def test_an_edit_of_a_pinned_step_stays_with_it_until_the_step_is_unpinned(root, tmp_path):
+    run("pin", root, 10, "--note", "figure 3")
+    made = run_json("edit", root, 10, "--set", "note=changed")
+    run("promote", root, 10, tmp_path / "new")
+    assert list((tmp_path / "new").glob("pins/*/*")) == [], "the pin says that it stays where it is"
+    with dcpsvc.Checkpointer(
+        root, state(*training()), local=tmp_path / "local", keep=dcpsvc.Latest(1), save_last=False
+    ) as ckpt:
+        ckpt.save(30).wait(30)
+        ckpt.wait(30)
+        listed = {each["attempt"]: each["reasons"] for each in run_json("ls", root) if each["step"] == 10}
+        assert len(listed) == 2
+        assert listed[made["attempt"]] == ["another attempt of step 10 stays"]
+        ckpt.unpin(10).result(30)
+        ckpt.save(40).wait(30)
+        ckpt.wait(30)
+    assert [each.step for each in dcpsvc.list_checkpoints(root)] == [40]
+
+
 def test_a_dropped_component_takes_no_room_and_is_no_part_of_the_new_one(root):
     run("edit", root, 20, "--drop", "optim", "--drop", "rng")
     shown = run_json("show", root, 20)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.clearing import Cleared
+    from dcpsvc.tools.clearplan import Leftovers
     from dcpsvc.tools.clearrules import Rules
-    from dcpsvc.tools.leftovers import Leftovers
     from dcpsvc.tools.localtier import LocalLeftovers
 
 
@@ -151,7 +151,10 @@ def _clear(store: Store, here: Path, rules: Rules, choices: dict[str, Any]) -> N
 def _document(found: Leftovers, nearby: LocalLeftovers) -> dict[str, Any]:
     return {
         "policy": found.policy,
-        "keep": [{"step": one.step, "attempt": one.attempt, "why": why} for one, why in found.keep.items()],
+        "keep": [
+            {"step": one.step, "attempt": one.attempt, "why": why, "nbytes": found.sizes.get(str(one), 0)}
+            for one, why in found.keep.items()
+        ],
         "remove": [one.document() for one in found.everything],
         "local_of": nearby.elsewhere,
         "local": [one.document() for one in nearby.everything],
@@ -159,7 +162,15 @@ def _document(found: Leftovers, nearby: LocalLeftovers) -> dict[str, Any]:
         "spared": found.spared,
         "remarks": list(found.remarks),
         "nbytes": found.nbytes + nearby.nbytes,
+        "freed_nbytes": _by_tier(found.nbytes, nearby.nbytes),
+        "staying_nbytes": _by_tier(found.staying_nbytes, nearby.staying_nbytes),
     }
+
+
+def _by_tier(remote: int, local: int) -> dict[str, int]:
+    from dcpsvc.tools.listing import LOCAL, REMOTE
+
+    return {REMOTE: remote, LOCAL: local}
 
 
 def _done(done: Cleared, nearby: LocalLeftovers, nbytes: int) -> dict[str, Any]:
@@ -170,4 +181,5 @@ def _done(done: Cleared, nearby: LocalLeftovers, nbytes: int) -> dict[str, Any]:
         "held": said["held"],
         "unfinished": done.unfinished + nearby.unfinished,
         "nbytes": nbytes,
+        "freed_nbytes": _by_tier(done.nbytes, nbytes - done.nbytes),
     }

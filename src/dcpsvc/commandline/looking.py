@@ -225,7 +225,7 @@ def _no_url(_: click.Context, parameter: click.Parameter, output: Path) -> Path:
 def report_command(root: str, output: Path, folder: Path | None, options: tuple[str, ...], as_json: bool) -> None:
     """Write one page about the run at ROOT that needs only a browser: times, ranks, metrics, sizes, failures.
 
-    Times of saves are those that RunLog has left in the run root.
+    Times of saves, and of what training waited, are those that jobs with run_log=True have left in the run root.
 
     Examples:
       dcpsvc report s3://bucket/runs/exp42 -o exp42.html

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from dcpsvc import deadline
 from dcpsvc.ranks.line import Exchange, own
-from dcpsvc.ranks.rendezvous import LostPeerError
+from dcpsvc.ranks.messages import LostPeerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

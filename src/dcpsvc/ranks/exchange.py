@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from dcpsvc.ranks.c10d import Group
-from dcpsvc.ranks.rendezvous import LostPeerError
+from dcpsvc.ranks.messages import LostPeerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

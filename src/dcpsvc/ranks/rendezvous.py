@@ -5,8 +5,8 @@ decision is written by compare-and-set under ``<where>/verdict``: the first writ
 what is written there, so there is one decision even when somebody gives up at the same moment. A rank
 whose deadline passes does not leave: it proposes "these are missing" by the same compare-and-set.
 
-A message can be a failure; it is a value, not an exception, and decides the meeting at once: except for a
-:class:`LostPeerError`, which only says that somebody else has stopped. Who that is shows in who does not come.
+A message (:mod:`dcpsvc.ranks.messages`) can be a failure; it is a value, not an exception, and decides the meeting at
+once: but a LostPeerError only says that somebody else has stopped. Who that is shows in who does not come.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dcpsvc import deadline
 from dcpsvc.errors import RankFailure
+from dcpsvc.ranks import messages
 from dcpsvc.ranks.silence import Pause, SignsOfLife
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
 
 
 _SUSPICION = 1.5
-"""After a :class:`LostPeerError` somebody is dead or held up: how many silences long the others are waited for."""
+"""After a LostPeerError somebody is dead or held up: how many silences long the others are waited for."""
 
 
 class KeyValue(Protocol):
@@ -97,10 +98,6 @@ class DisagreementError(Exception):
         self.phase, self.failures, self.missing = phase, tuple(failures), tuple(missing)
         self.present = tuple(rank for rank in range(world_size) if rank not in set(missing))
         self.waited_s = waited_s
-
-
-class LostPeerError(RuntimeError):
-    """A collective failed on this rank, and cannot say which of the others is to blame."""
 
 
 class RefusalError(Exception):
@@ -173,7 +170,7 @@ class Rendezvous:
     def _meet(self, where: str, message: Any, decide: Callable[[list[Any]], Any], meeting: Meeting) -> Any:
         began = self.clock.now()
         place = f"{self.namespace}/{where}"
-        self.store.set(f"{place}/{self.rank}", _encode(message))
+        self.store.set(f"{place}/{self.rank}", messages.encode(message))
         if self.rank == 0:
             self.store.compare_set(f"{place}/verdict", self._coordinate(place, decide, meeting))
         return self._read_verdict(place, where, meeting, began)
@@ -209,48 +206,48 @@ class Rendezvous:
         Whoever sees this rank alive would wait there for it, and it will not come.
         """
         while self._left:
-            self.store.compare_set(f"{self._left[0]}/verdict", _no([], [self.rank]))
+            self.store.compare_set(f"{self._left[0]}/verdict", messages.no([], [self.rank]))
             self._left.popleft()
         self.store.set(f"{self.namespace}/alive/{self.rank}", str(count))
 
     def _coordinate(self, place: str, decide: Callable[[list[Any]], Any], meeting: Meeting) -> str:
-        messages, missing = self._collect(place, meeting)
-        failures = _failures(messages)
+        brought, missing = self._collect(place, meeting)
+        failures = messages.failures(brought)
         if not failures and not missing:
             try:
-                return json.dumps({"agreed": decide(messages)})
+                return json.dumps({"agreed": decide(brought)})
             except RefusalError as refusal:
                 failures = list(refusal.failures)
             except Exception as err:  # noqa: BLE001 - whatever happened here, the others must hear of it
                 failures = [RankFailure(0, "decide", type(err).__name__, str(err))]
-        return _no(failures, missing)
+        return messages.no(failures, missing)
 
     def _collect(self, place: str, meeting: Meeting) -> tuple[list[Any], list[int]]:
         """What the ranks brought, in their order, as far as it was waited for; and who is missing."""
-        messages: dict[int, Any] = {}
+        brought: dict[int, Any] = {}
         life = SignsOfLife(self, meeting.silence_s)
         ends = self.clock.now() + meeting.timeout_s
         pause = Pause(self.clock)
-        while absent := [rank for rank in range(self.world_size) if rank not in messages]:
+        while absent := [rank for rank in range(self.world_size) if rank not in brought]:
             arrived = self._arrivals(place, absent)
-            messages |= arrived
-            if any(_decides(message) for message in arrived.values()):
+            brought |= arrived
+            if any(messages.decides(message) for message in arrived.values()):
                 break
             if any(isinstance(message, RankFailure) for message in arrived.values()) and meeting.silence_s:
                 ends = min(ends, self.clock.now() + _SUSPICION * meeting.silence_s)
             absent = [rank for rank in absent if rank not in arrived]
             if dead := life.silent(absent):
-                return _in_order(messages), dead
+                return _in_order(brought), dead
             gave_up_first = absent and not arrived and self.store.get(f"{place}/verdict") is not None
             if absent and (self.clock.now() >= ends or gave_up_first):  # what stands there counts
-                return _in_order(messages), absent
+                return _in_order(brought), absent
             if absent and not arrived:
                 pause.take()
-        return _in_order(messages), []
+        return _in_order(brought), []
 
     def _arrivals(self, place: str, ranks: list[int]) -> dict[int, Any]:
         texts = ((rank, self.store.get(f"{place}/{rank}")) for rank in ranks)
-        return {rank: _decode(text) for rank, text in texts if text is not None}
+        return {rank: messages.decode(text) for rank, text in texts if text is not None}
 
     def _read_verdict(self, place: str, where: str, meeting: Meeting, began: float) -> Any:
         life = SignsOfLife(self, meeting.silence_s)
@@ -272,35 +269,9 @@ class Rendezvous:
     def _without_coordinator(self, place: str) -> str:
         """Who has not arrived; a coordinator that arrived and fell silent is missing too."""
         present = self._arrivals(place, list(range(self.world_size)))
-        failures = _failures(present.values())
-        return _no(failures, [rank for rank in range(self.world_size) if rank not in present] or [0])
+        failures = messages.failures(present.values())
+        return messages.no(failures, [rank for rank in range(self.world_size) if rank not in present] or [0])
 
 
-def _in_order(messages: dict[int, Any]) -> list[Any]:
-    return [messages[rank] for rank in sorted(messages)]
-
-
-def _failures(messages: Iterable[Any]) -> list[RankFailure]:
-    """Causes before consequences."""
-    failures = [message for message in messages if isinstance(message, RankFailure)]
-    return [failure for failure in failures if _decides(failure)] or failures
-
-
-def _decides(message: Any) -> bool:
-    return isinstance(message, RankFailure) and message.error != LostPeerError.__name__
-
-
-def _encode(message: Any) -> str:
-    if isinstance(message, RankFailure):
-        return json.dumps({"failed": [message.rank, message.phase, message.error, message.text]})
-    return json.dumps({"ok": message})
-
-
-def _decode(text: str) -> Any:
-    message = json.loads(text)
-    return RankFailure(*message["failed"]) if "failed" in message else message["ok"]
-
-
-def _no(failures: Sequence[RankFailure], missing: Sequence[int]) -> str:
-    plain = [[f.rank, f.phase, f.error, f.text] for f in failures]
-    return json.dumps({"failures": plain, "missing": list(missing)})
+def _in_order(brought: dict[int, Any]) -> list[Any]:
+    return [brought[rank] for rank in sorted(brought)]

@@ -15,15 +15,15 @@ from dcpsvc import fence, sidefiles
 from dcpsvc.errors import RunBusyError
 from dcpsvc.stages import retain
 from dcpsvc.stages.retain import Removal
-from dcpsvc.tools import leftovers, owning
+from dcpsvc.tools import clearplan, leftovers, owning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dcpsvc.format.keys import Epoch
     from dcpsvc.storage.base import Store
+    from dcpsvc.tools.clearplan import Doomed, Leftovers, Loose
     from dcpsvc.tools.clearrules import Rules
-    from dcpsvc.tools.leftovers import Doomed, Leftovers, Loose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class _Clearing:
 
     def _remove(self, one: Doomed) -> None:
         def held() -> bool:  # a pin beside what is no checkpoint holds nothing
-            return one.kind != leftovers.ATTEMPT and sidefiles.is_pinned(self._store, one.attempt, time.time())
+            return one.kind != clearplan.ATTEMPT and sidefiles.is_pinned(self._store, one.attempt, time.time())
 
         outcome = retain.remove(self._store, one.attempt, self._is_owner, held=held, pace=self._pace)
         if outcome is Removal.NOT_OURS:

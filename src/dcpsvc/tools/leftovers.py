@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dcpsvc import keeping
 from dcpsvc.errors import NoSuchStepError, RemovalRefusedError, StoreError, StoreNotFoundError
@@ -20,6 +19,19 @@ from dcpsvc.stages import discover, retain
 from dcpsvc.storage import storeclock
 from dcpsvc.storage.base import written_s
 from dcpsvc.storage.threads import each
+from dcpsvc.tools.clearplan import (
+    ATTEMPT,
+    CHECKPOINT,
+    DAMAGED,
+    LAYOUT,
+    LEASE,
+    ORPHAN,
+    PROBE,
+    TOMBSTONE,
+    Doomed,
+    Leftovers,
+    Loose,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -29,82 +41,8 @@ if TYPE_CHECKING:
     from dcpsvc.storage.base import Entry, Store
     from dcpsvc.tools.clearrules import Rules
 
-CHECKPOINT, ATTEMPT, DAMAGED = "checkpoint", "attempt", "damaged"
-LAYOUT, TOMBSTONE, LEASE, PROBE, ORPHAN = "layout", "tombstone", "lease", "probe", "orphan"
-
 _ANY_EPOCH = Epoch(MAX_EPOCH + 1, "")
 """Later than each: what does not count is nobody's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Doomed:
-    """An attempt that is to go with everything that lies beside it."""
-
-    attempt: Attempt
-    kind: str
-    why: str
-    nbytes: int
-
-    def document(self) -> dict[str, Any]:
-        """As JSON-like values."""
-        named = {"step": self.attempt.step, "attempt": self.attempt.attempt}
-        return {"kind": self.kind, **named, "why": self.why, "nbytes": self.nbytes}
-
-
-@dataclass(frozen=True, slots=True)
-class Loose:
-    """A single file that is to go."""
-
-    key: str
-    kind: str
-    why: str
-    nbytes: int
-
-    def document(self) -> dict[str, Any]:
-        """As JSON-like values."""
-        return {"kind": self.kind, "key": self.key, "why": self.why, "nbytes": self.nbytes}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leftovers:
-    """What would go, and what stays.
-
-    Attributes:
-        policy: How the policy reads; empty if none is recorded.
-        keep: Why each checkpoint stays.
-        doomed: Attempts, oldest first.
-        loose: Files.
-        unfinished: Uploads that writers which are no more have left half sent.
-        spared: What is no checkpoint and stays all the same, with the reason.
-        remarks: What is odd about the policy, or could not be seen.
-        limit_s: What was written later is too young, by the store's clock.
-        users: By layout the doomed checkpoints that name it: it goes only if all of them went.
-    """
-
-    policy: str
-    keep: dict[Attempt, str]
-    doomed: tuple[Doomed, ...]
-    loose: tuple[Loose, ...]
-    unfinished: int
-    spared: dict[str, str]
-    remarks: tuple[str, ...]
-    limit_s: float
-    users: Mapping[str, frozenset[Attempt]] = field(default_factory=dict[str, "frozenset[Attempt]"])
-
-    @property
-    def everything(self) -> tuple[Doomed | Loose, ...]:
-        """All that would go."""
-        return (*self.doomed, *self.loose)
-
-    @property
-    def nbytes(self) -> int:
-        """What would be freed, as far as it can be told: unfinished uploads do not say how large they are."""
-        return sum(one.nbytes for one in self.everything)
-
-    @property
-    def is_empty(self) -> bool:
-        """Nothing is to go."""
-        return not (self.doomed or self.loose or self.unfinished)
 
 
 def find(store: Store, rules: Rules, now_s: float) -> Leftovers:
@@ -166,6 +104,7 @@ class _Look:
             spared=self._spared,
             remarks=remarks,
             users=users,
+            sizes={str(one): seen.checkpoint.nbytes for one, seen in self._seen.items() if one not in gone},
         )
 
     def _check_named(self) -> None:

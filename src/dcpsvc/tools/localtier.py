@@ -14,7 +14,8 @@ from dcpsvc.errors import FormatError
 from dcpsvc.format import keys
 from dcpsvc.stages import discover
 from dcpsvc.storage.posix import PosixStore
-from dcpsvc.tools.leftovers import ATTEMPT, LAYOUT, Doomed, Loose
+from dcpsvc.tools.clearplan import ATTEMPT, LAYOUT, Doomed, Loose
+from dcpsvc.tools.listing import LOCAL
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Mapping
@@ -31,12 +32,14 @@ class LocalLeftovers:
 
     Attributes:
         elsewhere: The run root that it belongs to, if that is another one with the same identity: nothing goes then.
+        staying_nbytes: Of the attempts that stay here.
     """
 
     elsewhere: str = ""
     doomed: tuple[Doomed, ...] = ()
     loose: tuple[Loose, ...] = ()
     unfinished: int = 0
+    staying_nbytes: int = 0
 
     @property
     def everything(self) -> tuple[Doomed | Loose, ...]:
@@ -89,13 +92,14 @@ def find(path: Path, staying: Collection[Attempt], before_s: float, url: str) ->
         dates = [store.written_s(entry.key) for entry in store.list(attempt.data)]
         if attempt.step <= newest or attempt in journal or all(date <= before_s for date in dates):
             why = "the run root has it no more" if attempt.step <= newest else "no journal: nobody can finish it"
-            doomed.append(Doomed(attempt, ATTEMPT, why, here.get(attempt, 0)))
+            doomed.append(Doomed(attempt, ATTEMPT, why, here.get(attempt, 0), LOCAL))
         else:
             stays.add(attempt)
     return LocalLeftovers(
         doomed=tuple(doomed),
         loose=tuple(_layouts(store, {one: about for one, about in journal.items() if one in stays}, before_s)),
         unfinished=store.remove_unfinished(before_s, dry_run=True),
+        staying_nbytes=sum(here.values()) - sum(one.nbytes for one in doomed),
     )
 
 
@@ -155,7 +159,7 @@ def _journal(path: Path) -> dict[Attempt, Manifest | None]:
 def _layouts(store: PosixStore, journal: Mapping[Attempt, Manifest | None], before_s: float) -> list[Loose]:
     named = {about.layout.path for about in journal.values() if about is not None}
     return [
-        Loose(entry.key, LAYOUT, "no manifest names it", entry.nbytes)
+        Loose(entry.key, LAYOUT, "no manifest names it", entry.nbytes, LOCAL)
         for entry in store.list(keys.LAYOUTS)
         if keys.is_layout(entry.key) and entry.key not in named and store.written_s(entry.key) <= before_s
     ]

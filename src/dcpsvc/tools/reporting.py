@@ -51,6 +51,8 @@ def report(store: Store, *, folder: Path | None = None) -> str:
         skipped += more.skipped
     for each in skipped:
         logger.warning("a file of the log is not read: %s", each)
+    if not saves:
+        logger.warning("%s has no times of saves: jobs with run_log=True leave them there", store.url)
     about = {
         "root": store.url,
         "run_id": run.loads(store.url, store.get(keys.RUN, max_nbytes=run.MAX_NBYTES)).run_id,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from dcpsvc import fence, identity
-from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError
+from dcpsvc import fence, identity, sidefiles
+from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys, run
 from dcpsvc.format.lineage import Lineage
 from dcpsvc.format.parse import compact
@@ -102,7 +102,8 @@ class _Plan:
 def edit(operation: Operation, progress: Callable[[int], None], *, take_over: bool = False) -> Made:
     """Commit a changed copy under the same step, in the same run; of that step, it is the one that counts from now on.
 
-    Claims the run root, as a job does that starts.
+    Claims the run root, as a job does that starts. The copy has the metrics of the other, with those recorded later. A
+    pin beside either keeps both: see :func:`dcpsvc.decision.decide`.
 
     Args:
         operation: What to do.
@@ -122,6 +123,8 @@ def edit(operation: Operation, progress: Callable[[int], None], *, take_over: bo
 
 def promote(operation: Operation, target: Store, progress: Callable[[int], None], *, take_over: bool = False) -> Made:
     """Commit a copy as the newest checkpoint of another run, which is made if there is none: training goes on there.
+
+    The copy has the metrics of the other, with those recorded later, and no pins: they say that something stays here.
 
     Args:
         operation: What to copy, and what to change on the way.
@@ -159,6 +162,7 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
     try:
         with held(operation.source, source.key):
             records, layout = write_shards(plan.shards, plan.documents, plan.layout, target, attempt, progress=progress)
+            metrics = sidefiles.metrics_of(operation.source, source)
         manifest = replace(
             source,
             run_id=run_id,
@@ -166,6 +170,7 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
             created=owning.utc_now(),
             shards=tuple(records),
             layout=upload.put_layout(target, layout.dumps()),
+            metrics=metrics,
             versions=source.versions | {"dcpsvc": metadata.version("dcpsvc")},
         )
         lineage = Lineage(
