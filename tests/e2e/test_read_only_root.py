@@ -70,9 +70,7 @@ def can_mount(root: Path) -> bool:
 
 
 def run(prefix: list[str], *command: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*prefix, *map(str, command)], capture_output=True, text=True, check=False, timeout=60, cwd=Path.home()
-    )
+    done = subprocess.run([*prefix, *map(str, command)], capture_output=True, text=True, check=False, timeout=60)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
