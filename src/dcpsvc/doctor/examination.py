@@ -171,11 +171,11 @@ def _examine(job: Job, plan: Plan) -> Any:
 
 def _sized(job: Job, plan: Plan, looked: list[Finding], meeting: Meeting) -> Plan:
     """With the size of the newest commit, if nobody said another; where nothing can be read there is none."""
-    mine = None
+    mine: list[int | None] | None = None
     if job.coordinates and plan.model_nbytes is None and plan.root is not None and worst(looked) is not Verdict.FAIL:
         with suppress(DcpsvcError):
-            newest = latest(plan.root, storage_options=plan.options, checked=False)
-            mine = newest and [newest.step, newest.nbytes, newest.world_size]
+            if (newest := latest(plan.root, storage_options=plan.options, checked=False)) is not None:
+                mine = [newest.step, newest.nbytes, newest.world_size]
     told = job.meet("doctor/size", mine, lambda said: next(filter(None, said), None), meeting)
     if told is None:
         return plan
@@ -185,8 +185,10 @@ def _sized(job: Job, plan: Plan, looked: list[Finding], meeting: Meeting) -> Pla
 
 def _save_s(job: Job, plan: Plan, measured: Measured | None) -> float | None:
     """How long a save takes until its commit: one of the model, if its size is known."""
-    if measured is None or plan.model_nbytes is None:
-        return measured and measured.commit_s
+    if measured is None:
+        return None
+    if plan.model_nbytes is None:
+        return measured.commit_s
     return max(measured.commit_s, scaled(measured, "commit_s", plan.model_nbytes / (plan.ranks or job.world_size)))
 
 
