@@ -73,7 +73,8 @@ def job(until: int, every: int = 10, kill: str = "") -> subprocess.Popen[bytes]:
 def prepare() -> None:
     """What the run has been through before anybody looks."""
     assert job(30).wait(BOUND_S) == 0
-    assert "pinned" in said(f"dcpsvc pin {ROOT} 10 --note 'paper, table 3'")
+    told = said(f"dcpsvc pin {ROOT} 30 --note 'paper, table 3'")
+    assert "pinned" in told, told
     assert job(90, kill="shard-written:80:1").wait(BOUND_S) != 0
 
 
