@@ -25,8 +25,8 @@ from dcpsvc.commandline.common import (
     print_json,
     store_options,
 )
-from dcpsvc.errors import DcpsvcError, DestinationError, RootError, RunBusyError, StoreAccessError, StoreError
-from dcpsvc.tools import live, livetables
+from dcpsvc.errors import DcpsvcError, DestinationError, RootError, RunBusyError, StoreError
+from dcpsvc.tools import live, livetables, remedies
 
 _timeout = click.option(
     "--timeout",
@@ -52,8 +52,6 @@ _SECTIONS = {
     cls=Group,
     sections=_SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 well, 1 damaged, missing or not saved, 2 usage, 3 root unusable, 4 no live job of this run "
-    "on this host.",
 )
 @click.version_option(package_name="dcpsvc")
 def cli() -> None:
@@ -259,10 +257,12 @@ _REMEDIES: dict[type[Exception], str] = {  # the first that fits
     RunBusyError: "One owner at a time: end the other job, or wait for it.",
     DestinationError: "Give another place.",
     RootError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
-    StoreAccessError: "Check permissions and credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=... -o secret=...).",
     live.NoLiveJobError: "Ask on a host of the job, as the job's user.",
 }
 
 
 def _remedy(err: Exception) -> str:
+    if isinstance(err, StoreError):
+        text = remedies.remedy(err)
+        return text and f"{text[0].upper()}{text[1:]}."
     return next((text for kind, text in _REMEDIES.items() if isinstance(err, kind)), "")

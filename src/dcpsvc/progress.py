@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
 
 Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 """Is told how many bytes there are to do, and gives what to call with each number of bytes just done."""
@@ -35,6 +35,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:  # noqa: PLR2004 - what an hour is
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers for people: ``0-3, 7``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 class Lines:
@@ -100,9 +111,15 @@ def shown(
     if not console.is_terminal:
         yield Lines(what, total_nbytes, lambda line: console.print(line, highlight=False, soft_wrap=True)).advance
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]}", style="progress.data.speed")  # rich's own counts in powers of ten
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), rate, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total_nbytes)
-        yield lambda nbytes: bar.advance(task, nbytes)
+        task = bar.add_task(what, total=total_nbytes, rate="?")
+
+        def advance(nbytes: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, advance=nbytes, rate=f"{size(speed)}/s" if speed else "?")
+
+        yield advance

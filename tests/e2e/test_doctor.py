@@ -64,6 +64,18 @@ def test_the_ranks_of_a_launcher_examine_together_and_leave_a_run_as_it_was(tmp_
     assert [each.state for each in dcpsvc.list_checkpoints(tmp_path / "root")] == ["committed"]
 
 
+def test_without_a_size_the_newest_commit_says_it(tmp_path):
+    with dcpsvc.Checkpointer(tmp_path / "root", {"x": list(range(10000))}, local=tmp_path / "run-local") as ckpt:
+        ckpt.save(7).wait(30)
+    (newest,) = dcpsvc.list_checkpoints(tmp_path / "root")
+    asked = (tmp_path / "root", "--local", tmp_path / "local", "--size", "1MiB")
+    told = json.loads(doctor(*asked, "--json").stdout)["forecast"]
+    assert (told["step"], told["model_nbytes"], told["ranks"]) == (7, newest.nbytes, 1)
+    said = doctor(*asked, "--model", "1GB", "--json").stdout
+    assert (json.loads(said)["forecast"]["step"], json.loads(said)["forecast"]["model_nbytes"]) == (None, 10**9)
+    assert "on 1 rank, like step 7 there: training waits" in doctor(*asked).stdout
+
+
 def test_started_under_a_launcher_one_rank_speaks(tmp_path):
     command = (*TORCHRUN, "-m", "dcpsvc")
     os.environ["DCPSVC_LOCAL"] = str(tmp_path / "local")

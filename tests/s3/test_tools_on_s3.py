@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 import torch
 
 import dcpsvc
+from dcpsvc.cli import cli
 from dcpsvc.format import keys
 from dcpsvc.stages import discover
 from dcpsvc.storage.base import written_s
 from dcpsvc.storage.open import open_store
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.s3.servers import Server
 
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
+
+PROGRAM = Path(sys.executable).with_name("dcpsvc")
 
 
 @pytest.fixture
@@ -44,16 +48,141 @@ def root(s3_server: Server, tmp_path: Path) -> str:
 
 
 def run(server: Server, name: str, *arguments: object, code: int = 0) -> str:
-    options = [
-        part
-        for key, value in server.storage_options.items()
-        for part in ("--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    ]
-    command = [sys.executable, "-m", "dcpsvc", name, *options, *map(str, arguments)]
+    command = [PROGRAM, name, *options_of(server), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == code, done.stdout + done.stderr
     assert server.secret_key not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
     return done.stdout
+
+
+def options_of(server: Server) -> list[str]:
+    told = (
+        (key, value if isinstance(value, str) else json.dumps(value)) for key, value in server.storage_options.items()
+    )
+    return [part for key, value in told for part in ("--option", f"{key}={value}")]
+
+
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "ls": ("ROOT",),
+    "show": ("ROOT", 1, "--filter", "weight"),
+    "diff": ("ROOT", 1, 2, "--values"),
+    "du": ("ROOT",),
+    "verify": ("ROOT", "--jobs", 2),
+    "report": ("ROOT", "--output", "FILE"),
+    "doctor": ("ROOT", "--local", "DIR", "--size", "1MiB"),
+    "pin": ("ROOT", 1, "--note", "paper"),
+    "unpin": ("ROOT", 1),
+    "edit": ("ROOT", 2, "--set", "optim.lr=0.25"),
+    "promote": ("ROOT", 1, "ELSEWHERE"),
+    "gc": ("ROOT", "--keep", "latest:1", "--local", "DIR"),
+    "status": ("ROOT",),
+    "save": ("ROOT",),
+    "stop": ("ROOT",),
+    "fetch": ("ROOT", 1, "DIR"),
+    "cp": ("ROOT", "ELSEWHERE"),
+    "export": ("ROOT", "latest", "DIR", "--format", "hf"),
+    "import": ("FOLDER", "ELSEWHERE", 7),
+}
+CODES = {"status": 4, "save": 4, "stop": 4}  # no job lives
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, command in cli.commands.items()
+        if any(isinstance(each, click.Argument) and each.name == "root" for each in command.params)
+    ],
+)
+def test_each_command_that_takes_a_run_root_takes_one_on_s3_and_tells_what_it_did_as_json(
+    name, root, s3_server, tmp_path
+):
+    if name == "import":
+        run(s3_server, "export", root, 1, tmp_path / "folder", "--format", "hf")
+    places = {
+        "ROOT": root, "ELSEWHERE": f"{root}-next", "FILE": tmp_path / "page.html", "DIR": tmp_path / "dir",
+        "FOLDER": tmp_path / "folder",
+    }  # fmt: skip
+    given = [places.get(str(each), each) for each in ARGUMENTS[name]]
+    said = run(s3_server, name, *given, "--json", code=CODES.get(name, 0))
+    assert said == "" if name in CODES else json.loads(said) is not None
+    if "ELSEWHERE" in ARGUMENTS[name]:
+        run(s3_server, "verify", f"{root}-next")
+    run(s3_server, "verify", root)
+
+
+def test_a_checkpoint_on_s3_is_pinned_and_left_to_the_policy_again(root, s3_server, tmp_path):
+    def stays() -> list[int]:
+        plan = json.loads(run(s3_server, "gc", root, "--keep", "latest:1", "--dry-run", "--json"))
+        return sorted(one["step"] for one in plan["keep"])
+
+    assert stays() == [2]
+    assert json.loads(run(s3_server, "pin", root, 1, "--note", "paper", "--json"))["note"] == "paper"
+    assert stays() == [1, 2]
+    assert "pinned: paper" in json.loads(run(s3_server, "ls", root, "--json"))[0]["reasons"]
+    assert json.loads(run(s3_server, "unpin", root, 1, "--json"))["pins_removed"] == 1
+    assert stays() == [2]
+    run(s3_server, "pin", root, 7, code=1)
+
+
+def test_what_was_exported_from_s3_and_imported_to_it_is_what_was_saved(root, s3_server, tmp_path):
+    options = s3_server.storage_options
+    run(s3_server, "export", root, 1, tmp_path / "model", "--format", "hf")
+    told = json.loads(run(s3_server, "import", tmp_path / "model", f"{root}-new", 7, "--json"))
+    assert (told["step"], told["tensors"]) == (7, 2)
+    ours, theirs = torch.nn.Linear(1000, 300), torch.nn.Linear(1000, 300)
+    assert dcpsvc.load(root, {"model": ours}, 1, storage_options=options) == 1
+    assert dcpsvc.load(f"{root}-new", {"model": theirs}, storage_options=options) == 7
+    assert torch.equal(ours.weight, theirs.weight)
+    run(s3_server, "import", tmp_path / "model", root, 1, code=3)  # step 2 is committed there
+
+
+def test_an_edit_a_difference_and_a_flipped_bit_on_s3_are_told_by_exit_code(root, s3_server):
+    edited = json.loads(run(s3_server, "edit", root, 2, "--set", "optim.lr=0.25", "--json"))
+    assert "0.5 -> 0.25" in edited["changes"][0]
+    told = json.loads(run(s3_server, "diff", root, 1, 2, "--json", code=1))
+    assert [each[0].rpartition(".")[2] for each in told["plain"]] == ["lr"]
+    shard = json.loads(run(s3_server, "show", root, 1, "--json"))["shards"][0]["path"]
+    client, where = s3_server.client(), {"Bucket": s3_server.bucket, "Key": f"{root.split('/', 3)[3]}/{shard}"}
+    body = bytearray(client.get_object(**where)["Body"].read())
+    body[len(body) // 2] ^= 1
+    client.put_object(**where, Body=bytes(body))
+    found = json.loads(run(s3_server, "verify", root, "--json", code=1))
+    assert [(each["step"], each["intact"]) for each in found] == [(1, False), (2, True), (2, True)]
+    assert shard in found[0]["problems"][0]
+
+
+def test_a_live_job_on_s3_is_looked_at_saved_and_stopped_by_its_run_root(s3_server, run_root, tmp_path):
+    command = [
+        sys.executable, "-m", "dcpsvc.demo.train", f"--root={run_root}", f"--nvme={tmp_path / 'nvme'}",
+        "--parallel=none", "--steps=1000000", "--every=1000000",
+    ]  # fmt: skip
+    environ = {**os.environ, "DCPSVC_DEMO_STORAGE_OPTIONS": json.dumps(s3_server.storage_options)}
+    with (tmp_path / "output").open("w") as output, subprocess.Popen(command, env=environ, stderr=output) as job:
+        try:
+            await_first_step(s3_server, run_root, job)
+            (rank,) = json.loads(run(s3_server, "status", run_root, "--json"))
+            saved = json.loads(run(s3_server, "save", run_root, "--timeout=60", "--json"))
+            stopped = json.loads(run(s3_server, "stop", run_root, "--timeout=60", "--json"))
+            assert job.wait(60) == 0, (tmp_path / "output").read_text()
+        finally:
+            job.kill()
+    assert rank["root"] == run_root
+    assert (saved["state"], stopped["state"]) == ("committed", "committed")
+    listed = json.loads(run(s3_server, "ls", run_root, "--json"))
+    assert [row["step"] for row in listed] == [saved["step"], stopped["step"]]
+    run(s3_server, "status", run_root, code=4)
+
+
+def await_first_step(server: Server, root: str, job: subprocess.Popen[bytes]) -> None:
+    asked = [PROGRAM, "status", root, "--json", *options_of(server)]
+    deadline = time.monotonic() + 90
+    while (done := subprocess.run(asked, capture_output=True, check=False, timeout=60)).returncode or not json.loads(
+        done.stdout
+    )[0].get("step"):
+        assert job.poll() is None
+        assert time.monotonic() < deadline, done.stderr
 
 
 def test_a_run_on_s3_is_listed_verified_compared_fetched_edited_and_reported(root, s3_server, tmp_path):

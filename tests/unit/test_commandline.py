@@ -20,12 +20,12 @@ import torch
 from click.testing import CliRunner
 
 import dcpsvc
+from dcpsvc import progress
 from dcpsvc.cli import cli
 from dcpsvc.errors import NoSuchStepError
 from dcpsvc.policies import Latest
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
-from dcpsvc.tools import tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,8 +49,9 @@ def told(*arguments: object, code: int = 0) -> str:
 @pytest.mark.parametrize(
     ("words", "command"), list(commands()), ids=lambda one: " ".join(one) if type(one) is tuple else ""
 )
-def test_each_example_in_the_help_is_a_line_that_can_be_copied(words, command):
+def test_each_help_has_examples_that_can_be_copied_and_ends_with_the_exit_codes(words, command):
     text = told(*words, "--help")
+    assert text.partition("\nExit codes: ")[2].startswith("0 well, 1 damaged")
     assert "\\b" not in text
     _, title, written = inspect.cleandoc(command.help).partition("\n\nExamples:\n")
     assert title
@@ -200,7 +201,7 @@ def test_show_takes_patterns_and_dtypes_and_says_when_nothing_matches(run):
 
 
 def test_ranks_in_a_row_are_told_as_a_range():
-    assert tables.ranges([*range(512), 600, 602, 603]) == "0-511,600,602-603"
+    assert progress.ranges([*range(512), 600, 602, 603]) == "0-511, 600, 602-603"
 
 
 OFFLINE = {

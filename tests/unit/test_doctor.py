@@ -17,14 +17,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcpsvc.commandline.common import size_in_bytes, time_in_seconds
-from dcpsvc.doctor import machine, place, rehearsal
+from dcpsvc.doctor import machine, place, rehearsal, table
 from dcpsvc.doctor.findings import Finding, Verdict, merged, ok, worst
 from dcpsvc.doctor.forecast import Measured, best_interval_s, forecast, scaled
-from dcpsvc.errors import DcpsvcError, StoreAccessError
+from dcpsvc.errors import (
+    DcpsvcError,
+    StoreAccessError,
+    StoreFullError,
+    StoreNotFoundError,
+    StoreUnavailableError,
+)
 from dcpsvc.storage.base import Credentials, Store
 from dcpsvc.storage.memory import MemoryStore
 from dcpsvc.storage.open import open_store
 from dcpsvc.storage.posix import PosixStore
+from dcpsvc.tools import remedies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -297,6 +304,43 @@ def test_what_a_save_costs_whatever_its_size_is_not_scaled():
     assert expected.stall_s == pytest.approx(0.06 + 10 * 0.04)
     assert expected.local_s == pytest.approx(0.2 + 10 * 0.8)
     assert expected.commit_s == pytest.approx(40.0)  # the larger was the faster: by its bytes alone
+
+
+def test_where_memory_has_no_room_for_copies_training_waits_until_all_is_written():
+    copied = forecast(MEASURED, 4 << 30, 86400.0)
+    streamed = forecast(MEASURED, 4 << 30, 86400.0, copied=False)
+    assert (copied.stall_s, streamed.stall_s) == (0.1, 1.0)
+    assert streamed.interval_s > copied.interval_s
+    assert streamed.lost > copied.lost
+
+
+def test_what_is_lost_is_what_saves_and_repeats_take():
+    # By hand: a save every 1000 s costs 0.1 s; a failure each 10,000 s costs 500 + 1000 + 2 s.
+    found = forecast(dataclasses.replace(MEASURED, blocked_s=0.1, commit_s=1000.0), 4 << 30, 10_000.0)
+    assert found.interval_s == 1000.0
+    assert found.lost == pytest.approx(0.1 / 1000 + (500 + 1000 + 2) / 10_000)
+
+
+def test_the_advice_names_the_checkpoint_it_is_for():
+    first, second = table.expectations(forecast(MEASURED, 1 << 30, 86400.0, ranks=1, step=70))
+    assert first.startswith("a checkpoint of 1.00 GiB on 1 rank, like step 70 there: training waits about 0.1 s, ")
+    assert second.startswith("with a failure every 24 h 0 min, save every ")
+    assert table.expectations(forecast(MEASURED, 4 << 30, 86400.0))[0].startswith(
+        "a checkpoint of 4.00 GiB on 4 ranks: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "said", "not_said"),
+    [("/runs/a", "mount", "AWS"), ("s3://bucket/a", "AWS_PROFILE", "mount"), ("gs://bucket/a", "-o KEY", "AWS")],
+)
+def test_the_remedy_is_one_for_the_kind_of_place(where, said, not_said):
+    for kind in (StoreAccessError, StoreFullError, StoreUnavailableError):
+        text = remedies.remedy(kind("put", where, "no"))
+        assert text
+        assert not_said not in text or kind is not StoreAccessError
+    assert said in remedies.access(where)
+    assert remedies.remedy(StoreNotFoundError("get", where, "no")) == ""
 
 
 def test_a_grace_that_is_too_short_for_the_model_is_told():

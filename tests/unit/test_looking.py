@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -16,14 +18,17 @@ from click.testing import CliRunner
 import dcpsvc
 from dcpsvc import progress
 from dcpsvc.cli import cli
+from dcpsvc.errors import StoreNotFoundError
+from dcpsvc.format import keys
 from dcpsvc.policies import Best, EveryNSteps
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover, retain
-from dcpsvc.tools import listing, numbers, tables
+from dcpsvc.storage.posix import PosixStore
+from dcpsvc.tools import listing, numbers, tables, verifying
 from dcpsvc.tools.comparing import leaves
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from dcpsvc.storage.base import Entry
 
 
 class Run(NamedTuple):
@@ -177,6 +182,49 @@ def test_verify_names_the_damaged_file_and_goes_on(copy, jobs):
     assert shard.name in bad["problems"][0]
     assert (good["step"], good["intact"]) == (20, True)
     assert told_json("verify", copy.root, 20) == [good]
+
+
+class Meanwhile(PosixStore):
+    """Step 10 is deleted there by a job just after the manifests are listed for the first time."""
+
+    def list(self, prefix: str) -> list[Entry]:
+        found = super().list(prefix)
+        if prefix == keys.MANIFESTS and (old := [each for each in map(keys.attempt_of, keys_of(found)) if each]):
+            with contextlib.suppress(StoreNotFoundError):
+                retain.finish_removal(PosixStore(Path(self.url)), min(old, key=lambda each: each.step))
+        return found
+
+
+def keys_of(entries: list[Entry]) -> list[str]:
+    return [entry.key for entry in entries if "10" in entry.key]
+
+
+def test_what_a_job_deletes_meanwhile_is_gone_and_not_damaged(copy):
+    store = Meanwhile(copy.root)
+    old, new = verifying.verify(store, verifying.commits(store, None))
+    assert (old.step, old.gone, old.intact, old.problems) == (10, True, False, ())
+    assert (new.step, new.gone, new.intact) == (20, False, True)
+
+
+def test_a_listing_leaves_out_what_a_job_deletes_meanwhile(copy):
+    assert [(one.step, one.state) for one in discover.listing(Meanwhile(copy.root))] == [(20, "committed")]
+
+
+def test_a_listing_takes_in_whole_what_a_job_commits_meanwhile(copy):
+    class Late(PosixStore):
+        """Its first listing of the shards is from before step 20."""
+
+        asked = 0
+
+        def list(self, prefix: str) -> list[Entry]:
+            self.asked += prefix == keys.DATA
+            early = prefix == keys.DATA and self.asked == 1
+            return [entry for entry in super().list(prefix) if not (early and "0020." in entry.key)]
+
+    assert [(one.step, one.state) for one in discover.listing(Late(copy.root))] == [
+        (10, "committed"),
+        (20, "committed"),
+    ]
 
 
 def test_verify_says_now_and_then_how_far_it_is_where_nobody_watches():

@@ -11,9 +11,11 @@ import urllib.request
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import dcpsvc
 from dcpsvc import Event, Observers, Point, PrometheusMetrics, RunLog, Spans
+from dcpsvc.cli import cli
 from dcpsvc.errors import ConfigError, StoreUnavailableError
 from dcpsvc.observing import runlog
 from dcpsvc.observing.phases import PHASES, SaveTimes, Tracker, stragglers
@@ -270,6 +272,9 @@ def test_files_of_the_log_that_are_too_large_are_named_in_the_report(tmp_path):
     assert "large.rank-00000.00000.jsonl: 64 MiB, more than 64" in skipped
     assert len(saves) == 2
     assert skipped in reporting.report(open_root(tmp_path / "root"))
+    done = CliRunner().invoke(cli, ["report", str(tmp_path / "root"), "-o", str(tmp_path / "page.html"), "--json"])
+    assert (done.exit_code, done.stderr) == (0, f"not read: {skipped}\n")
+    assert json.loads(done.stdout)["skipped"] == [skipped]
 
 
 # --- phases ---------------------------------------------------------------------------------------

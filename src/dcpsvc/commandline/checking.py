@@ -47,7 +47,10 @@ class _WithLauncher(Command):
     "--size", type=size_in_bytes, default="64MiB", show_default=True, metavar="SIZE", help="What each rank saves."
 )
 @click.option(
-    "--model", type=size_in_bytes, metavar="SIZE", help="Size of the checkpoints to come: predicts what they cost."
+    "--model",
+    type=size_in_bytes,
+    metavar="SIZE",
+    help="Size of the checkpoints to come, of which it predicts the cost. Default: that of ROOT's newest.",
 )
 @click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="How many will share it, if more than now.")
 @click.option(
@@ -78,7 +81,7 @@ def doctor_command(context: click.Context, /, as_rank: bool, as_json: bool, **ch
         said = _through(launcher, context.meta["arguments"])
         is_speaker = True
     else:
-        said, is_speaker = _here(**choices)
+        said, is_speaker = _here(**choices, quiet=as_json)
     if as_rank:
         if is_speaker:
             click.echo(_MARK + json.dumps(said))
@@ -99,12 +102,13 @@ def _here(
     grace: float,
     timeout_s: float,
     options: tuple[str, ...],
+    quiet: bool,
 ) -> tuple[dict[str, Any], bool]:
     from dcpsvc.doctor.examination import Plan, examine
 
     plan = Plan(
         root=root, local=Options(local=local).local_dir, options=parse(options), nbytes=size, model_nbytes=model,
-        ranks=ranks, mtbf_s=mtbf, grace_s=grace, timeout_s=timeout_s,
+        ranks=ranks, mtbf_s=mtbf, grace_s=grace, timeout_s=timeout_s, quiet=quiet,
     )  # fmt: skip
     found, rank = examine(plan)
     return found.to_json(), rank == 0

@@ -44,8 +44,20 @@ def time_in_seconds(text: str) -> float:
     return float(match["number"]) * {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}[match["unit"]]
 
 
+_EXIT_CODES = (
+    "Exit codes: 0 well, 1 damaged, different, missing or not saved, 2 usage, 3 root unusable, 4 no live job of this "
+    "run on this host."
+)
+
+
 class Command(click.Command):
-    """Its help keeps the lines below ``Examples:`` as they are."""
+    """Its help keeps the lines below ``Examples:`` as they are, and ends with the exit codes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Those of all commands: scripts rely on them."""
+        super().format_epilog(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text(_EXIT_CODES)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Mark them the way that click wants it, which no docstring need know."""

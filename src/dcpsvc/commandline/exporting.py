@@ -10,6 +10,7 @@ import click
 from dcpsvc import progress
 from dcpsvc.commandline.common import Command, as_json_option, open_store, print_json, store_options
 from dcpsvc.commandline.steps import pick, step_argument
+from dcpsvc.storage.oserror import from_os_error
 
 _MIB = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -46,7 +47,7 @@ def export_command(
     options: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Write the checkpoint of STEP, into DIRECTORY as other tools read it.
+    """Write the checkpoint of STEP into DIRECTORY, as other tools read it.
 
     hf: safetensors with index for from_pretrained. peft: adapters. dcp: a stock DCP directory. torch: model.pt.
     Every byte is verified. An export that was cut short goes on where it was.
@@ -57,7 +58,10 @@ def export_command(
     store = open_store(root, options)
     found = pick(store, step)
     at = found.step
-    nbytes = _export(store, at, Path(directory), kind, component, dtype, max_shard_mib, quiet=as_json)
+    try:
+        nbytes = _export(store, at, Path(directory), kind, component, dtype, max_shard_mib, quiet=as_json)
+    except OSError as err:
+        raise from_os_error("export", directory, err) from err
     if as_json:
         about = {"step": at, "attempt": found.attempt, "format": kind, "directory": directory}
         print_json(about | {"nbytes": nbytes})

@@ -129,7 +129,8 @@ def verify_command(
         print_json([asdict(finding) | {"intact": finding.intact} for finding in findings])
     else:
         tables.print_findings(findings)
-    sys.exit(0 if all(finding.intact for finding in findings) else EXIT_DAMAGED)
+    well = all(finding.intact or (finding.gone and step is None) for finding in findings)
+    sys.exit(0 if well else EXIT_DAMAGED)
 
 
 @click.command("diff", cls=Command)
@@ -236,15 +237,18 @@ def report_command(root: str, output: Path, folder: Path | None, options: tuple[
     aside = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         with aside.open("x", encoding="utf-8") as file:  # first: nothing is read for a page that cannot be written
-            file.write(reporting.report(open_store(root, options), folder=folder))
+            data = reporting.collect(open_store(root, options), folder=folder)
+            file.write(reporting.page(data))
         aside.replace(output)
     except OSError as err:
         raise click.UsageError(f"{output} cannot be written: {err.strerror or err}") from err
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-    nbytes = output.stat().st_size
+    nbytes, skipped = output.stat().st_size, data["skipped"]
+    for each in skipped:
+        click.echo(f"not read: {each}", err=True)
     if as_json:
-        print_json({"output": str(output), "nbytes": nbytes})
+        print_json({"output": str(output), "nbytes": nbytes, "skipped": skipped})
     else:
         click.echo(f"{output}: {progress.size(nbytes)}")

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ import torch.distributed as dist
 from dcpsvc import identity, preflight
 from dcpsvc.doctor import machine, place, rehearsal
 from dcpsvc.doctor.findings import Finding, Verdict, broken, merged, ok, worst
-from dcpsvc.doctor.forecast import Forecast, Measured, forecast
+from dcpsvc.doctor.forecast import Forecast, Measured, forecast, scaled
 from dcpsvc.errors import DcpsvcError
 from dcpsvc.format.keys import PROBES
 from dcpsvc.progress import duration
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import Meeting
+from dcpsvc.reading import latest
 from dcpsvc.storage.open import open_store
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ class Plan:
         local: The local tier.
         options: For fsspec.
         nbytes: What each rank saves in the rehearsal.
-        model_nbytes: Size of the checkpoints to come; None if nobody said.
-        ranks: That will share it; None takes as many as examine.
+        model_nbytes: Size of the checkpoints to come; None takes that of the newest commit, if there is one.
+        like: Its step then.
+        ranks: That will share it; None takes as many as wrote that commit, else as many as examine.
         mtbf_s: Mean time between failures of the job to come.
         grace_s: What the cluster leaves a job between SIGTERM and SIGKILL.
         timeout_s: Longest wait for a peer.
+        quiet: Do not show how far it is.
     """
 
     root: str | None
@@ -52,10 +55,12 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     nbytes: int = 64 << 20
     model_nbytes: int | None = None
+    like: int | None = None
     ranks: int | None = None
     mtbf_s: float = 86400.0
     grace_s: float = 25.0
     timeout_s: float = 60.0
+    quiet: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +143,6 @@ def _examine(job: Job, plan: Plan) -> Any:
     times: list[float] = job.meet("doctor/clock", time.time(), lambda said: said, meeting)
     findings = [place.clocks(times, time.monotonic() - began)] if job.world_size > 1 else []
     masks: list[tuple[str, list[int]]] = job.meet("doctor/cpus", machine.mask(), lambda said: said, meeting)
-    findings += machine.examine(_machine(job, plan, masks))
     root, local = _places(plan, token)
     was_there = _folders(root)
     measured: Measured | None = None
@@ -149,20 +153,45 @@ def _examine(job: Job, plan: Plan) -> Any:
     except DcpsvcError as err:
         store = None
         findings.append(broken("run root", err, "check the path or URL, and -o KEY=VALUE"))
-    findings += _look_at(job, store, token, meeting)
+    looked = _look_at(job, store, token, meeting)
+    plan = _sized(job, plan, looked, meeting)
+    findings += [*machine.examine(_machine(job, plan, masks)), *looked]
     if store is not None:
         more, measured = rehearsal.rehearse(
-            f"{root}/run", local, job.rank, nbytes=plan.nbytes, options=plan.options, timeout_s=plan.timeout_s
-        )
+            f"{root}/run", local, job.rank, nbytes=plan.nbytes, options=plan.options, timeout_s=plan.timeout_s,
+            quiet=plan.quiet,
+        )  # fmt: skip
         findings += more
-        save_s = None if measured is None else measured.commit_s
-        findings += place.credentials(store, save_s, time.time())
+        findings += place.credentials(store, _save_s(job, plan, measured), time.time())
     job.meet("doctor/tidy", None, lambda _: None, meeting)
     if job.coordinates and store is not None:
         findings.append(rehearsal.remove(store))
         _prune(root, was_there)
     mine = {"findings": [one.to_json() for one in findings], "measured": measured and measured.to_json()}
     return job.meet("doctor/end", mine, lambda all_: _sum_up(plan, all_), meeting)
+
+
+def _sized(job: Job, plan: Plan, looked: list[Finding], meeting: Meeting) -> Plan:
+    """With the size of the newest commit, if nobody said another; where nothing can be read there is none."""
+    mine: list[int | None] | None = None
+    if job.coordinates and plan.model_nbytes is None and plan.root is not None and worst(looked) is not Verdict.FAIL:
+        with suppress(DcpsvcError):
+            if (newest := latest(plan.root, storage_options=plan.options, checked=False)) is not None:
+                mine = [newest.step, newest.nbytes, newest.world_size]
+    told = job.meet("doctor/size", mine, lambda said: next(filter(None, said), None), meeting)
+    if told is None:
+        return plan
+    step, nbytes, ranks = told
+    return replace(plan, like=step, model_nbytes=nbytes, ranks=plan.ranks or ranks)
+
+
+def _save_s(job: Job, plan: Plan, measured: Measured | None) -> float | None:
+    """How long a save takes until its commit: one of the model, if its size is known."""
+    if measured is None:
+        return None
+    if plan.model_nbytes is None:
+        return measured.commit_s
+    return max(measured.commit_s, scaled(measured, "commit_s", plan.model_nbytes / (plan.ranks or job.world_size)))
 
 
 def _machine(job: Job, plan: Plan, masks: list[tuple[str, list[int]]]) -> machine.Machine:
@@ -202,7 +231,8 @@ def _sum_up(plan: Plan, said: list[dict[str, Any]]) -> dict[str, Any]:
     measured = _slowest([each["measured"] for each in said])
     expected = None
     if measured is not None and plan.model_nbytes is not None:
-        expected = forecast(measured, plan.model_nbytes, plan.mtbf_s, plan.ranks)
+        copied = all(one.verdict is not Verdict.WARN for one in findings if one.name == machine.MEMORY)
+        expected = forecast(measured, plan.model_nbytes, plan.mtbf_s, plan.ranks, copied=copied, step=plan.like)
         findings.append(preemption(expected, plan.grace_s))
     return Examination(
         root=plan.root or str(plan.local),

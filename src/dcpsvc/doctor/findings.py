@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
+from dcpsvc import progress
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -87,17 +89,10 @@ def _merge(found: list[tuple[int, Finding]], world_size: int) -> Finding:
     if bad in {Verdict.OK, Verdict.NOTE} or world_size == 1:
         return first
     named = (
-        "all ranks" if len(ranks) == world_size else "ranks " + _ranges(ranks) if len(ranks) > 1 else f"rank {ranks[0]}"
+        "all ranks"
+        if len(ranks) == world_size
+        else "ranks " + progress.ranges(ranks)
+        if len(ranks) > 1
+        else f"rank {ranks[0]}"
     )
     return replace(first, found=f"{named}: {first.found}")
-
-
-def _ranges(ranks: list[int]) -> str:
-    """``0-3, 7``."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1][1:] = [rank]
-        else:
-            parts.append([rank])
-    return ", ".join("-".join(map(str, part)) for part in parts)

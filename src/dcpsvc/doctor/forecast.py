@@ -43,6 +43,7 @@ class Forecast:
 
     Attributes:
         model_nbytes: Of a whole checkpoint.
+        step: The newest commit of the run, whose size that is; None if somebody said the size.
         ranks: That share it.
         mtbf_s: Mean time between failures of the job that is assumed.
         stall_s: What training loses at each save.
@@ -53,6 +54,7 @@ class Forecast:
     """
 
     model_nbytes: int
+    step: int | None = None
     ranks: int
     mtbf_s: float
     stall_s: float
@@ -62,7 +64,15 @@ class Forecast:
     lost: float
 
 
-def forecast(measured: Measured, model_nbytes: int, mtbf_s: float, ranks: int | None = None) -> Forecast:
+def forecast(
+    measured: Measured,
+    model_nbytes: int,
+    mtbf_s: float,
+    ranks: int | None = None,
+    *,
+    copied: bool = True,
+    step: int | None = None,
+) -> Forecast:
     """Scale what was measured to a model: what a save costs whatever its size, and what each byte adds.
 
     Args:
@@ -70,14 +80,19 @@ def forecast(measured: Measured, model_nbytes: int, mtbf_s: float, ranks: int | 
         model_nbytes: Of a whole checkpoint: about 14 bytes a parameter with AdamW and bfloat16 weights.
         mtbf_s: Mean time between failures of the whole job.
         ranks: That will share it; default as many as took part.
+        copied: Whether memory holds a copy; else training waits until all is written.
+        step: See :class:`Forecast`.
     """
     count = ranks or measured.ranks
     nbytes = model_nbytes / count
     stall_s, local_s, commit_s = (scaled(measured, name, nbytes) for name in ("blocked_s", "local_s", "commit_s"))
+    if not copied:
+        stall_s = max(stall_s, local_s)
     load_s = measured.load_s * nbytes / measured.shard_nbytes
     interval_s = max(best_interval_s(stall_s, mtbf_s), commit_s)  # one save at a time
     return Forecast(
         model_nbytes=model_nbytes,
+        step=step,
         ranks=count,
         mtbf_s=mtbf_s,
         stall_s=stall_s,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NETWORKED = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "ceph", "beegfs", "afs", "wekafs"}
 )
+MEMORY = "memory"
 _SHM = "/dev/shm"  # noqa: S108 - what is measured
 _MIN_SHM_NBYTES = 256 << 20
 _MIN_OPEN_FILES, _FEW_OPEN_FILES = 256, 4096
@@ -61,7 +62,7 @@ def examine(machine: Machine) -> list[Finding]:
         ("local disk", local_kind, "give local= a directory that this user may write to"),
         ("disk space", disk_space, "give local= a directory that this user may write to"),
         ("fsync", sync_speed, "give local= a directory that this user may write to"),
-        ("memory", memory, ""),
+        (MEMORY, memory, ""),
         (_SHM, shared_memory, "mount a tmpfs at /dev/shm (docker run --shm-size, Kubernetes emptyDir)"),
         ("open files", lambda _: open_files(), ""),
         ("dirty pages", dirty_pages, ""),
@@ -152,15 +153,15 @@ def memory(machine: Machine) -> Finding:
     """Host memory for the copies."""
     free = preflight.free_memory_nbytes(meminfo=machine.proc / "meminfo")
     if free is None:
-        return Finding(name="memory", verdict=Verdict.NOTE, found="this system does not say how much is free")
+        return Finding(name=MEMORY, verdict=Verdict.NOTE, found="this system does not say how much is free")
     if machine.shard_nbytes is None:
-        return ok("memory", f"{size(free)} free")
+        return ok(MEMORY, f"{size(free)} free")
     need = machine.shard_nbytes * machine.ranks * 2
     found = f"{size(free)} free; two copies of the shards of {machine.ranks} ranks take {size(need)}"
     if free >= need:
-        return ok("memory", found)
+        return ok(MEMORY, found)
     remedy = "saves are written from the state while training waits: more memory, or more ranks for the same model"
-    return Finding(name="memory", verdict=Verdict.WARN, found=found, remedy=remedy)
+    return Finding(name=MEMORY, verdict=Verdict.WARN, found=found, remedy=remedy)
 
 
 def shared_memory(machine: Machine) -> Finding:

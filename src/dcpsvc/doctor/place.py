@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
-from dcpsvc.errors import StoreAccessError, StoreError
+from dcpsvc.errors import StoreError
 from dcpsvc.progress import duration
 from dcpsvc.storage import storeclock
 from dcpsvc.storage.base import SigningStore
+from dcpsvc.tools import remedies
 
 if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
@@ -22,9 +23,6 @@ _MAX_SKEW_S = 1.0
 _DATE_S = 1.0
 """What stores that date by the second leave open."""
 _LONG_S = 86400.0
-
-_ACCESS = "give this user read, write, list and delete on the run root (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=...)"
-_REACH = "check the path or URL, the network, and -o endpoint_url=..."
 
 
 def permissions(store: Store, mine: str) -> Finding:
@@ -39,10 +37,9 @@ def permissions(store: Store, mine: str) -> Finding:
         store.list("")
         step = "delete"
         store.delete(mine)
-    except StoreAccessError as err:
-        return Finding(name="permissions", verdict=Verdict.FAIL, found=f"cannot {step}: {err}", remedy=_ACCESS)
     except StoreError as err:
-        return Finding(name="permissions", verdict=Verdict.FAIL, found=f"cannot {step}: {err}", remedy=_REACH)
+        remedy = remedies.remedy(err) or remedies.reach(store.url)
+        return Finding(name="permissions", verdict=Verdict.FAIL, found=f"cannot {step}: {err}", remedy=remedy)
     return ok("permissions", "write, read, list and delete")
 
 
@@ -54,7 +51,7 @@ def listings(store: Store, mine: str) -> Finding:
         store.delete(mine)
         vanished_s = _until(store, mine, there=False)
     except StoreError as err:
-        return broken("listings", err, _REACH)
+        return broken("listings", err, remedies.reach(store.url))
     late_s = max(appeared_s, vanished_s)
     if not late_s:
         return ok("listings", "show at once what was written and deleted")
@@ -80,12 +77,12 @@ def conditional_create(store: Store, prefix: str) -> Finding:
     try:
         winners = [_race(store, f"{prefix}-{number}") for number in range(_RACES)]
     except StoreError as err:
-        return broken("conditional create", err, _REACH)
+        return broken("conditional create", err, remedies.reach(store.url))
     found = f"{_RACERS} writers raced {_RACES} times; winners: {', '.join(map(str, winners))}"
     if winners == [1] * _RACES:
         return ok("conditional create", found)
     if 0 in winners:
-        return Finding(name="conditional create", verdict=Verdict.FAIL, found=found, remedy=_REACH)
+        return Finding(name="conditional create", verdict=Verdict.FAIL, found=found, remedy=remedies.reach(store.url))
     note = f"{found}; commits are safe without it, by epochs and claims"
     return Finding(name="conditional create", verdict=Verdict.NOTE, found=note)
 
@@ -102,7 +99,7 @@ def credentials(store: Store, save_s: float | None, now_s: float) -> list[Findin
 
     Args:
         store: The run root.
-        save_s: How long a save took from its call to its commit; None if none did.
+        save_s: How long a save takes from its call to its commit; None if nobody knows.
         now_s: Seconds since 1970.
     """
     found = store.credentials() if isinstance(store, SigningStore) else None
@@ -151,7 +148,8 @@ def clocks(times: list[float], within_s: float) -> Finding:
         return ok("clocks", found)
     first, last = times.index(min(times)), times.index(max(times))
     remedy = (
-        f"start chrony or ntpd on the hosts of ranks {first} and {last}; nothing is decided by time, but ages mislead"
+        f"start chrony or ntpd on the hosts of ranks {first} and {last}: ages mislead, leases allow for 5 min, and S3 "
+        "refuses what is signed 15 min off"
     )
     return Finding(name="clocks", verdict=Verdict.WARN, found=found, remedy=remedy)
 
@@ -161,13 +159,13 @@ def store_clock(store: Store, mine: str) -> Finding:
     try:
         found = storeclock.ahead(store, mine)
     except StoreError as err:
-        return broken("store clock", err, _REACH)
+        return broken("store clock", err, remedies.reach(store.url))
     if found is None:
         return ok("store clock", "the store has no dates")
     said = f"{abs(found.seconds):.1f} s {'ahead of' if found.seconds > 0 else 'behind'} this machine's"
     if abs(found.seconds) <= _MAX_SKEW_S + _DATE_S + found.within_s:
         return ok("store clock", said)
-    remedy = "start chrony or ntpd here, or on the store: signed requests fail from some minutes on, and ages mislead"
+    remedy = "start chrony or ntpd here, or there: ages mislead, leases allow for 5 min, S3 refuses what is 15 min off"
     return Finding(name="store clock", verdict=Verdict.WARN, found=said, remedy=remedy)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dcpsvc import progress
 from dcpsvc.checkpointer import Checkpointer
 from dcpsvc.doctor.findings import Finding, Verdict, broken, ok
 from dcpsvc.doctor.forecast import Measured
@@ -19,7 +20,7 @@ from dcpsvc.state.sharing import PerRank
 from dcpsvc.tools import verifying
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from dcpsvc.storage.base import Store
@@ -38,7 +39,7 @@ _SETTLE_S, _SLOWEST_NBYTES_PER_S = 60.0, 2**20
 
 
 def rehearse(
-    root: str, local: Path, rank: int, *, nbytes: int, options: Mapping[str, Any], timeout_s: float
+    root: str, local: Path, rank: int, *, nbytes: int, options: Mapping[str, Any], timeout_s: float, quiet: bool = True
 ) -> tuple[list[Finding], Measured | None]:
     """Do it. Collective; every rank gets its own findings. The root and ``local`` must be new.
 
@@ -49,12 +50,17 @@ def rehearse(
         nbytes: What each rank saves.
         options: For fsspec.
         timeout_s: Longest wait for a peer.
+        quiet: Do not show how far it is; else rank 0 does.
     """
+    quiet |= rank != 0
     payload = torch.arange(nbytes // 8, dtype=torch.int64) * (rank + 1)
     try:
-        measured = _save(root, local, payload, options, timeout_s)
+        with progress.shown("saved", _REPEATED * (payload.nbytes + _smaller(payload).nbytes), quiet=quiet) as advance:
+            measured = _save(root, local, payload, options, timeout_s, advance=advance)
         found = [ok("save and commit", _told(measured))]
-        found.append(_verified(root, options) if rank == 0 else ok("verify", "every byte as it was written"))
+        found.append(
+            _verified(root, options, quiet=quiet) if rank == 0 else ok("verify", "every byte as it was written")
+        )
         began = time.perf_counter()
         found.append(_loaded(root, payload, options, timeout_s))
         measured["load_s"] = time.perf_counter() - began
@@ -66,7 +72,13 @@ def rehearse(
 
 
 def _save(
-    root: str | Store, local: Path, payload: torch.Tensor, options: Mapping[str, Any], timeout_s: float
+    root: str | Store,
+    local: Path,
+    payload: torch.Tensor,
+    options: Mapping[str, Any],
+    timeout_s: float,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Saves of two sizes; the first of each pays for what is made once."""
     state = {"doctor": PerRank(payload)}
@@ -76,13 +88,17 @@ def _save(
         save_last=False, stop_signals=(),
     ) as ckpt:  # fmt: skip
         most_s = 3 * stage_s  # to the disk, to the run root, and to hear of both
-        state["doctor"] = PerRank(payload[: max(1, payload.numel() // _SMALLER)])
-        smaller = _fastest(ckpt, range(1, _REPEATED + 1), most_s)
+        state["doctor"] = PerRank(_smaller(payload))
+        smaller = _fastest(ckpt, range(1, _REPEATED + 1), most_s, advance)
         state["doctor"] = PerRank(payload)
-        return _fastest(ckpt, range(_REPEATED + 1, _LAST + 1), most_s) | {"smaller": smaller}
+        return _fastest(ckpt, range(_REPEATED + 1, _LAST + 1), most_s, advance) | {"smaller": smaller}
 
 
-def _fastest(ckpt: Checkpointer, steps: range, most_s: float) -> dict[str, float]:
+def _smaller(payload: torch.Tensor) -> torch.Tensor:
+    return payload[: max(1, payload.numel() // _SMALLER)]
+
+
+def _fastest(ckpt: Checkpointer, steps: range, most_s: float, advance: Callable[[int], None]) -> dict[str, float]:
     """What a save took, but for the first."""
     found: list[dict[str, float]] = []
     for step in steps:
@@ -90,6 +106,7 @@ def _fastest(ckpt: Checkpointer, steps: range, most_s: float) -> dict[str, float
         pending.wait(most_s)
         ckpt.wait(most_s)
         times = pending.timings
+        advance(times.shard_nbytes)
         found.append(
             {
                 "shard_nbytes": times.shard_nbytes,
@@ -107,9 +124,11 @@ def _told(measured: Mapping[str, Any]) -> str:
     return f"{wrote}, on the local disks after {local}, committed after {commit}"
 
 
-def _verified(root: str, options: Mapping[str, Any]) -> Finding:
+def _verified(root: str, options: Mapping[str, Any], *, quiet: bool) -> Finding:
     store = open_root(root, options)
-    findings = verifying.verify(store, verifying.commits(store, None))
+    attempts = verifying.commits(store, None)
+    with progress.shown("verified", verifying.planned_nbytes(store, attempts), quiet=quiet) as advance:
+        findings = verifying.verify(store, attempts, advance)
     problems = [problem for finding in findings for problem in finding.problems]
     if problems:
         remedy = "use another store: this one loses or changes bytes"

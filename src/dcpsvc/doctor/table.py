@@ -44,8 +44,11 @@ def expectations(found: Forecast) -> list[str]:
     """What saves of the model will cost, and how often to make them."""
     times = (found.stall_s, found.local_s, found.commit_s, found.mtbf_s, found.interval_s)
     stall, local, commit, mtbf, interval = (duration(seconds) for seconds in times)
-    what = f"a checkpoint of {size(found.model_nbytes)} on {found.ranks} ranks"
+    ranks = "1 rank" if found.ranks == 1 else f"{found.ranks} ranks"
+    alike = "" if found.step is None else f", like step {found.step} there"
+    what = f"a checkpoint of {size(found.model_nbytes)} on {ranks}{alike}"
+    advice = f"with a failure every {mtbf}, save every {interval} of training"
     return [
         f"{what}: training waits about {stall}, on the local disks after {local}, committed after {commit}",
-        f"with a failure every {mtbf}, save every {interval} of training: {found.lost:.2%} of the time is lost",
+        f"{advice}: {found.lost:.2%} of the time goes into saves, and into what failures have read and trained again",
     ]

@@ -21,6 +21,7 @@ from dcpsvc.format import keys, layout, manifest
 from dcpsvc.format.keys import Attempt
 from dcpsvc.listed import Listed
 from dcpsvc.sidefiles import SideFiles
+from dcpsvc.storage.base import is_there
 from dcpsvc.storage.threads import each
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.manifest import Manifest
-    from dcpsvc.storage.base import Entry, Store
+    from dcpsvc.storage.base import Store
 
 
 READERS = 16
@@ -194,19 +195,33 @@ def look(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS
     """As :func:`listing`, with the manifests."""
     notes = notes or SideFiles(store, readers=at_once)
     notes.look()
-    entries = store.list(keys.DATA)
-    sizes = {entry.key: entry.nbytes for entry in entries}
-    layouts = {entry.key: entry.nbytes for entry in store.list(keys.LAYOUTS)}
+    sizes, layouts = _sizes(store)
     listed = Listed(store)
     manifests = listed.counting()
     fenced = {*listed.attempts} - {*manifests}
     describe = functools.partial(_describe, store, sizes=sizes, layouts=layouts)
-    found = each(describe, manifests, at_once)
+    found = _settled(store, each(describe, manifests, at_once))
     metrics = notes.metrics({one.checkpoint.key: one.checkpoint.metrics for one in found})
     found = [_with(one, listed_metrics(metrics[one.checkpoint.key])) for one in found]
     found += [Seen(_incomplete(attempt, "a newer job had taken the run root over", sizes)) for attempt in fenced]
-    found += [Seen(one) for one in _without_manifest(entries, {*listed.attempts})]
+    found += [Seen(one) for one in _without_manifest(sizes, {*listed.attempts})]
     return sorted(found, key=lambda one: _age(one.checkpoint))
+
+
+def _sizes(store: Store) -> tuple[dict[str, int], dict[str, int]]:
+    """What is stored of shards, and of layouts."""
+    data, layouts = (store.list(prefix) for prefix in (keys.DATA, keys.LAYOUTS))
+    return {entry.key: entry.nbytes for entry in data}, {entry.key: entry.nbytes for entry in layouts}
+
+
+def _settled(store: Store, found: list[Seen]) -> list[Seen]:
+    """With a second look at what seems damaged: a live job may have committed it, or deleted it, since the first."""
+    if not any(one.checkpoint.reason for one in found):
+        return found
+    sizes, layouts = _sizes(store)
+    again = [_describe(store, one.checkpoint.key, sizes, layouts) if one.checkpoint.reason else one for one in found]
+    # Who deletes begins with the manifest.
+    return [one for one in again if not one.checkpoint.reason or is_there(store, one.checkpoint.key.manifest)]
 
 
 def _with(one: Seen, metrics: dict[str, float]) -> Seen:
@@ -261,8 +276,7 @@ def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:
             raise CorruptShardError(shard.path, f"has {sizes[shard.path]} bytes, the manifest says {shard.nbytes}")
 
 
-def _without_manifest(entries: Iterable[Entry], manifests: set[Attempt]) -> list[Checkpoint]:
-    sizes = {entry.key: entry.nbytes for entry in entries}
+def _without_manifest(sizes: dict[str, int], manifests: set[Attempt]) -> list[Checkpoint]:
     folders = {key[: key.rfind("/") + 1] for key in sizes}
     attempts = {attempt for folder in folders if (attempt := keys.attempt_below(folder)) is not None}
     return [_incomplete(attempt, "no manifest: it was never committed", sizes) for attempt in attempts - manifests]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import math
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.listing import Row
 
-logger = logging.getLogger("dcpsvc")
-
 _PLACE = "/*DATA*/"
 _HEAT = ("blocked", *PHASES.values(), "total")
 _SHADES = 254
@@ -34,7 +31,12 @@ _SHOWN = 200
 
 
 def report(store: Store, *, folder: Path | None = None) -> str:
-    """The page, as HTML that loads nothing from anywhere.
+    """The page about :func:`collect`, as HTML that loads nothing from anywhere."""
+    return page(collect(store, folder=folder))
+
+
+def collect(store: Store, *, folder: Path | None = None) -> dict[str, Any]:
+    """What the page shows, as JSON-like values; ``skipped`` names files of the log that could not be read.
 
     Args:
         store: The run root.
@@ -49,8 +51,6 @@ def report(store: Store, *, folder: Path | None = None) -> str:
         more = runlog.read_folder(folder)
         saves, events = _without_twins([*saves, *more.saves]), _events_once([*events, *more.events])
         skipped += more.skipped
-    for each in skipped:
-        logger.warning("a file of the log is not read: %s", each)
     if not saves:
         logger.warning("%s has no times of saves: jobs with run_log=True leave them there", store.url)
     about = {
@@ -59,7 +59,7 @@ def report(store: Store, *, folder: Path | None = None) -> str:
         "generated": datetime.now(UTC).timestamp(),
         "skipped": skipped,
     }
-    return page(about | gather(rows, saves, events))
+    return about | gather(rows, saves, events)
 
 
 def page(data: dict[str, Any]) -> str:

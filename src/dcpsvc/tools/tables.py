@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcpsvc.progress import size
+from dcpsvc.progress import ranges, size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from dcpsvc.tools.comparing import Difference
     from dcpsvc.tools.listing import Row
@@ -147,21 +147,13 @@ def print_checkpoint(shown: Shown, row: Row, pattern: str = "", dtype: str | Non
     out.print(tensors)
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """``0-3,7``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
 def print_findings(findings: list[Finding]) -> None:
     """A line per commit, and one per problem."""
     out = console()
     for finding in findings:
+        if finding.gone:
+            out.print(f"step {finding.step} (attempt {finding.attempt}): deleted meanwhile", highlight=False)
+            continue
         word = "[green]intact[/]" if finding.intact else "[red]damaged[/]"
         out.print(
             f"step {finding.step} (attempt {finding.attempt}): {word}, {size(finding.nbytes)} read", highlight=False

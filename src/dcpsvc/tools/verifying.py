@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dcpsvc.errors import FormatError, NoSuchStepError
 from dcpsvc.leases import held
 from dcpsvc.stages import discover
+from dcpsvc.storage.base import is_there
 from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
@@ -33,17 +34,19 @@ class Finding:
         attempt: Which try.
         nbytes: Bytes that were read; none if it cannot even be told what belongs to it.
         problems: What is wrong, a sentence each, naming the file; empty if nothing is.
+        gone: It was deleted meanwhile, as a live job does: nothing is wrong, and nothing is there.
     """
 
     step: int
     attempt: str
     nbytes: int
     problems: tuple[str, ...]
+    gone: bool = False
 
     @property
     def intact(self) -> bool:
         """Whether every byte is what was written."""
-        return not self.problems
+        return not self.problems and not self.gone
 
 
 def commits(store: Store, step: int | None) -> list[Attempt]:
@@ -64,7 +67,7 @@ def planned_nbytes(store: Store, attempts: list[Attempt]) -> int:
     total = 0
     for attempt in attempts:
         try:
-            total += discover.read_manifest(store, attempt).nbytes
+            total += sum(record.body_nbytes for record in discover.read_manifest(store, attempt).shards)
         except FormatError:  # verify() reports it
             continue
     return total
@@ -93,7 +96,7 @@ def verify(
     with held(store, *attempts), ThreadPoolExecutor(at_once) as threads:
         try:
             begun = [_begin(store, attempt, threads, progress, journal) for attempt in attempts]
-            return [_end(*each) for each in begun]
+            return [_end(store, *each) for each in begun]
         except BaseException:  # a store that is gone, or Ctrl-C: nothing more is begun
             threads.shutdown(wait=False, cancel_futures=True)
             raise
@@ -140,6 +143,8 @@ def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], N
             progress(end - begin)
 
 
-def _end(attempt: Attempt, shards: list[Future[str]], nbytes: int, problem: str) -> Finding:
+def _end(store: Store, attempt: Attempt, shards: list[Future[str]], nbytes: int, problem: str) -> Finding:
     problems = tuple(found for found in (problem, *(shard.result() for shard in shards)) if found)
+    if problems and not is_there(store, attempt.manifest):  # who deletes begins with it
+        return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=0, problems=(), gone=True)
     return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=0 if problem else nbytes, problems=problems)

@@ -1,0 +1,117 @@
+"""Commands that look at a run while its job commits and deletes there all the time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+
+from dcpsvc.cli import cli
+from dcpsvc.errors import DcpsvcError
+from dcpsvc.reading import open_root
+from dcpsvc.stages import discover
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+BOUND_S, LOOKED_S = 60, 15
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
+SCRIPT = """
+import sys
+import torch, torch.distributed as dist
+import dcpsvc
+
+dist.init_process_group("gloo")
+state = {"model": torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(512, 512))}
+root = sys.argv[1]
+with dcpsvc.Checkpointer(root, state, local=root + "-local", keep=dcpsvc.Latest(2), run_log=True) as ckpt:
+    for step in range(1, 10**9):
+        ckpt.save(step, metrics={"loss": 1 / step})
+        if ckpt.step(step).should_stop:
+            break
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The run of two ranks that save at every step and keep two; it has deleted some."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    (tmp_path / "train.py").write_text(SCRIPT)
+    root = tmp_path / "run"
+    command = [*TORCHRUN, "--nproc-per-node=2", str(tmp_path / "train.py"), str(root)]
+    with (
+        (tmp_path / "output").open("w+b") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as process,
+    ):
+        try:
+            deadline = time.monotonic() + BOUND_S
+            while newest(root) < 5:
+                assert process.poll() is None, (tmp_path / "output").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+            yield root
+            assert process.poll() is None, (tmp_path / "output").read_text()
+        finally:
+            process.terminate()
+            process.wait(BOUND_S)
+
+
+def newest(root: Path) -> int:
+    try:
+        return max((one.step for one in discover.committed(open_root(root))), default=0)
+    except DcpsvcError:
+        return 0
+
+
+def told(name: str, root: Path, *arguments: object, codes: tuple[int, ...] = (0,)) -> str:
+    done = CliRunner().invoke(cli, [name, str(root), *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit | DcpsvcError), done.exception
+    if not isinstance(done.exception, DcpsvcError):
+        assert done.exit_code in codes, (name, done.output)
+        return done.stdout
+    assert 1 in codes, (name, done.exception)
+    return ""
+
+
+def test_what_is_committed_and_deleted_meanwhile_is_never_told_as_damaged(root, tmp_path):
+    began, first, rounds = time.monotonic(), newest(root), 0
+    while time.monotonic() < began + LOOKED_S:
+        before = newest(root)
+        listed = json.loads(told("ls", root, "--json"))
+        after = newest(root)
+        committed = [row["step"] for row in listed if row["state"] == "committed"]
+        assert committed, listed
+        assert before <= committed[-1] <= after
+        assert not [row for row in listed if row["state"] != "committed" and "missing" in row["reason"]], listed
+        found = json.loads(told("verify", root, "--json"))
+        assert [each for each in found if each["intact"]], found
+        assert not [each for each in found if each["problems"]], found
+        used = json.loads(told("du", root, "--json"))
+        assert used["kinds"]["checkpoints"] >= used["checkpoints"][-1]["nbytes"] > 0
+        assert used["total"] == sum(used["kinds"].values())
+        told("report", root, "--output", tmp_path / "page.html")
+        # These name one step, which the job may delete meanwhile: then that is what they say.
+        for name in ("show", "fetch", "export"):
+            given = {"fetch": (tmp_path / f"f{rounds}",), "export": (tmp_path / f"e{rounds}", "--format", "hf")}
+            told(name, root, "latest", *given.get(name, ()), codes=(0, 1))
+        rounds += 1
+    assert newest(root) > first + 5
+    assert rounds > 3
+
+
+@pytest.mark.parametrize("name", ["ls", "verify", "du", "report"])
+def test_the_program_ends_well_and_without_a_traceback(name, root, tmp_path):
+    given = ("--output", str(tmp_path / "page.html")) if name == "report" else ()
+    command = [sys.executable, "-m", "dcpsvc", name, str(root), *given]
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BOUND_S)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
