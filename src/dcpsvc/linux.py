@@ -44,6 +44,13 @@ def fallocate(descriptor: int, nbytes: int) -> None:
     _call("fallocate", ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
 
 
+def file_system(descriptor: int) -> int:
+    """The number of the kind of file system that a file is on, as in ``statfs(2)``."""
+    found = (ctypes.c_long * 32)()
+    _call("fstatfs", ctypes.c_int(descriptor), found)
+    return found[0] & 0xFFFFFFFF
+
+
 def begin_writeback(descriptor: int, begin: int, nbytes: int) -> None:
     """Have the kernel carry what was written to the disk now, and not all of it when somebody syncs."""
     flags = ctypes.c_uint(_START_WRITING)
