@@ -68,6 +68,7 @@ def test_damage_in_the_store_is_not_set_aside(tmp_path: Path) -> None:
 
 
 def test_it_has_no_name_and_the_room_is_given_back_with_the_last_who_may_use_it(tmp_path: Path) -> None:
+    gc.collect()
     before = open_files()
     blocks = Aside(tmp_path).reserve([(0, 64 * BLOCK_NBYTES)])
     assert not list(tmp_path.iterdir())
