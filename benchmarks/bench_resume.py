@@ -14,6 +14,7 @@ AWS CRT and DCP's FsspecReader; then model and Adam from there, by a node whose 
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import statistics
@@ -268,6 +269,7 @@ def main():
     made.add_argument("--dir", default=None, help="where files are (default: the temporary directory)")
     options = made.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("dcpsvc").setLevel(logging.ERROR)  # each load() would say that it has no local tier
     folder = Path(tempfile.mkdtemp(prefix="resume-", dir=options.dir))
     with contextlib.ExitStack() as after:
         after.callback(shutil.rmtree, folder, ignore_errors=True)
