@@ -8,12 +8,13 @@ Memory: peak beyond the model's own, in multiples of it. Then a model with Adam,
 Checkpointer.resume() from the node's own disk, and how long it takes from the start of the process; over: peak of host
 memory beyond what model and optimizer need, in MiB.
 Below, bytes fetched per byte needed when other ranks read a transformer than wrote it: each by itself, and from the run
-root when they share what they read. With --s3 the same from a real S3 server, beside downloads by obstore, boto3 and
-DCP's FsspecReader.
+root when they share what they read. With --s3 the same from a real S3 server, beside downloads by obstore, boto3, the
+AWS CRT and DCP's FsspecReader; then model and Adam from there, by a node whose disk has nothing.
 """
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import statistics
@@ -29,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 import dcpsvc
 from benchmarks.common import ceph, resharding
 from benchmarks.common.facts import facts
-from benchmarks.common.lives import drop, local_tier
+from benchmarks.common.lives import drop, from_s3, local_tier
 from benchmarks.common.options import plain_parser
 from benchmarks.common.report import write
 
@@ -174,11 +175,14 @@ def remote(options, folder, model):
             "dcpsvc": lambda: dcpsvc.load(root, {"model": model}, storage_options=storage_options),
             "obstore": functools.partial(obstore_download, storage_options, bucket, keys),
             "boto3": functools.partial(boto3_download, storage_options, bucket, keys, folder),
+            "s3torchconnector (CRT)": functools.partial(crt_download, storage_options, bucket, keys),
             "DCP FsspecReader": lambda: dcp.load(
                 state, storage_reader=FsspecReader(there, **storage_options), no_dist=True
             ),
         }
-        return {"S3": compare(systems, options.rounds, model.nbytes)}
+        found = {"S3": compare(systems, options.rounds, model.nbytes)}
+        (folder / "far").mkdir()
+        return found | from_s3(options, folder / "far", f"s3://{bucket}/life", storage_options)
 
 
 def obstore_download(options, bucket, keys):
@@ -217,6 +221,23 @@ def boto3_download(options, bucket, keys, folder):
         )
 
 
+def crt_download(options, bucket, keys):
+    from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client
+
+    os.environ |= {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
+    client = MountpointS3Client(
+        region="us-east-1", part_size=PIECE, endpoint=options["endpoint_url"], force_path_style=True,
+        user_agent_prefix="bench",
+    )  # fmt: skip
+    for key, nbytes in keys:
+        memory, at = memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy()), 0
+        for data in client.get_object(bucket, key):
+            memory[at : at + len(data)] = data
+            at += len(data)
+        if at != nbytes:
+            raise RuntimeError(f"{at} of {nbytes} bytes came")
+
+
 RESHARDED = (
     (4, 4, "FSDP2"), (4, 2, "FSDP2"), (2, 4, "FSDP2"), (4, 3, "FSDP2"), (4, 8, "FSDP2"), (4, 1, "FSDP2"), (4, 4, "TP"),
 )  # fmt: skip
@@ -231,6 +252,7 @@ def draw(result, console):
                 continue
             numbers = f"{row['seconds']:8.3f}{row['x_ours']:8.2f}{row['gib_per_s']:8.2f}{row['memory']:10.2f}"
             over = f"{row['over_mib']:8.0f} MiB over" if "over_mib" in row else ""
+            over += f"{row['fetched']:8.3f} bytes fetched for each needed" if "fetched" in row else ""
             console.print(f"{row['system']:26}{numbers}{over}", highlight=False)
     console.print("\nbytes fetched per byte needed", highlight=False)
     for row in result["resharded"]:
@@ -247,6 +269,7 @@ def main():
     made.add_argument("--dir", default=None, help="where files are (default: the temporary directory)")
     options = made.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("dcpsvc").setLevel(logging.ERROR)  # each load() would say that it has no local tier
     folder = Path(tempfile.mkdtemp(prefix="resume-", dir=options.dir))
     with contextlib.ExitStack() as after:
         after.callback(shutil.rmtree, folder, ignore_errors=True)

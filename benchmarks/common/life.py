@@ -2,11 +2,13 @@
 
     python -m benchmarks.common.life SYSTEM FOLDER MIB STARTED
 
-STARTED: seconds since 1970 when whoever wants to know began to start this process.
+STARTED: seconds since 1970 when whoever wants to know began to start this process. The run root is in FOLDER, or where
+DCPSVC_BENCH_ROOT says: a URL and storage options, as JSON.
 """
 
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -25,6 +27,10 @@ AT_ONCE = 8
 WIDTH = 2048
 
 
+told = []
+"""Events of the Checkpointer."""
+
+
 def training(mib):
     """A model and Adam, together so many MiB once there is a first step."""
     count = max(1, round(mib * MIB / (12 * WIDTH * WIDTH)))
@@ -34,14 +40,16 @@ def training(mib):
 
 def checkpointer(folder, model, optimizer):
     """With no arena to speak of: it is touched beside the first steps, and is not what is measured."""
-    state = {"model": model, "optim": optimizer}
+    root, storage_options = json.loads(os.environ.get("DCPSVC_BENCH_ROOT", "null")) or (folder / "run", {})
     return dcpsvc.Checkpointer(
-        folder / "run",
-        state,
+        root,
+        {"model": model, "optim": optimizer},
         local=folder / "nvme",
         save_last=False,
         staging_nbytes=MIB,
         every=dcpsvc.Every(steps=10**6),
+        storage_options=storage_options,
+        on_event=told.append,
     )
 
 
@@ -51,6 +59,8 @@ def save(folder, model, optimizer):
     optimizer.step()
     with checkpointer(folder, model, optimizer) as ckpt:
         ckpt.save(1).wait(600)
+    if "DCPSVC_BENCH_ROOT" in os.environ:
+        return
     states = get_state_dict(model, optimizer)
     dcp.save(dict(zip(("model", "optim"), states, strict=True)), checkpoint_id=folder / "stock", no_dist=True)
 
@@ -92,6 +102,13 @@ def plain(folder, model, _):
 LIVES = {"dcpsvc": resume, "plain reads": plain, "DCP load": stock}
 
 
+def from_root_nbytes():
+    """What the run root gave, as the resume says it."""
+    detail = next((event.detail for event in told if event.name == "resumed"), "")
+    found = re.search(r"([\d.]+) MiB from the run root", detail)
+    return float(found[1]) * MIB if found else 0.0
+
+
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
@@ -109,7 +126,10 @@ def live(system, folder, mib, started):
     over = resident("VmHWM") - before - 2 * model_nbytes
     if after:
         after()
-    return {"seconds": seconds, "start_s": start_s, "over_nbytes": over, "nbytes": 3 * model_nbytes}
+    return {
+        "seconds": seconds, "start_s": start_s, "over_nbytes": over, "nbytes": 3 * model_nbytes,
+        "from_root_nbytes": from_root_nbytes(),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

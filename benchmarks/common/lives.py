@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,20 @@ def local_tier(options, folder):
     return settings
 
 
+def from_s3(options, folder, root, storage_options):
+    """A node whose disk has nothing: memory, and bytes fetched for each one needed."""
+    there = {"DCPSVC_BENCH_ROOT": json.dumps([root, storage_options])}
+    lived(folder, "save", options.mib, there)
+    runs = []
+    for _ in range(options.rounds):
+        shutil.rmtree(folder / "nvme")
+        runs.append(lived(folder, "dcpsvc", options.mib, there))
+    ours = {"seconds": statistics.median(run["seconds"] for run in runs)}
+    rows = rows_of({"dcpsvc": runs}, "seconds", ours)
+    rows[0]["fetched"] = statistics.median(run["from_root_nbytes"] for run in runs) / runs[0]["nbytes"]
+    return {"resume, S3, empty disk": rows}
+
+
 def rows_of(taken, key, ours):
     rows = []
     for system, runs in taken.items():
@@ -44,9 +59,10 @@ def rows_of(taken, key, ours):
     return rows
 
 
-def lived(folder, system, mib):
+def lived(folder, system, mib, more=None):
     command = [sys.executable, "-m", "benchmarks.common.life", system, str(folder), str(mib), str(time.time())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
+    env = os.environ | (more or {})
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

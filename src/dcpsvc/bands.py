@@ -70,6 +70,11 @@ class Band:
                 self._memory = memoryview(bytearray(self.end - self.begin))
             return self._memory
 
+    def put(self, begin: int, proven: memoryview) -> None:
+        """By a copy; the last one also goes where it belongs."""
+        self.view[begin - self.begin : begin - self.begin + len(proven)] = proven
+        self.filled(len(proven))
+
     def filled(self, nbytes: int) -> None:
         """So many bytes more are there; with the last one they go where they belong."""
         with self._lock:

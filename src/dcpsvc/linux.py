@@ -16,6 +16,7 @@ MADV_WIPEONFORK = 18
 MADV_POPULATE_WRITE = 23
 _START_WRITING = 2
 _NICENESS = 10
+_LOWEST_BIT = bytes(number & 1 for number in range(256))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,6 +49,13 @@ def fallocate(descriptor: int, nbytes: int) -> None:
     _call("fallocate", ctypes.c_int(descriptor), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
 
 
+def file_system(descriptor: int) -> int:
+    """The number of the kind of file system that a file is on, as in ``statfs(2)``."""
+    found = (ctypes.c_long * 32)()
+    _call("fstatfs", ctypes.c_int(descriptor), found)
+    return found[0] & 0xFFFFFFFF
+
+
 def begin_writeback(descriptor: int, begin: int, nbytes: int) -> None:
     """Have the kernel carry what was written to the disk now, and not all of it when somebody syncs."""
     flags = ctypes.c_uint(_START_WRITING)
@@ -71,7 +79,7 @@ def resident_nbytes(descriptor: int, begin: int, nbytes: int) -> int:
         _call("mincore", address, ctypes.c_size_t(nbytes), pages)
     finally:
         _call("munmap", address, ctypes.c_size_t(nbytes))
-    return min(sum(page & 1 for page in bytes(pages)) * mmap.PAGESIZE, nbytes)
+    return min(bytes(pages).translate(_LOWEST_BIT).count(1) * mmap.PAGESIZE, nbytes)
 
 
 def copy(target: memoryview, source: memoryview) -> None:

@@ -30,7 +30,7 @@ from dcpsvc.storage.scatter import Needs, Segment
 from dcpsvc.storage.shards import VerifiedShard
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from dcpsvc.format.layout import Chunk, Layout
     from dcpsvc.format.layout import Tensor as Described
@@ -104,10 +104,13 @@ class CheckpointReader(StorageReader):
         """Whether a shard that they need is at no nearer store."""
         return any(not self.shards[rank].near for rank in self._needed(wants))
 
-    def dear(self, wants: Sequence[Want]) -> list[Want]:
-        """Those that cannot be read again for no more than a copy."""
-        dear = {rank for rank in self._needed(wants) if not self.shards[rank].cached}
-        return [want for want in wants if dear and not dear.isdisjoint(self._needed([want]))]
+    def dear(self, ranks: Iterable[int]) -> set[int]:
+        """Those whose shards cannot be read again for no more than a copy."""
+        return {rank for rank in ranks if not self.shards[rank].cached}
+
+    def needs(self, want: Want, ranks: Collection[int]) -> bool:
+        """Whether the shard of any of these ranks has a part of it."""
+        return not self._needed([want]).isdisjoint(ranks)
 
     def read_by_one(self, needs: Mapping[int, Needs]) -> bool:
         """Whether no other rank of this machine is likely to read the same bytes of files.
@@ -244,7 +247,11 @@ def read(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen)
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
-    needs = plan(reader, wants)
+    fill(reader, plan(reader, wants), watch)
+
+
+def fill(reader: CheckpointReader, needs: Mapping[int, Needs], watch: Watch = unseen) -> None:
+    """Likewise, what is planned already."""
     # Nobody looks at the boxes before all of it is proven, so bytes go straight there.
     fetch(reader.shards, needs, direct=True, once=reader.read_by_one(needs), watch=watch)
 

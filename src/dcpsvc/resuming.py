@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dcpsvc import choosing, progress
+from dcpsvc import choosing, progress, sharing
 from dcpsvc.errors import (
     CorruptShardError,
     LayoutError,
@@ -22,10 +22,11 @@ from dcpsvc.format import manifest as manifests
 from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
+from dcpsvc.preflight import mebibytes
 from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, RefusalError
-from dcpsvc.reader import CheckpointReader, plan
-from dcpsvc.sharing import Sharing, Sources
+from dcpsvc.reader import CheckpointReader
+from dcpsvc.sharing import Sources
 from dcpsvc.stages import discover, restore
 from dcpsvc.stages.restore import Ready
 from dcpsvc.state import app as states
@@ -35,6 +36,7 @@ from dcpsvc.state.drift import Drift, Terms
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from dcpsvc.choosing import Choice
     from dcpsvc.format.layout import Layout
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from dcpsvc.state.app import AppState
     from dcpsvc.state.saved import Component, Saved, Want
     from dcpsvc.storage.base import Store
+    from dcpsvc.storage.scatter import Needs
 
 logger = logging.getLogger("dcpsvc")
 
@@ -112,6 +115,7 @@ class Resuming:
         work_s: Longest time a rank may take to read.
         hold: Called on the coordinator with each checkpoint before it is read, so that nobody deletes it meanwhile.
         even_diverged: Take one that is tagged as diverged, too.
+        folder: On a disk of this node, for what may not be in the state yet; None: it waits in memory.
     """
 
     job: Job
@@ -123,6 +127,7 @@ class Resuming:
     work_s: float
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
+    folder: Path | None = None
     _sharing: bool = False
     _manifest: str = ""
     _layout: Layout | None = None
@@ -241,13 +246,23 @@ class Resuming:
         return _Loaded(reader, components, saved, wants, found.versions, self._sharing and reader.lacks(wants))
 
     def _read(self, looked: _Loaded) -> _Loaded:
-        return looked._replace(ready=restore.prepare(looked.reader, looked.wants, self._watch))
+        return self._prepared(looked)
+
+    def _prepared(self, looked: _Loaded, bring: restore.Bring | None = None) -> _Loaded:
+        ready = restore.prepare(looked.reader, looked.wants, self.folder, self._watch, bring)
+        if ready.why:
+            logger.log(
+                logging.WARNING if self.folder or self.job.coordinates else logging.DEBUG,
+                "rank %s holds %s of the state twice in memory until every rank has proven what it read: %s",
+                self.job.rank, mebibytes(ready.held_nbytes), ready.why,
+            )  # fmt: skip
+        return looked._replace(ready=ready)
 
     def _shared(self, where: str, looked: _Loaded) -> _Loaded | None:
         """Everything read by all ranks together; None, on all of them, if one could not: they go on by themselves."""
-        loaded, why = looked._replace(ready=Ready(restore.staged(looked.wants))), ""
+        loaded, why = looked, ""
         try:
-            loaded = self._within(lambda: self._share(where, loaded))
+            loaded = self._within(lambda: self._share(where, looked))
         except Exception as err:  # noqa: BLE001 - whatever it is: reading alone says whether it can be read at all
             why = f"rank {self.job.rank}: {type(err).__name__}: {err}"
         if reasons := self._meet(f"{where}/shared", why, lambda said: [each for each in said if each]):
@@ -259,18 +274,15 @@ class Resuming:
         return loaded
 
     def _share(self, where: str, looked: _Loaded) -> _Loaded:
-        job, found = self.job, plan(looked.reader, looked.ready.wants)
-        exchange = Exchange(
-            rank=job.rank, world_size=job.world_size, namespace=f"{job.incarnation}/{self.place}/{where}",
-            timeout_s=self.timeout_s,
-        )  # fmt: skip
-        try:
-            exchange.renew(0)
-            sharing = Sharing(job.rank, exchange, looked.reader.shards, found, self._watch)
-            sharing.run()
-        finally:
-            exchange.close()
-        return looked._replace(received_nbytes=sharing.received_nbytes)
+        job, received = self.job, 0
+
+        def bring(needs: dict[int, Needs]) -> None:
+            nonlocal received
+            namespace = f"{job.incarnation}/{self.place}/{where}"
+            exchange = Exchange(rank=job.rank, world_size=job.world_size, namespace=namespace, timeout_s=self.timeout_s)
+            received = sharing.together(exchange, job.rank, looked.reader.shards, needs, self._watch)
+
+        return self._prepared(looked, bring)._replace(received_nbytes=received)
 
     def _watch(self, total_nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
         """One rank tells how far it is, with what all do at the same time."""

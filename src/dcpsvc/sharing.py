@@ -53,6 +53,27 @@ class SharingError(Exception):
     """A rank could not do its part; every rank that hears of it raises this."""
 
 
+def together(
+    exchange: Exchange,
+    rank: int,
+    shards: Mapping[int, VerifiedShard],
+    needs: Mapping[int, Needs],
+    watch: Watch = unseen,
+) -> int:
+    """Read a checkpoint with all other ranks, over a group that is made and left here; see :class:`Sharing`.
+
+    Returns:
+        Bytes that came from other ranks.
+    """
+    try:
+        exchange.renew(0)
+        sharing = Sharing(rank, exchange, shards, needs, watch)
+        sharing.run()
+    finally:
+        exchange.close()
+    return sharing.received_nbytes
+
+
 class Sharing:
     """One checkpoint, read by all ranks together. Every rank runs it at the same time, on one thread each.
 

@@ -147,15 +147,15 @@ def large(value):
     return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
 
 
-def save_large(rank, world, folder):
+def save_large(rank, world, folder, kind=large):
     with checkpointer(
-        folder / "run", {"model": large(1.0)}, local=folder / f"node-{rank}", staging_nbytes=MIB, save_last=False
+        folder / "run", {"model": kind(1.0)}, local=folder / f"node-{rank}", staging_nbytes=MIB, save_last=False
     ) as ckpt:
         ckpt.save(2).wait(60)
 
 
-def resume_large(rank, world, folder):
-    store, told, model = Far(folder / "run"), [], large(0.0)
+def resume_large(rank, world, folder, kind=large):
+    store, told, model = Far(folder / "run"), [], kind(0.0)
     with checkpointer(
         folder, {"model": model}, store=store, local=folder / f"node-{rank}", staging_nbytes=MIB, save_last=False,
         on_event=told.append,
@@ -165,7 +165,7 @@ def resume_large(rank, world, folder):
         ckpt.resume()
         grown = resident("VmHWM") - before
     detail = next(event.detail for event in told if event.name == "resumed")
-    held = model.weight.to_local()
+    held = model.weight.to_local() if kind is large else model.weight
     return {"root": store.given_out, "grown": grown, "detail": detail, "right": bool((held == 1.0).all())}
 
 
@@ -209,6 +209,25 @@ def test_a_shard_damaged_on_its_own_node_comes_from_the_root_before_anything_is_
     assert other["right"]
     assert one["grown"] < 40 * MIB
     assert 64 * MIB <= other["root"][1] <= 65 * MIB
+
+
+def replicated(value):
+    """A model of 320 MiB that each of two ranks holds."""
+    model = torch.nn.Linear(8192, 10240, bias=False)
+    torch.nn.init.constant_(model.weight, value)
+    return model
+
+
+def test_what_all_ranks_pass_on_waits_on_their_disks_and_not_in_memory(tmp_path):
+    values(run_ranks(2, save_large, tmp_path, replicated, timeout_s=55.0))
+    for node in (0, 1):
+        shutil.rmtree(tmp_path / f"node-{node}")
+    both = values(run_ranks(2, resume_large, tmp_path, replicated, timeout_s=55.0))
+    for rank in both:
+        assert rank["right"]
+        assert rank["grown"] < 256 * MIB
+        assert "from other ranks" in rank["detail"]
+    assert sum(nbytes for rank in both for nbytes in rank["root"].values()) <= 320 * MIB + 2 * DOCUMENTS_NBYTES
 
 
 def flip_what_goes_out():

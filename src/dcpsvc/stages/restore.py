@@ -5,78 +5,146 @@ Nothing in the model is touched until everything has been read and proven.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from dcpsvc.progress import unseen
-from dcpsvc.reader import plan, prove, read, read_again
-from dcpsvc.state.saved import Want, own_name
+from dcpsvc.reader import fill, plan, prove, read_again
+from dcpsvc.state.saved import Want, copy_into, own_name
+from dcpsvc.storage.aside import Aside
+from dcpsvc.storage.fetch import FILES_AT_ONCE
+from dcpsvc.storage.scatter import Needs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from dcpsvc.progress import Watch
     from dcpsvc.reader import CheckpointReader
     from dcpsvc.state.saved import Component, Saved
     from dcpsvc.state.sharing import Resize
-    from dcpsvc.storage.scatter import Needs
+    from dcpsvc.storage.aside import Blocks
+    from dcpsvc.storage.scatter import Range
+
+
+FEW_NBYTES = 64 << 20
+"""So much may wait in memory without a word."""
+
+Bring = Callable[[dict[int, Needs]], None]
 
 
 class Ready(NamedTuple):
     """Everything that is wanted, proven.
 
     Attributes:
-        wants: As they are now.
-        again: What of each shard :func:`finish` reads once more, into memory of the state itself.
+        wants: Filled when :func:`finish` is done; until then those that are memory of the state are as they were.
+        again: What of each shard it reads once more, into memory of the state.
+        held: What waits in memory of its own instead, by key.
+        why: Why it does not wait on this node's disk; empty where it is not much.
     """
 
     wants: list[Want]
     again: Mapping[int, Needs] = {}
+    held: Mapping[str, torch.Tensor] = {}
+    why: str = ""
+
+    @property
+    def held_nbytes(self) -> int:
+        """How much memory that takes."""
+        return sum(waiting.nbytes for waiting in self.held.values())
+
+    @property
+    def pending(self) -> list[Want]:
+        """Those that go to memory of the state, and wait in none."""
+        return [want for want in self.wants if want.live and want.key not in self.held]
 
 
-def prepare(reader: CheckpointReader, wants: Sequence[Want], watch: Watch = unseen) -> Ready:
-    """Read everything that is wanted and prove it, changing nothing of the state. Any world size; no collective.
+def prepare(
+    reader: CheckpointReader,
+    wants: Sequence[Want],
+    folder: Path | None = None,
+    watch: Watch = unseen,
+    bring: Bring | None = None,
+) -> Ready:
+    """Read everything that is wanted and prove it, changing nothing of the state. Any world size.
 
-    What goes to memory of the state itself is read once more by :func:`finish`, if that is cheap: so there is no second
-    copy of it in memory. Elsewhere it waits in memory of its own.
+    What goes to memory of the state itself is read once more by :func:`finish`: where it is, if that is cheap, else
+    from this node's disk. So there is no second copy of it in memory, unless there is no room on that disk.
+
+    Args:
+        reader: Of the checkpoint.
+        wants: What.
+        folder: On a disk of this node; None: there is none.
+        watch: How far it is.
+        bring: Fills what is needed; called once, and first. Without it no collective is entered.
 
     Raises:
         CorruptShardError: A needed block is missing or not what was written; names the file.
         StoreError: The store did not answer.
     """
-    wants = _staged_where_dear(reader, wants)
-    again = plan(reader, _live(wants))
-    prove(reader, again, watch)
-    if reader.dear(_live(wants)):  # a file near by was damaged, and what replaces it is far
-        wants = _staged_where_dear(reader, wants)
-        again = plan(reader, _live(wants))
-    read(reader, [want for want in wants if not want.live], watch)
-    return Ready(list(wants), again)
-
-
-def staged(wants: Sequence[Want]) -> list[Want]:
-    """The same, none of them into memory of the state itself."""
-    return [
-        Want(want.key, want.offsets, torch.empty(want.out.shape, dtype=want.out.dtype, device="cpu"))
-        if want.live
-        else want
-        for want in wants
-    ]
+    alone = functools.partial(fill, reader, watch=watch)
+    ready = Ready(list(wants))
+    ready = ready._replace(again=plan(reader, ready.pending))
+    dear = reader.dear(ready.again)
+    rest = plan(reader, [want for want in wants if not want.live])
+    ready = _brought(reader, ready, dear, folder, lambda needs: (bring or alone)(_joined(rest, needs)))
+    near = {rank: needed for rank, needed in ready.again.items() if rank not in dear}
+    prove(reader, near, watch)
+    if late := reader.dear(near):  # a file near by was damaged, and what replaces it is far
+        ready = _brought(reader, ready, late, folder, alone)
+    return ready
 
 
 def finish(reader: CheckpointReader, ready: Ready) -> None:
     """What :func:`prepare` has proven, into the memory of the state. Same errors; the state may be changed then."""
     read_again(reader, ready.again)
+    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="dcpsvc-copy") as pool:
+        held = [(want.out, ready.held[want.key]) for want in ready.wants if want.key in ready.held]
+        list(pool.map(lambda pair: copy_into(*pair), held))
 
 
-def _live(wants: Sequence[Want]) -> list[Want]:
-    return [want for want in wants if want.live]
+def _brought(reader: CheckpointReader, ready: Ready, dear: Collection[int], folder: Path | None, bring: Bring) -> Ready:
+    """What is dear to read again is somewhere near."""
+    blocks, why = _room({rank: ready.again[rank].runs() for rank in sorted(dear)}, folder)
+    if dear and not blocks:
+        waiting = [_waiting(want) for want in ready.pending if reader.needs(want, dear)]
+        bring(plan(reader, waiting))
+        ready = ready._replace(held={**ready.held, **{want.key: want.out for want in waiting}}, why=ready.why or why)
+        return ready._replace(again=plan(reader, ready.pending))
+    bring({rank: Needs(found.sinks(), ready.again[rank].body_nbytes) for rank, found in blocks.items()})
+    for rank, found in blocks.items():
+        reader.shards[rank].prefer(found)
+    return ready
 
 
-def _staged_where_dear(reader: CheckpointReader, wants: Sequence[Want]) -> list[Want]:
-    dear = {want.key for want in reader.dear(_live(wants))}
-    return [staged([want])[0] if want.key in dear else want for want in wants]
+def _room(runs: Mapping[int, Sequence[Range]], folder: Path | None) -> tuple[dict[int, Blocks], str]:
+    """Room on the disk for what is much; else nothing, and why."""
+    if sum(high - low for each in runs.values() for low, high in each) <= FEW_NBYTES:
+        return {}, ""
+    if folder is None:
+        return {}, "there is no local tier"
+    try:
+        aside = Aside(folder)
+        return {rank: aside.reserve(each) for rank, each in runs.items()}, ""
+    except OSError as err:
+        return {}, f"{folder}: {err.strerror}"
+
+
+def _waiting(want: Want) -> Want:
+    """The same, into memory of its own."""
+    return Want(want.key, want.offsets, torch.empty(want.out.shape, dtype=want.out.dtype, device="cpu"))
+
+
+def _joined(one: Mapping[int, Needs], other: Mapping[int, Needs]) -> dict[int, Needs]:
+    """Both, so that a block that both need is read once."""
+    found = {**one, **other}
+    for rank in one.keys() & other.keys():
+        found[rank] = Needs([*one[rank].sinks(), *other[rank].sinks()], one[rank].body_nbytes)
+    return found
 
 
 def summary(saved: Saved, loaded: Mapping[str, Component], skipped: Sequence[str]) -> str:

@@ -45,13 +45,25 @@ class Credentials(NamedTuple):
     temporary: bool
 
 
-class Store(Protocol):
-    """A durable place for one run root."""
+class ReadableStore(Protocol):
+    """What whoever only reads needs of a store."""
 
     @property
     def url(self) -> str:
         """Where this is, for people; never holds credentials."""
         ...
+
+    def read(self, key: str, begin: int, end: int) -> bytes:
+        """Read bytes ``[begin, end)``; an object shorter than ``end`` is a StoreError, never a short answer."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Bytes of an object; StoreNotFoundError where there is none."""
+        ...
+
+
+class Store(ReadableStore, Protocol):
+    """A durable place for one run root."""
 
     @property
     def atomic_create(self) -> bool:
@@ -86,19 +98,11 @@ class Store(Protocol):
         """Read a whole small object. One larger than ``max_nbytes`` is refused before it is read."""
         ...
 
-    def read(self, key: str, begin: int, end: int) -> bytes:
-        """Read bytes ``[begin, end)``; an object shorter than ``end`` is a StoreError, never a short answer."""
-        ...
-
     def list(self, prefix: str) -> list[Entry]:
         """All objects whose key starts with ``prefix`` (a folder: ``"manifests/"``; ``""`` is all), sorted by key.
 
         A failure raises. It is never an empty list. A prefix nobody has written is an empty list.
         """
-        ...
-
-    def size(self, key: str) -> int:
-        """Bytes of an object; StoreNotFoundError where there is none."""
         ...
 
     def delete(self, key: str) -> None:
@@ -196,7 +200,7 @@ class StreamingStore(Protocol):
 
 
 def stream_into(
-    store: Store,
+    store: ReadableStore,
     key: str,
     begin: int,
     views: Sequence[memoryview],
@@ -211,7 +215,7 @@ def stream_into(
     return look(iter(views))
 
 
-def stream(store: Store, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
+def stream(store: ReadableStore, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
     """See :class:`StreamingStore`; on a store that cannot, piece by piece."""
     if isinstance(store, StreamingStore):
         return store.stream(key, begin, end, look)
@@ -228,7 +232,7 @@ class RestReadingStore(Protocol):
         ...
 
 
-def read_rest(store: Store, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
+def read_rest(store: ReadableStore, key: str, begin: int, *, max_nbytes: int) -> tuple[int, bytes]:
     """See :class:`RestReadingStore`; on a store that cannot, in two requests."""
     if isinstance(store, RestReadingStore):
         return store.read_rest(key, begin, max_nbytes=max_nbytes)
@@ -258,7 +262,7 @@ def copies(store: Store) -> bool:
     return bool(getattr(store, "copies", False))
 
 
-def read_into(store: Store, key: str, begin: int, views: Sequence[memoryview]) -> None:
+def read_into(store: ReadableStore, key: str, begin: int, views: Sequence[memoryview]) -> None:
     """See :class:`ScatteringStore`; on a store that cannot, by a copy."""
     if isinstance(store, ScatteringStore):
         store.read_into(key, begin, views)

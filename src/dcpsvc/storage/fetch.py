@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 AT_ONCE = 8
 """Requests to a store far away."""
 
-_FILES_AT_ONCE = min(AT_ONCE, 2 * (os.cpu_count() or 1))
+FILES_AT_ONCE = min(AT_ONCE, 2 * (os.cpu_count() or 1))
 """Pieces of files: more threads than that only take the processors from each other."""
 
 
@@ -62,7 +62,7 @@ def fetch(
                 yield functools.partial(one, shards[rank], piece, done)
 
     total = sum(needed.nbytes(None if within is None else within.get(rank, ())) for rank, needed in needs.items())
-    at_once = _FILES_AT_ONCE if all(shards[rank].cached for rank in needs) else AT_ONCE
+    at_once = FILES_AT_ONCE if all(shards[rank].cached for rank in needs) else AT_ONCE
     with watch(total) as done, ThreadPoolExecutor(at_once, thread_name_prefix="dcpsvc-read") as pool:
         try:
             for _ in pool.map(lambda each: each(), work(done)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import threading
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dcpsvc.format.digest import BLOCK_NBYTES
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from dcpsvc.storage.shards import VerifiedShard
 
 Range = tuple[int, int]
+
+_own = threading.local()
 
 PIECE_NBYTES = 8 * BLOCK_NBYTES
 """Large enough for disks and object stores; a few of them at once bound the memory a load takes."""
@@ -37,12 +40,16 @@ class Sink(Protocol):
         ...
 
     @property
-    def view(self) -> memoryview:
-        """Memory for the whole range. Any thread."""
+    def view(self) -> memoryview | None:
+        """Memory for the whole range; None: it takes proven bytes only. Any thread."""
         ...
 
     def filled(self, nbytes: int) -> None:
         """So many bytes more are in ``view``, and proven. Any thread."""
+        ...
+
+    def put(self, begin: int, proven: memoryview) -> None:
+        """Take bytes of the body from ``begin`` on; nothing of ``proven`` is looked at after that. Any thread."""
         ...
 
 
@@ -60,6 +67,10 @@ class Segment(NamedTuple):
     def filled(self, nbytes: int) -> None:
         """Nothing more to do."""
 
+    def put(self, begin: int, proven: memoryview) -> None:
+        """By a copy."""
+        self.view[begin - self.begin : begin - self.begin + len(proven)] = proven
+
 
 class Part(NamedTuple):
     """What a piece has of a sink, from ``begin`` of the body on."""
@@ -69,9 +80,10 @@ class Part(NamedTuple):
     sink: Sink
 
     @property
-    def view(self) -> memoryview:
-        """Where it goes."""
-        return self.sink.view[self.begin - self.sink.begin : self.end - self.sink.begin]
+    def view(self) -> memoryview | None:
+        """Memory where it goes."""
+        whole = self.sink.view
+        return None if whole is None else whole[self.begin - self.sink.begin : self.end - self.sink.begin]
 
 
 class Piece(NamedTuple):
@@ -87,42 +99,44 @@ class Piece(NamedTuple):
         Args:
             shard: Whose bytes they are.
             direct: Straight to where they go, so that something unproven is there until this returns, and after an
-                error. Otherwise, and where bytes are needed twice, only proven bytes get there, by a copy.
+                error. Otherwise, and where bytes are needed twice or go to no memory, only proven bytes get there.
             once: Nobody on this machine is going to read them again soon.
 
         Raises:
             CorruptShardError: See :meth:`VerifiedShard.read`.
             StoreError: Likewise.
         """
-        if direct and not self._overlap():
-            shard.read_into(self.begin, list(self._targets()), once=once)
-            for part in self.parts:
-                part.sink.filled(part.end - part.begin)
+        targets = self._targets() if direct and not self._overlap() else None
+        if targets is None:
+            proven = _scratch(self.end - self.begin)
+            shard.read_into(self.begin, [proven], once=once)
+            deliver(self.parts, self.begin, proven)
             return
-        proven = memoryview(bytearray(self.end - self.begin))
-        shard.read_into(self.begin, [proven], once=once)
-        deliver(self.parts, self.begin, proven)
+        shard.read_into(self.begin, targets, once=once)
+        for part in self.parts:
+            part.sink.filled(part.end - part.begin)
 
     def _overlap(self) -> bool:
         return any(after.begin < before.end for before, after in itertools.pairwise(self.parts))
 
-    def _targets(self) -> Iterator[memoryview]:
-        """Memory for every byte of the piece: where it goes, or nowhere."""
+    def _targets(self) -> list[memoryview] | None:
+        """Memory for every byte of the piece: where it goes, or nowhere; None where a part has none."""
+        found: list[memoryview] = []
         at = self.begin
         for part in self.parts:
+            if (view := part.view) is None:
+                return None
             if part.begin > at:
-                yield memoryview(bytearray(part.begin - at))
-            yield part.view
+                found.append(memoryview(bytearray(part.begin - at)))
+            found.append(view)
             at = part.end
-        if at < self.end:
-            yield memoryview(bytearray(self.end - at))
+        return [*found, memoryview(bytearray(self.end - at))] if at < self.end else found
 
 
 def deliver(parts: Iterable[Part], begin: int, proven: memoryview) -> None:
     """Copy bytes of the body, from ``begin`` on, to where they go."""
     for part in parts:
-        part.view[:] = proven[part.begin - begin : part.end - begin]
-        part.sink.filled(part.end - part.begin)
+        part.sink.put(part.begin, proven[part.begin - begin : part.end - begin])
 
 
 class Needs:
@@ -134,7 +148,7 @@ class Needs:
     """
 
     def __init__(self, sinks: Iterable[Sink], body_nbytes: int) -> None:
-        self._body_nbytes = body_nbytes
+        self.body_nbytes = body_nbytes
         self._layers: list[list[Sink]] = []
         rest = sorted((sink for sink in sinks if sink.end > sink.begin), key=lambda sink: sink.begin)
         while rest:
@@ -170,7 +184,11 @@ class Needs:
                 joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
             else:
                 joined.append((low, high))
-        return [(low, min(high, self._body_nbytes)) for low, high in joined]
+        return [(low, min(high, self.body_nbytes)) for low, high in joined]
+
+    def sinks(self) -> list[Sink]:
+        """All that was given, but for empty ones."""
+        return [sink for layer in self._layers for sink in layer]
 
     def _parts(self, number: int, begin: int, end: int) -> Iterator[Part]:
         layer = self._layers[number]
@@ -178,6 +196,14 @@ class Needs:
             if layer[at].begin >= end:
                 return
             yield Part(max(layer[at].begin, begin), min(layer[at].end, end), layer[at])
+
+
+def _scratch(nbytes: int) -> memoryview:
+    """Memory of this thread, already touched after the first use. Void when it asks again."""
+    found: memoryview | None = getattr(_own, "scratch", None)
+    if found is None or len(found) < nbytes:
+        found = _own.scratch = memoryview(bytearray(max(nbytes, PIECE_NBYTES)))
+    return found[:nbytes]
 
 
 def _without_overlap(ordered: list[Sink]) -> tuple[list[Sink], list[Sink]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dcpsvc.format.manifest import ShardRecord
-    from dcpsvc.storage.base import Store
+    from dcpsvc.storage.base import ReadableStore, Store
 
 T = TypeVar("T")
 
@@ -106,6 +106,13 @@ class VerifiedShard:
         """
         for source in self._all:
             source.adopt(table)
+
+    def prefer(self, store: ReadableStore) -> None:
+        """Look there first from now on; what it lacks comes from the others. It does not count as one of them."""
+        source = Source(store, self.record)
+        source.adopt(self.table())
+        with self._lock:
+            self._sources.insert(0, source)
 
     def check(self, begin: int, view: memoryview) -> None:
         """Compare whole blocks that somebody else has read with the table.

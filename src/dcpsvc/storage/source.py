@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dcpsvc.format.manifest import ShardRecord
-    from dcpsvc.storage.base import Store
+    from dcpsvc.storage.base import ReadableStore
 
 
 class Source:
@@ -30,7 +30,7 @@ class Source:
         nbytes_read: So far; what was refused is counted too.
     """
 
-    def __init__(self, store: Store, record: ShardRecord) -> None:
+    def __init__(self, store: ReadableStore, record: ShardRecord) -> None:
         self.store, self._record = store, record
         self._known: bytes | None = None
         self._asked: Future[bytes] | None = None

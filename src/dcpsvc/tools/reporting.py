@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.listing import Row
+
+logger = logging.getLogger("dcpsvc")
 
 _PLACE = "/*DATA*/"
 _HEAT = ("blocked", *PHASES.values(), "total")

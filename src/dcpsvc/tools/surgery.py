@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dcpsvc import fence, identity, sidefiles
-from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError, StoreNotFoundError
+from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError
 from dcpsvc.format import keys, run
 from dcpsvc.format.lineage import Lineage
 from dcpsvc.format.parse import compact
