@@ -24,6 +24,7 @@ from dcpsvc.ranks.rendezvous import Meeting, Rendezvous
 from dcpsvc.stages import ack, commit
 from dcpsvc.state import claims
 from dcpsvc.state.collected import Collected, Item, Sharing
+from dcpsvc.state.replicas import Replicas
 from dcpsvc.storage.memory import MemoryStore
 
 MEETING = Meeting(3600.0)
@@ -88,13 +89,13 @@ class Simulation:
         blueprints = Blueprints(0, self.ranks)
         first, later = self._collected(0), self._collected(0)
         part = self._timed("plan", lambda: blueprints.of(first).part, nbytes=lambda part: len(part.common + part.own))
-        said = self._timed(
+        said, values = self._timed(
             "plan again",
             lambda: (_said(later), blueprints.of(later).part)[0],
             nbytes=lambda _: 0,
         )
         made = self._layout()
-        manifest = self._agree(said, part, made)
+        manifest = self._agree(said, values, part, made)
         self._commit(manifest, made)
         self._steady()
         return [{"ranks": self.ranks, "tensors": self.tensors, "phase": name, **p} for name, p in self.phases.items()]
@@ -136,13 +137,14 @@ class Simulation:
     def _merged(self, owns, common):
         return parts.merge(owns, {name: common[name] for name in parts.speakers(owns)}).dumps()
 
-    def _agree(self, said, part, made):
+    def _agree(self, said, values, part, made):
         """First meeting, then the acknowledgements, then the manifest every rank makes of them."""
         proposal = ack.Proposal(step=500, said=said, part=part, known_layout=digest(made), stamp=STAMP)
         self._meeting("agree", lambda job: ack.agree(job, "save", proposal, MEETING, lambda: None))
-        for tier in TIERS:
+        for tier, equal in zip(TIERS, (values, {}), strict=True):
             acks = self._meeting(
-                f"ack {tier}", lambda job, t=tier: ack.acknowledge(job, "save", t, self.records[job.rank], MEETING)
+                f"ack {tier}",
+                lambda job, t=tier, v=equal: ack.acknowledge(job, "save", t, self.records[job.rank], MEETING, values=v),
             )
         reference = LayoutRef(digest=digest(made), nbytes=len(made))
         manifest = Manifest(
@@ -219,6 +221,7 @@ def _status(name):
 
 
 def _said(collected):
-    said = claims.claims(collected)
-    claims.Replicas(collected, later=False, guarded=False).complete(said)
-    return said
+    """At the first meeting, and at the first acknowledgement."""
+    replicas = Replicas(collected, {}, later=False, guarded=False)
+    replicas.complete(None)
+    return claims.claims(collected), replicas.said

@@ -12,8 +12,8 @@ from dcpsvc.format import parts, shardfile
 from dcpsvc.format.digest import digest
 from dcpsvc.outline import Large
 from dcpsvc.state import division
-from dcpsvc.state.claims import LARGE_NBYTES
 from dcpsvc.state.division import Structure
+from dcpsvc.state.replicas import LARGE_NBYTES
 from dcpsvc.state.saveplan import ShardPlan
 
 if TYPE_CHECKING:

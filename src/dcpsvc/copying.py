@@ -151,10 +151,6 @@ class Copying:
         """
         self._wait(lambda task: task.begin is not None and task.begin < end)
 
-    def wait_aside(self) -> None:
-        """Until all is done that writes nothing to the file; raises as :meth:`wait_below`."""
-        self._wait(lambda task: task.begin is None)
-
     def wait(self) -> None:
         """Until all is done; raises as :meth:`wait_below`."""
         self._wait(lambda _: True)

@@ -14,7 +14,7 @@ import torch
 
 from dcpsvc import copying
 from dcpsvc.errors import TornSnapshotError
-from dcpsvc.state.claims import UNHURRIED, await_event
+from dcpsvc.state.replicas import UNHURRIED, await_event
 from dcpsvc.witness import TORN, Extent, Watch, flat, is_plain
 
 if TYPE_CHECKING:

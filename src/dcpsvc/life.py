@@ -93,7 +93,6 @@ class Life:
         return error
 
     def _to_commit(self, save: Save) -> Manifest:
-        self._complete(save)
         need = save.proposal.disk if isinstance(save.proposal, ack.Proposal) else None
         agreement = ack.agree(self._job, save.place, save.proposal, self._sync, lambda: self._make_room(save, need))
         self._forget_previous(save)
@@ -116,20 +115,6 @@ class Life:
         self._replaced_by = published.replaced
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
-
-    def _complete(self, save: Save) -> None:
-        """The hashes of replicated tensors may come after the rest of what this rank says."""
-        proposal, replicas = save.proposal, save.replicas
-        if replicas is None or isinstance(proposal, RankFailure):
-            return
-
-        def complete() -> ack.Proposal:
-            if save.copying is not None:
-                save.copying.wait_aside()
-            replicas.complete(proposal.said)
-            return proposal
-
-        save.proposal = self._mine.tried(save, "stage", complete)
 
     def check_room(self, nbytes: int | None) -> None:
         """Whether the local disks can take a first save. Collective; before the first step.
@@ -161,7 +146,10 @@ class Life:
         mine = record if isinstance(record, RankFailure) else self._mine.given_up(save, phase) or record
         times = save.pending.timings
         took = (times.stage_s, times.write_s, times.upload_s) if phase == "remote" else ()  # as in OWN
-        acknowledge = functools.partial(ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took)
+        values = save.replicas.said if phase == "local" and save.replicas is not None else {}
+        acknowledge = functools.partial(
+            ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took, values=values
+        )
         return self._mine.tried(save, "ack", acknowledge)
 
     def _layout(self, save: Save, agreement: ack.Agreement) -> bytes:
@@ -181,6 +169,10 @@ class Life:
     def _write(self, save: Save) -> ShardRecord:
         shard = save.shard
         assert shard is not None  # noqa: S101 - staging succeeded, or the meeting would have ended
+        if save.replicas is not None:  # beside the writing
+            if save.copying is not None:
+                save.copying.wait()
+            save.replicas.complete(save.image)
         record = shard.record(self._options.upload_timeout_s)
         save.pending.resolve(save.pending.staged)  # a shard that was not copied has been read where it was
         save.pending.timings.write_s = shard.seconds

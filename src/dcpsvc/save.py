@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dcpsvc.lateness import Slowest
     from dcpsvc.pending import PendingSave
     from dcpsvc.stages import ack
-    from dcpsvc.state.claims import Replicas
+    from dcpsvc.state.replicas import Replicas
 
 
 class Shard(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,9 @@ from dcpsvc.errors import TornSnapshotError
 from dcpsvc.holdback import Holdback
 from dcpsvc.stages.stage import Snapshot
 from dcpsvc.stages.stream import Stream
-from dcpsvc.state.claims import Replicas
-from dcpsvc.witness import Watch
+from dcpsvc.state.dtypes import dtype_of
+from dcpsvc.state.replicas import Copied, Replicas
+from dcpsvc.witness import Watch, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,7 +93,9 @@ class Staging:
         self.look_for_device(collected)
         arena = self.arenas.take(outline.nbytes)
         if self._job.world_size > 1:
-            save.replicas = Replicas(collected, later=isinstance(arena, Arena), guarded=self.overlaps)
+            later = isinstance(arena, Arena)
+            copied = _copied(outline, collected) if later else {}
+            save.replicas = Replicas(collected, copied, later=later, guarded=self.overlaps)
         if not isinstance(arena, Arena):
             return self._streamed(outline, arena.spare_nbytes)
         snapshot = arena.reader = Snapshot(
@@ -104,6 +108,7 @@ class Staging:
             devices=self._devices,
             waits=not self.overlaps,
         )
+        snapshot.hasher = save.replicas
         return snapshot
 
     def begun(self, save: Save, staged: Snapshot | Stream, shard: DcpShard, optimizers: Sequence[Optimizer]) -> None:
@@ -134,6 +139,19 @@ class Staging:
                 *map(preflight.mebibytes, (outline.nbytes, spare_nbytes, window_nbytes)),
             )
         return Stream(outline, window_nbytes)
+
+
+def _copied(outline: Outline, collected: Collected) -> dict[str, list[Copied]]:
+    """Where the large tensors, or parts of them, are going to be whose bytes are the file's."""
+    found: dict[str, list[Copied]] = defaultdict(list)
+    for number in (large.number for large in outline.large):
+        piece, source = outline.placement.pieces[number], outline.sources[number]
+        tensor = collected.items[piece.key].tensor
+        target = torch.empty(0, dtype=dtype_of(piece.dtype), device="cpu")
+        if source.is_cpu and tensor.is_contiguous() and is_plain(source, target):
+            begin = source.data_ptr() - tensor.data_ptr()
+            found[piece.key].append(Copied(begin, begin + piece.nbytes, outline.placement.begins[number]))
+    return found
 
 
 def _has_copied(pending: PendingSave, began: float) -> None:

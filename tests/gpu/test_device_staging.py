@@ -14,7 +14,7 @@ from dcpsvc.arenas import Arenas
 from dcpsvc.devicecopy import Devices
 from dcpsvc.outline import Large
 from dcpsvc.stages.stage import Snapshot
-from dcpsvc.state.claims import DeviceHashing
+from dcpsvc.state.replicas import DeviceHashing
 from tests.unit.one_process import bits, resume
 from tests.unit.test_staging import outline_of
 

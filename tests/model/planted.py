@@ -27,12 +27,12 @@ _condemn = retain.condemn
 _upload = Life._upload  # pyright: ignore[reportPrivateUsage]
 
 
-def _without_acks(job: Any, place: str, phase: str, mine: Any, meeting: Meeting, *, took: Any) -> ack.Acks:
+def _without_acks(job: Any, place: str, phase: str, mine: Any, meeting: Meeting, **more: Any) -> ack.Acks:
     """The second acknowledgement is taken for granted, whatever became of the upload."""
     failed_before = isinstance(mine, RankFailure) and mine.phase != "upload"
     if phase == "remote" and not failed_before:
         return ack.Acks([], [])
-    return _acknowledge(job, place, phase, mine, meeting, took=took)
+    return _acknowledge(job, place, phase, mine, meeting, **more)
 
 
 def _manifest_first(self: Life, save: Save, manifest: Any, layout: Any) -> Any:
@@ -47,11 +47,11 @@ def _one_place(self: Save) -> str:
     return "save"
 
 
-def _raising_ack(job: Any, place: str, phase: str, mine: Any, meeting: Meeting, *, took: Any) -> ack.Acks:
+def _raising_ack(job: Any, place: str, phase: str, mine: Any, meeting: Meeting, **more: Any) -> ack.Acks:
     """A failure is raised where it happened, and its rank does not come to the meeting."""
     if isinstance(mine, RankFailure):
         raise RuntimeError(mine.text)  # noqa: TRY004
-    return _acknowledge(job, place, phase, mine, meeting, took=took)
+    return _acknowledge(job, place, phase, mine, meeting, **more)
 
 
 def _data_first(store: Store, attempt: Attempt, pace: retain.Pace = retain.FLAT_OUT) -> bool:

@@ -313,7 +313,7 @@ def test_a_replica_that_differs_is_named_by_key_and_rank_and_nothing_is_publishe
     assert_step_2_failed_alone(root, results)
     for second in (result["second"] for result in results):
         assert second.type == "SaveFailedError"
-        assert failures(second) == [(2, "plan", "StateMismatchError")]
+        assert failures(second) == [(2, "ack", "StateMismatchError")]
         assert key in second.text
         assert "on ranks (2,)" in second.text
         assert "; broadcast it, or Replicated(validate='off') if it may differ" in second.text

@@ -13,6 +13,7 @@ from torch import nn
 from dcpsvc import PerRank, Rng
 from dcpsvc.state import claims
 from dcpsvc.state.app import AppState
+from dcpsvc.state.replicas import Replicas
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,10 @@ def said(state: dict[str, Any], rank: int = 0, *, verify_replicas: bool = True) 
     collected = AppState(state).collect(rank)
     found = claims.claims(collected)
     if verify_replicas:
-        claims.Replicas(collected, later=False, guarded=False).complete(found)
+        replicas = Replicas(collected, {}, later=False, guarded=False)
+        replicas.complete(None)
+        for component, values in replicas.said.items():
+            found.setdefault(component, {}).update(values)
     return found
 
 

@@ -146,15 +146,6 @@ def test_a_writer_gets_the_first_bytes_before_the_last_are_there() -> None:
     assert last.done.is_set()
 
 
-def test_what_writes_nothing_is_waited_for_apart() -> None:
-    aside, bytes_ = Step(None, begin=None), Step(ADAM).held()
-    under_way = Copying([bytes_, aside], lambda: None)
-    under_way.start(COPIER)
-    under_way.wait_aside()
-    assert aside.done.is_set()
-    bytes_.free.set()
-
-
 def test_the_end_is_told_once_and_at_once_where_nothing_is_to_be_done() -> None:
     ends: list[int] = []
     copying.Copying([], lambda: ends.append(0)).start(COPIER)
@@ -175,7 +166,7 @@ def test_an_error_ends_all_of_it_and_every_wait_says_it_but_training_goes_on() -
     never = threading.Event()
     under_way = Copying([Step(ADAM, work=fail), Step(OTHER, begin=100)], never.set)
     under_way.release(ADAM)
-    for wait in (lambda: under_way.wait_below(101), under_way.wait, under_way.wait_aside):
+    for wait in (lambda: under_way.wait_below(101), under_way.wait):
         with pytest.raises(OSError, match="broken"):
             wait()
     under_way.release(OTHER)

@@ -14,8 +14,8 @@ from dcpsvc.arena import Arena
 from dcpsvc.errors import TornSnapshotError
 from dcpsvc.outline import Large
 from dcpsvc.stages.stage import Snapshot
-from dcpsvc.state.claims import DeviceHashing
 from dcpsvc.state.optimview import owner_of
+from dcpsvc.state.replicas import DeviceHashing
 from dcpsvc.witness import Watch
 from tests.unit.late_device import SECONDS, LateDevice, LateDevices, LateStream, PromptStream
 from tests.unit.one_process import resume, told
@@ -205,7 +205,7 @@ def test_nothing_is_held_once_it_has_arrived(device: LateDevice) -> None:
 
 
 def test_a_device_that_does_not_get_there_is_given_up(device: LateDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcpsvc.state.claims._PATIENCE_S", 0.01)
+    monkeypatch.setattr("dcpsvc.state.replicas._PATIENCE_S", 0.01)
     staged = snapshot(tensors(), device)
     with pytest.raises(TimeoutError, match="device"):
         staged.copying.wait()

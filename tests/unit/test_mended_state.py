@@ -21,6 +21,7 @@ from dcpsvc.errors import (
 )
 from dcpsvc.state import claims, documents
 from dcpsvc.state.app import AppState
+from dcpsvc.state.replicas import Replicas
 from tests.unit.one_process import bits, resume, save, told
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ def disagreements(*states: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
     for rank, state in enumerate(states):
         collected = AppState(state).collect(rank)
         said.append(claims.claims(collected))
-        claims.Replicas(collected, later=False, guarded=False).complete(said[-1])
+        replicas = Replicas(collected, {}, later=False, guarded=False)
+        replicas.complete(None)
+        for component, values in replicas.said.items():
+            said[-1].setdefault(component, {}).update(values)
     differing = claims.differing([claims.digests(one) for one in said])
     found = dict(claims.disagreements(said))
     assert differing == sorted({claims.component_of(key) for key in found})

@@ -45,12 +45,12 @@ def mismatches(views: Iterable[memoryview], first_block: int, digests: bytes) ->
     """Numbers of the blocks in ``views`` (which together start at ``first_block``) that differ from the table."""
     return [
         number
-        for number, found in enumerate(_digests(views), first_block)
+        for number, found in enumerate(digests_of(views), first_block)
         if found != digests[number * DIGEST_NBYTES : (number + 1) * DIGEST_NBYTES]
     ]
 
 
-def _digests(views: Iterable[memoryview]) -> Iterator[bytes]:
+def digests_of(views: Iterable[memoryview]) -> Iterator[bytes]:
     """Of each block of views that follow one another."""
     running, room = xxhash.xxh3_128(), BLOCK_NBYTES
     for view in views:

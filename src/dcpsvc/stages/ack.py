@@ -5,6 +5,7 @@ Every message is a value. A rank that failed says so and why; it never leaves th
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from dcpsvc.format.layout import Layout
     from dcpsvc.format.parts import Part
     from dcpsvc.ranks.job import Job
-    from dcpsvc.state.claims import Claims, Held
+    from dcpsvc.state.claims import Claims
+    from dcpsvc.state.replicas import Held
 
 _NAMED_DIFFERENCES = 3
 _COMPARED_NBYTES = 16 << 20
@@ -77,7 +79,7 @@ class Agreement:
 def agree(
     job: Job, place: str, proposal: Proposal | RankFailure, meeting: Meeting, make_room: Callable[[], Any]
 ) -> Agreement:
-    """The first meeting: all ranks here, same step, same structure, same replicas, room on the disks. Uploader thread.
+    """The first meeting: all ranks here, same step, same structure, room on the disks. Uploader thread.
 
     Raises:
         DisagreementError: Ranks are missing, failed, would save different things, or have no room even when each has
@@ -87,7 +89,7 @@ def agree(
     if differ := verdict.get("differ"):
         assert isinstance(proposal, Proposal)  # noqa: S101 - a failure would have ended the meeting
         details = {name: proposal.said[name] for name in differ if name in proposal.said}
-        job.meet(f"{place}/compare", details, _explain, meeting)
+        job.meet(f"{place}/compare", details, functools.partial(_explain, "plan"), meeting)
     if verdict["short"]:
         job.meet(f"{place}/room", make_room(), _refuse_short, meeting)
     return Agreement(generation=verdict["generation"], gather=verdict["gather"], stamp=verdict["stamp"])
@@ -151,6 +153,9 @@ def _first_difference(job: Job, held: Held) -> tuple[int, str, str] | None:
     return found
 
 
+_NOTHING: Claims = {}
+
+
 class Acks(NamedTuple):
     """What the ranks said, in rank order.
 
@@ -171,10 +176,11 @@ def acknowledge(
     meeting: Meeting,
     *,
     took: Sequence[float] = (),
+    values: Claims = _NOTHING,
 ) -> Acks:
     """Say "my shard is durable at this tier: here is my record", or why not; hear it from all. Uploader thread.
 
-    All ranks arrive healthy on the store before the ``all_gather`` is entered.
+    All ranks arrive healthy on the store, with equal replicas, before the ``all_gather`` is entered.
 
     Args:
         job: The ranks.
@@ -183,13 +189,16 @@ def acknowledge(
         mine: Record or reason.
         meeting: Deadlines.
         took: Seconds to tell the others, a few; they travel as milliseconds.
+        values: Hashes of what must be the same on all ranks.
 
     Raises:
-        DisagreementError: A rank failed or is missing.
+        DisagreementError: A rank failed or is missing, or replicas differ: which, on which ranks.
         LostPeerError: A peer died inside the collective.
     """
-    arrival = mine if isinstance(mine, RankFailure) else None
-    job.meet(f"{place}/{phase}", arrival, lambda _: None, meeting)
+    arrival = mine if isinstance(mine, RankFailure) else claims.digests(values)
+    if differ := job.meet(f"{place}/{phase}", arrival, claims.differing, meeting):
+        details = {name: values[name] for name in differ if name in values}
+        job.meet(f"{place}/compare", details, functools.partial(_explain, "ack"), meeting)
     assert isinstance(mine, ShardRecord)  # noqa: S101 - a failure would have ended the meeting
     message = mine.to_json() | {"ms": [round(seconds * 1000) for seconds in took]}
     said = job.group.all_gather(compact(message))
@@ -249,16 +258,16 @@ def _refuse_short(needs: list[Any]) -> None:
         )
 
 
-def _explain(details: list[Any]) -> None:
+def _explain(phase: str, details: list[Any]) -> None:
     found = claims.disagreements(details)
-    raise RefusalError([_difference(key, answers) for key, answers in found[:_NAMED_DIFFERENCES]])
+    raise RefusalError([_difference(phase, key, answers) for key, answers in found[:_NAMED_DIFFERENCES]])
 
 
-def _difference(key: str, answers: dict[str, list[int]]) -> RankFailure:
+def _difference(phase: str, key: str, answers: dict[str, list[int]]) -> RankFailure:
     odd = min(answers.values(), key=len)
     text = "; ".join(f"{said} on ranks {tuple(ranks)}" for said, ranks in answers.items())
     said = f"{key} is not the same on all ranks: {text}; {_remedy(answers)}"
-    return RankFailure(odd[0], "plan", "StateMismatchError", said)
+    return RankFailure(odd[0], phase, "StateMismatchError", said)
 
 
 def _remedy(answers: Iterable[str]) -> str:

@@ -93,6 +93,7 @@ class Snapshot:
         arena: Where to.
         copying: What is not copied when :meth:`stage` returns.
         reader: Who writes the file, once somebody does.
+        hasher: Who hashes what was copied, while the save goes on.
     """
 
     lasting = True
@@ -117,8 +118,9 @@ class Snapshot:
         if devices is not None and outline.large:
             self._beside, self._left = devicecopy.side_copies(outline, self._views, devices, watch, waits=waits)
         landings = [landing for each in self._beside for landing in each.landings]
-        self.copying = Copying([*beside, *self._batches(), *landings], on_copied, self._beside)
+        self.copying = Copying([*self._batches(), *landings, *beside], on_copied, self._beside)
         self.reader: Reader | None = None
+        self.hasher: Reader | None = None
 
     @property
     def image(self) -> memoryview:
@@ -133,7 +135,7 @@ class Snapshot:
     @property
     def ended(self) -> bool:
         """Nobody uses the arena any more."""
-        return self.copying.ended and (self.reader is None or self.reader.ended)
+        return self.copying.ended and all(each.ended for each in (self.reader, self.hasher) if each is not None)
 
     def piece(self, name: str) -> torch.Tensor:
         """A piece in the arena."""
@@ -158,6 +160,7 @@ class Snapshot:
 
     def forget(self) -> None:
         """Let go of the state, whatever is not copied yet."""
+        self.hasher = None
         self.copying.call_off()
         self._outline.forget()
 
