@@ -75,9 +75,9 @@ class Replicas:
         replicated = {
             k: item
             for k, item in items
-            if item.validate != "off" and (item.sharing is Sharing.REPLICATED or item.alike)
+            if item.validate != "off" and (item.sharing is Sharing.REPLICATED or item.compared)
         }
-        self.held = {k: Held(i) for k, i in replicated.items() if i.validate == "full" and not i.alike}
+        self.held = {k: Held(i) for k, i in replicated.items() if i.validate == "full" and not i.compared}
         replicated = {k: item for k, item in replicated.items() if k not in self.held}
         self._places = {k: _place(k, item) for k, item in replicated.items()}
         on_host = {k: item for k, item in replicated.items() if item.tensor.device.type == "cpu"}
@@ -236,10 +236,10 @@ def _has(said: Mapping[str, Any], component: str) -> bool:
 
 def _place(key: str, item: Item) -> tuple[str, str]:
     """Under which component and name the hash of a tensor is said: that of all ranks, or of those that hold a part."""
-    if not item.alike:
+    if not item.compared:
         return component_of(key), key
     box = "" if item.shape == tuple(item.tensor.shape) else f"[{','.join(map(str, item.offsets))}...]"
-    return f"{_GROUP}{_group(item.alike)}", key + box
+    return f"{_GROUP}{_group(item.compared)}", key + box
 
 
 @functools.lru_cache(maxsize=64)
