@@ -172,10 +172,10 @@ def test_a_trainer_of_two_ranks_killed_goes_on_inside_the_epoch(tmp_path):
 # --- lightning ------------------------------------------------------------------------------------------
 
 
-def trained_by_lightning(root, until):
+def trained_by_lightning(root, until, kind):
     import lightning.pytorch as pl
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     from dcpsvc.integrations.lightning import Checkpoints
@@ -188,6 +188,10 @@ def trained_by_lightning(root, until):
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
             self.seen = []
+
+        def configure_model(self):
+            if kind == "FSDP2":
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
         def training_step(self, batch, batch_idx):
             if self.global_step == until:
@@ -206,31 +210,45 @@ def trained_by_lightning(root, until):
     torch.manual_seed(1 + dist.get_rank())
     data = torch.arange(40 * 3, dtype=torch.float32).view(40, 3) + 1000 * dist.get_rank()
     loader = StatefulDataLoader(data, batch_size=4, shuffle=True)
+    strategy = {
+        "DDP": lambda: DDPStrategy(process_group_backend="gloo"),
+        "FSDP2": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
+    }
     trainer = pl.Trainer(
         max_epochs=2, callbacks=[checkpoints], enable_checkpointing=False, logger=False, accelerator="cpu", devices=2,
-        strategy=DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"),
+        strategy=strategy[kind](), plugins=[TorchElasticEnvironment()],
         use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=root.parent,
     )  # fmt: skip
     trainer.fit(module, loader)
-    return [seen for seen in module.seen if seen[0] >= 6]
+    return [seen for seen in module.seen if seen[0] >= 6], sorted({type(p).__name__ for p in module.parameters()})
 
 
-def lightning_straight(rank, world, root):
+def lightning_straight(rank, world, root, kind):
     root.parent.mkdir(exist_ok=True)
-    return trained_by_lightning(root / "root", None)
+    return trained_by_lightning(root / "root", None, kind)
 
 
-def lightning_killed(rank, world, root):
-    trained_by_lightning(root / "root", 8)
+def lightning_killed(rank, world, root, kind):
+    trained_by_lightning(root / "root", 8, kind)
 
 
 @needs("lightning", "torchdata")
-def test_a_lightning_run_of_two_ranks_killed_goes_on_inside_the_epoch(tmp_path):
-    straight, resumed = alone(tmp_path, lightning_straight, lightning_killed, lightning_straight)
+@pytest.mark.parametrize(("kind", "parameters"), [("DDP", "Parameter"), ("FSDP2", "DTensor")])
+def test_a_lightning_run_of_two_ranks_killed_goes_on_inside_the_epoch(tmp_path, kind, parameters):
+    straight, resumed = alone(tmp_path, lightning_straight, lightning_killed, lightning_straight, kind)
     assert resumed == straight
-    assert len(straight[0]) == 14
+    assert {tuple(kinds) for _, kinds in straight} == {(parameters,)}
+    assert len(straight[0][0]) == 14
     assert straight[0] != straight[1]
+
+
+@needs("lightning")
+def test_lightning_itself_refuses_fsdp1_without_a_gpu():
+    import lightning.pytorch as pl
+
+    with pytest.raises(ValueError, match=r"strategy `fsdp` requires a GPU accelerator, but received"):
+        pl.Trainer(strategy=pl.strategies.FSDPStrategy(), accelerator="cpu", devices=2, logger=False)
 
 
 # --- a loop like torchtitan's -----------------------------------------------------------------------------

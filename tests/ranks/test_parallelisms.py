@@ -186,3 +186,12 @@ def test_a_checkpoint_of_any_kind_is_loaded_exactly_by_every_other(runs, kind, c
             print("\nloaded by, saved by " + ", ".join(KINDS))
         print(f"\n{kind:18}" + "".join("  exact" if fits else "  WRONG" for fits in exact.values()), end=" ")
     assert all(exact.values())
+
+
+def test_the_table_of_the_docs_has_every_kind_and_its_ranks():
+    text = (Path(__file__).parents[2] / "docs" / "states.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    told = {row[0]: row[1:] for row in rows if len(row) == 4}
+    assert {kind: told.get(kind) for kind in KINDS} == {
+        kind: [str(ranks or 1), "exact", "exact"] for kind, (ranks, _) in KINDS.items()
+    }

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import dcpsvc
@@ -157,6 +158,10 @@ def replicas(rank, kind):
     if kind == "HSDP":
         model = fully_shard(model, mesh=mesh)
         return {"model": model}, model[0].weight.to_local()
+    if kind == "FSDP2 x TP":  # each column shards the norm, which tensor parallelism has left alone
+        parallelize_module(model, mesh["outer"], {"0": RowwiseParallel(input_layouts=Replicate())})
+        fully_shard(model, mesh=mesh["inner"])
+        return {"model": model}, model[1].weight.to_local()
     if kind == "FSDP1 hybrid":
         options = {"sharding_strategy": ShardingStrategy.HYBRID_SHARD, "device_mesh": mesh, "use_orig_params": True}
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
@@ -187,7 +192,7 @@ def diverge_in_a_group(rank, world, root, kind):
     return failed and (failed.type, failed.text)
 
 
-@pytest.mark.parametrize("kind", ["HSDP", "FSDP1 hybrid", "DTensor", "group", "part"])
+@pytest.mark.parametrize("kind", ["HSDP", "FSDP2 x TP", "FSDP1 hybrid", "DTensor", "group", "part"])
 def test_where_some_ranks_hold_the_same_one_that_diverged_is_named_on_every_rank(tmp_path, kind):
     for kind_of_error, text in values(run_ranks(4, diverge_in_a_group, tmp_path / "run", kind)):
         assert kind_of_error == "SaveFailedError"

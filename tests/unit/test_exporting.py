@@ -185,46 +185,6 @@ def test_one_torch_file_is_the_state_dict_with_its_ties(tmp_path: Path) -> None:
     assert found["3.weight"].data_ptr() == found["0.weight"].data_ptr()
 
 
-KILLED = """
-import os, signal, sys
-from dcpsvc import conversion
-from dcpsvc.tools.exporting import Source
-from dcpsvc.reading import open_root
-
-done = []
-
-def die(nbytes):
-    done.append(nbytes)
-    if len(done) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-kind, root, out = sys.argv[1:]
-if kind == "dcp":
-    conversion.export_dcp(open_root(root), 7, out, progress=die)
-else:
-    conversion.export_torch(Source(open_root(root), 7, "model"), open_root(root), out, progress=die)
-"""
-
-
-@pytest.mark.parametrize("kind", ["dcp", "torch"])
-def test_an_export_that_was_killed_leaves_nothing_behind_once_it_is_done_again(tmp_path: Path, kind: str) -> None:
-    expected = saved(tmp_path, big=torch.ones(1 << 19))["model"].state_dict()
-    arguments = [kind, tmp_path / "root", tmp_path / "out"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], timeout=60, check=False)
-    assert killed.returncode == -9
-    assert (tmp_path / "out" / ".dcpsvc-scratch").is_dir()
-    assert run(tmp_path / "root", 7, tmp_path / "out", "--format", kind).exit_code == 0
-    there = {path.name for path in (tmp_path / "out").iterdir()}
-    if kind == "torch":
-        assert there == {"model.pt"}
-        assert same(torch.load(tmp_path / "out" / "model.pt", weights_only=True), expected)
-    else:
-        assert there == {".metadata", "__0_0.distcp"}
-        into = {"model": model().state_dict()}
-        dcp.load(into, checkpoint_id=tmp_path / "out", no_dist=True)
-        assert same(into["model"], expected)
-
-
 # --- in general -------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dcpsvc.errors import StateError, UnsupportedStateError
+from dcpsvc.state import meshes
 from dcpsvc.state.dtypes import name_of
 from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
-
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor.placement_types import Placement
 
     from dcpsvc.format.layout import Shape
     from dcpsvc.state.sharing import Validate
@@ -53,8 +50,9 @@ class Item:
         origin: What training writes to, as far as torch counts writes: the DTensor around a local part.
         owner: ``id`` of the optimizer that alone changes it; None: anybody may, at any time.
         validate: How replicas are compared before each writes a share.
-        alike: Of a tensor not all ranks hold alike: the ranks that hold this very part, if there are several. They are
-            compared, and each writes a share.
+        alike: Of a tensor not all ranks hold alike: the ranks that hold this very part, if there are several. Each
+            writes a share.
+        compared: Those whose parts must be the same: they, and the ranks of meshes beside theirs, which write nothing.
     """
 
     tensor: torch.Tensor
@@ -67,6 +65,7 @@ class Item:
     owner: int | None = None
     validate: Validate = "hash"
     alike: Shape = ()
+    compared: Shape = ()
 
     @property
     def is_ragged(self) -> bool:
@@ -170,10 +169,14 @@ class Collected:
             raise StateError(key, "two tensors of the state would have this name")
         offsets, _ = local_chunk(tensor)
         local = origin = tensor
+        compared: Shape = ()
         if isinstance(tensor, DTensor):
             _check_reduced(key, tensor)
-            alike = _alike(tensor.device_mesh, tensor.placements)
-            writes = bool(alike) and _is_in(tensor.device_mesh, holder)
+            mesh, placements = tensor.device_mesh, tensor.placements
+            alike, writes = meshes.alike(mesh, placements, self.rank), meshes.is_in(mesh, holder)
+            writes = writes and bool(alike)
+            if sharing is Sharing.SHARDED:  # of one part of a model, the meshes beside it may have another part
+                compared = meshes.alike_beside(mesh, placements, self.rank)
             with torch.no_grad():  # spares a DTensor on the way, 20 us
                 local = tensor.to_local()
         elif isinstance(tensor, Ragged):
@@ -183,7 +186,10 @@ class Collected:
         _check_storable(key, local)
         dtype, shape = name_of(tensor.dtype, key), tuple(tensor.shape)
         alike = alike if len(alike) > 1 else ()
-        self.items[key] = Item(local.detach(), dtype, shape, offsets, sharing, writes, origin, owner, validate, alike)
+        compared = compared if len(compared) > 1 else alike
+        self.items[key] = Item(
+            local.detach(), dtype, shape, offsets, sharing, writes, origin, owner, validate, alike, compared
+        )
 
     def copy(self) -> Collected:
         """The same, to be added to without this one changing."""
@@ -233,24 +239,3 @@ def _check_storable(key: str, tensor: torch.Tensor) -> None:
 def _check_reduced(key: str, tensor: DTensor) -> None:
     if any(placement.is_partial() for placement in tensor.placements):
         raise UnsupportedStateError(key, "a DTensor with a pending reduction (Partial) has no values to save")
-
-
-@functools.lru_cache(maxsize=64)
-def _is_in(mesh: DeviceMesh, rank: int) -> bool:
-    """Whether a rank is in a mesh.
-
-    Where the mesh has not all ranks, others may hold the same tensor on one of theirs: what tensor parallelism leaves
-    alone, FSDP2 shards in each of its columns. The mesh with the first rank writes.
-    """
-    return bool((mesh.mesh == rank).any())
-
-
-@functools.lru_cache(maxsize=1024)
-def _alike(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Shape:
-    """The ranks of a mesh that hold the same part as this one; none if it is not in it."""
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return ()
-    where = zip(coordinate, placements, strict=True)
-    along = tuple(slice(None) if placement.is_replicate() else place for place, placement in where)
-    return tuple(sorted(mesh.mesh[along].flatten().tolist()))

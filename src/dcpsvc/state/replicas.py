@@ -71,7 +71,7 @@ class Replicas:
         self, collected: Collected, copied: Mapping[str, Sequence[Copied]], *, later: bool, guarded: bool
     ) -> None:
         replicated = {key: item for key, item in collected.items.items() if _is_compared(item)}
-        self.held = {k: Held(i) for k, i in replicated.items() if i.validate == "full" and not i.alike}
+        self.held = {k: Held(i) for k, i in replicated.items() if i.validate == "full" and not i.compared}
         self._items = {k: item for k, item in replicated.items() if k not in self.held}
         self.tasks: list[Hashing | DeviceHashing] = []
         self.said: Claims = {}
@@ -103,7 +103,7 @@ class Replicas:
         for key, value in hashes.items():
             item = self._items[key]
             component, name = _place(key, item)
-            said[component][name] = f"{'part' if item.alike else item.claim} {value:016x}"
+            said[component][name] = f"{'part' if item.compared else item.claim} {value:016x}"
         self.said, self.ended = said, True
         self.tasks.clear()
         self._items.clear()  # nothing of the state is needed any more
@@ -250,15 +250,15 @@ def await_event(event: Any) -> None:
 
 
 def _is_compared(item: Item) -> bool:
-    return item.validate != "off" and (item.sharing is Sharing.REPLICATED or bool(item.alike))
+    return item.validate != "off" and (item.sharing is Sharing.REPLICATED or bool(item.compared))
 
 
 def _place(key: str, item: Item) -> tuple[str, str]:
     """Under which component and name the hash of a tensor is said: that of all ranks, or of those that hold a part."""
-    if not item.alike:
+    if not item.compared:
         return component_of(key), key
     box = "" if item.shape == tuple(item.tensor.shape) else f"[{','.join(map(str, item.offsets))}...]"
-    return f"{GROUP}{_group(item.alike)}", key + box
+    return f"{GROUP}{_group(item.compared)}", key + box
 
 
 @functools.lru_cache(maxsize=64)
