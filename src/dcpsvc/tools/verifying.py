@@ -1,4 +1,4 @@
-"""Proving checkpoints: every byte of every shard against the manifest."""
+"""Proving checkpoints: every byte of every shard against the manifest, and of a folder of PEFT against its list."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dcpsvc.errors import FormatError, NoSuchStepError
 from dcpsvc.leases import held
 from dcpsvc.stages import discover
 from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.tools import adapterfolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -113,6 +114,7 @@ def _begin(
         return attempt, [], 0, str(err)
     shards = [VerifiedShard([store], record) for record in manifest.shards]
     begun = [threads.submit(_prove, manifest, shard, progress, journal) for shard in shards]
+    begun.append(threads.submit(_folder, store, attempt))
     return attempt, begun, manifest.nbytes, ""
 
 
@@ -130,6 +132,10 @@ def _prove(
     return ""
 
 
+def _folder(store: Store, attempt: Attempt) -> str:
+    return "; ".join(adapterfolder.problems(store, attempt))
+
+
 def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], None] | None, journal: Journal) -> None:
     proven = journal.proven(manifest, shard.record)
     for begin, end in shard.pieces():
@@ -140,6 +146,6 @@ def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], N
             progress(end - begin)
 
 
-def _end(attempt: Attempt, shards: list[Future[str]], nbytes: int, problem: str) -> Finding:
-    problems = tuple(found for found in (problem, *(shard.result() for shard in shards)) if found)
+def _end(attempt: Attempt, parts: list[Future[str]], nbytes: int, problem: str) -> Finding:
+    problems = tuple(found for found in (problem, *(part.result() for part in parts)) if found)
     return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=0 if problem else nbytes, problems=problems)
