@@ -18,7 +18,7 @@ from dcpsvc.state.dtypes import name_of
 from dcpsvc.tools.foreign import READ_NBYTES, Foreign, Found, state_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 _MAX_METADATA_NBYTES = 2 << 30
@@ -34,6 +34,10 @@ def find_dcp(path: Path) -> Found:
     places = {(at.fqn, tuple(getattr(at, "offset", ()))): where for at, where in metadata.storage_data.items()}
     tensors: list[Foreign] = []
     left: list[str] = []
+    values: dict[str, Callable[[], Any]] = {}
+    for name, where in ((at.fqn, where) for at, where in metadata.storage_data.items()):
+        if not hasattr(metadata.state_dict_metadata.get(name), "chunks"):
+            values[name] = partial(_value, path, name, where)
     for name, entry in sorted(metadata.state_dict_metadata.items()):
         if not hasattr(entry, "chunks"):
             left.append(name)
@@ -47,7 +51,7 @@ def find_dcp(path: Path) -> Found:
             read = partial(_chunk, path, name, where, (dtype, sizes))
             tensors.append(Foreign(name, dtype, shape, offsets, sizes, read))
     files = sorted(path.glob("*.distcp"))
-    return Found("dcp", path, tuple(tensors), {}, {}, tuple(left), state_of([path / ".metadata", *files]))
+    return Found("dcp", path, tuple(tensors), {}, {}, tuple(left), state_of([path / ".metadata", *files]), values)
 
 
 def find_torch(path: Path) -> Found:
@@ -65,6 +69,7 @@ def find_torch(path: Path) -> Found:
     flat: dict[str, torch.Tensor] = {}
     left: list[str] = []
     _flatten(content, "", flat, left)
+    values = {name: partial(_plain, content, name) for name in left}
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     tensors: list[Foreign] = []
@@ -76,7 +81,7 @@ def find_torch(path: Path) -> Found:
         shape = tuple(tensor.shape)
         dtype = name_of(tensor.dtype, name)
         tensors.append(Foreign(name, dtype, shape, (0,) * len(shape), shape, partial(_tensor, tensor)))
-    return Found("torch", path, tuple(tensors), aliases, {}, tuple(left), state_of([path]))
+    return Found("torch", path, tuple(tensors), aliases, {}, tuple(left), state_of([path]), values)
 
 
 def _flatten(value: Any, name: str, into: dict[str, torch.Tensor], left: list[str]) -> None:
@@ -87,6 +92,17 @@ def _flatten(value: Any, name: str, into: dict[str, torch.Tensor], left: list[st
         into[name] = value.detach()
     else:
         left.append(name)
+
+
+def _plain(content: Any, name: str) -> Any:
+    """What lies at a dotted name in nested dicts."""
+    for key, item in content.items():
+        here = str(key)
+        if here == name:
+            return item
+        if isinstance(item, dict) and name.startswith(f"{here}."):
+            return _plain(item, name[len(here) + 1 :])
+    raise KeyError(name)
 
 
 def _tensor(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -102,7 +118,16 @@ def _tensor(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def _chunk(path: Path, name: str, where: Any, expected: tuple[str, tuple[int, ...]]) -> Iterator[memoryview]:
-    """A chunk of a DCP file, which is a file of ``torch.save`` within it, or a bare tensor of a safetensors file."""
+    """A chunk of a DCP file, which is a file of ``torch.save`` within it."""
+    tensor = _value(path, name, where)
+    if not isinstance(tensor, torch.Tensor) or (name_of(tensor.dtype, name), tuple(tensor.shape)) != expected:
+        reason = f"{name}: holds no tensor of {expected[0]}{list(expected[1])}"
+        raise ForeignFormatError(str(path / str(where.relative_path)), reason)
+    yield from _tensor(tensor.detach())
+
+
+def _value(path: Path, name: str, where: Any) -> Any:
+    """What lies there, as far as torch makes it without executing anything."""
     file = path / str(where.relative_path)
     if file.parent != path or not file.is_file():
         raise ForeignFormatError(str(path), f"{name} is said to lie in {where.relative_path}, which is no file in it")
@@ -110,12 +135,9 @@ def _chunk(path: Path, name: str, where: Any, expected: tuple[str, tuple[int, ..
         opened.seek(int(where.offset))
         data = opened.read(int(where.length))
     try:
-        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as err:
         raise ForeignFormatError(str(file), f"{name}: {_said(err)}") from err
-    if not isinstance(tensor, torch.Tensor) or (name_of(tensor.dtype, name), tuple(tensor.shape)) != expected:
-        raise ForeignFormatError(str(file), f"{name}: holds no tensor of {expected[0]}{list(expected[1])}")
-    yield from _tensor(tensor.detach())
 
 
 def _said(err: Exception) -> str:

@@ -41,6 +41,8 @@ def accelerated(root):
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
+    from dcpsvc.integrations.accelerate import Checkpoints
+
     config = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=2)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=config)
     torch.manual_seed(0)
@@ -51,61 +53,75 @@ def accelerated(root):
     loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     torch.manual_seed(10 + accelerator.process_index)
-    state = {"model": model, "optim": optimizer, "sched": schedule, "rng": dcpsvc.Rng()}
-    state["loader"] = dcpsvc.PerRank(loader)
-    return accelerator, state, checkpointer(root, state, save_last=False)
+    options = {"local": root.parent / f"{root.name}-local", "save_last": False, "sync_timeout_s": 30}
+    return accelerator, (model, optimizer, loader, schedule), Checkpoints(accelerator, root, **options)
 
 
-def accelerate_steps(accelerator, state, ckpt, start, until):
-    """Batches, two to a step; a commit at step 6."""
-    model, optimizer, schedule, losses = state["model"], state["optim"], state["sched"], []
-    step, generators = start, dcpsvc.Rng().state_dict()
-    with ckpt:
-        for number, x in enumerate(state["loader"].value):
-            if start and not number:
-                dcpsvc.Rng().load_state_dict(generators)  # making the iterator anew has drawn numbers
-            with accelerator.accumulate(model):
-                loss = model(x).square().mean()
-                accelerator.backward(loss)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            losses.append((float(loss.detach()).hex(), x[:, 0].tolist()))
-            if number % 2 == 0:
-                continue
-            step += 1
-            if step == 6:
-                ckpt.save(6).wait()
-            if step == until:
-                if until == 8:
-                    die()
-                break
-    return losses
+def accelerate_steps(root, commit, until):
+    """Batches, two to a step, 8 steps to an epoch; what each gave, by the step it belongs to."""
+    accelerator, (model, optimizer, loader, schedule), run = accelerated(root)
+    seen = []
+    with run:
+        run.resume()
+        while True:
+            for x in run.batches(loader):
+                with accelerator.accumulate(model):
+                    loss = model(x + torch.randn(3)).square().mean()
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                seen.append((run.epoch, run.number, float(loss.detach()).hex(), x[:, 0].tolist()))
+                run.step()
+                if accelerator.sync_gradients and run.number == commit:
+                    run.checkpointer.save(commit).wait()
+                if run.number == until:
+                    return seen
 
 
-def accelerate_straight(rank, world, root):
-    return accelerate_steps(*accelerated(root), 0, 14)[12:]
+def accelerate_straight(rank, world, root, commit):
+    return [each for each in accelerate_steps(root, commit, 20) if each[1] >= commit]
 
 
-def accelerate_killed(rank, world, root):
-    accelerate_steps(*accelerated(root), 0, 8)
+def accelerate_killed(rank, world, root, commit):
+    accelerate_steps(root, commit, commit + 2)
+    die()
 
 
-def accelerate_resumed(rank, world, root):
-    accelerator, state, ckpt = accelerated(root)
-    assert ckpt.resume() == 6
-    return accelerate_steps(accelerator, state, ckpt, 6, 14)
+def accelerate_resumed(rank, world, root, commit):
+    return accelerate_steps(root, None, 20)
 
 
 @needs("accelerate", "torchdata")
-def test_what_accelerate_prepared_goes_on_inside_the_epoch(tmp_path):
-    straight, resumed = alone(tmp_path, accelerate_straight, accelerate_killed, accelerate_resumed)
+@pytest.mark.parametrize("commit", [6, 8], ids=["inside an epoch", "after its last batch"])
+def test_what_accelerate_prepared_goes_on_in_the_data_bit_for_bit(tmp_path, commit):
+    straight, resumed = alone(tmp_path, accelerate_straight, accelerate_killed, accelerate_resumed, commit)
     assert resumed == straight
+    assert resumed[0][0][0] == (0 if commit == 6 else 1)
+    assert resumed[0][-1][0] == 2
     assert resumed[0] != resumed[1]  # each rank its own data
     layout = dcpsvc.storage_reader(tmp_path / "run").layout
     assert [name for name in layout.names() if name.startswith("model.")] == [
         "model.0.bias", "model.0.weight", "model.2.bias", "model.2.weight",
     ]  # fmt: skip
+
+
+def accelerate_without_positions(rank, world, root):
+    from accelerate import Accelerator
+
+    from dcpsvc.integrations.accelerate import Checkpoints
+
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(torch.randn(8, 3)))
+    with Checkpoints(accelerator, root, local=root.parent / "disk") as run:
+        next(run.batches(loader))
+
+
+@needs("accelerate", "torchdata")
+def test_a_loader_of_accelerate_that_cannot_tell_where_it_is_is_refused_with_the_remedy(tmp_path):
+    (outcome,) = run_ranks(1, accelerate_without_positions, tmp_path / "run", timeout_s=120)
+    assert outcome.raised is not None
+    assert "use_stateful_dataloader=True" in outcome.raised.text
 
 
 # --- transformers ---------------------------------------------------------------------------------------

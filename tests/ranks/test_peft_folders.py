@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import dcpsvc
+from dcpsvc.cli import cli
 from dcpsvc.format.digest import digest
 from dcpsvc.storage.open import open_store
 from tests.ranks.harness import die_at, run_ranks, values
@@ -89,6 +91,37 @@ def test_an_object_store_has_the_folders_too(tmp_path):
     found = train(0, 1, "memory://peft-folders", 3, local=tmp_path)
     assert steps_of(open_keys("memory://peft-folders")) == [2, 3]
     assert found == open_keys("memory://peft-folders")
+
+
+def folder_of(root):
+    values(run_ranks(1, train, root, 1))
+    (folder,) = (root / "data").glob("*/adapter")
+    return folder
+
+
+def test_a_copy_has_the_folder_byte_for_byte(tmp_path):
+    folder = folder_of(tmp_path / "root")
+    result = CliRunner().invoke(cli, ["cp", str(tmp_path / "root"), str(tmp_path / "copy")])
+    assert result.exit_code == 0, result.output
+    copied = tmp_path / "copy" / folder.relative_to(tmp_path / "root")
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing", "list damaged"])
+def test_a_damaged_folder_is_named_by_verify_and_not_copied(tmp_path, how):
+    folder = folder_of(tmp_path / "root")
+    file = folder / ("files.json" if how == "list damaged" else "adapter_model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.unlink() if how == "missing" else file.write_bytes(data)
+    found = CliRunner().invoke(cli, ["verify", str(tmp_path / "root")])
+    assert found.exit_code != 0
+    assert f"adapter/{file.name}" in found.output.replace("\n", "")
+    copied = CliRunner().invoke(cli, ["cp", str(tmp_path / "root"), str(tmp_path / "copy")])
+    assert copied.exit_code != 0
+    assert list((tmp_path / "copy").glob("manifests/step*")) == []
 
 
 def open_keys(root):

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 import dcpsvc
 from dcpsvc.commandline.exporting import export_command
@@ -103,6 +104,58 @@ def test_training_resumes_from_what_was_taken_and_the_next_commit_is_its_own(tmp
         ckpt.save(5).wait()
     assert [found.step for found in dcpsvc.list_checkpoints(tmp_path / "root")] == [0, 5]
     assert run(tmp_path / "hf", tmp_path / "root", 4, "--prefix", "net").exception.__class__ is DestinationError
+
+
+def losses(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[str]:
+    """Of training that draws its batches by the number of the step."""
+    found: list[str] = []
+    for step in steps:
+        batch = torch.randint(10, (8,), generator=torch.Generator().manual_seed(step))
+        loss = net[3](net[2](net[1](net[0](batch).bfloat16()).float())[:, :4]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()).hex())
+    return found
+
+
+def adamw(net: nn.Module) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": net[:2].parameters()}, {"params": net[2].parameters(), "lr": 0.01}]
+    return torch.optim.AdamW(groups, lr=0.1)
+
+
+@pytest.mark.parametrize("kind", ["dcp", "dcp, flattened", "torch"])
+def test_training_goes_on_bit_for_bit_from_the_optimizer_that_plain_dcp_saved(tmp_path: Path, kind: str) -> None:
+    net = model()
+    optimizer = adamw(net)
+    losses(net, optimizer, range(5))
+    options = StateDictOptions(flatten_optimizer_state_dict=kind == "dcp, flattened")
+    model_state, optimizer_state = get_state_dict(net, optimizer, options=options)
+    state = {"model": model_state, "optim": optimizer_state}
+    source = tmp_path / "given"
+    if kind == "torch":
+        torch.save(state, source)
+    else:
+        dcp.save(state, checkpoint_id=source, no_dist=True)
+    straight = losses(net, optimizer, range(5, 10))
+    done = run(source, tmp_path / "root", 5, "--prefix", "model", "--optimizer", "optim")
+    assert done.exit_code == 0, done.exception
+    fresh = model(1)
+    resumed = {"model": fresh, "optim": adamw(fresh)}
+    with dcpsvc.Checkpointer(tmp_path / "root", resumed, local=tmp_path / "disk", save_last=False) as ckpt:
+        assert ckpt.resume() == 5
+        assert losses(fresh, resumed["optim"], range(5, 10)) == straight
+
+
+def test_an_optimizer_whose_parameters_are_numbers_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    net = model()
+    optimizer = adamw(net)
+    losses(net, optimizer, range(1))
+    torch.save({"model": net.state_dict(), "optim": optimizer.state_dict()}, tmp_path / "given")
+    result = run(tmp_path / "given", tmp_path / "root", "--prefix", "model", "--optimizer", "optim")
+    assert isinstance(result.exception, ForeignFormatError)
+    assert "its parameters have no names; save it with get_state_dict()" in str(result.exception)
+    assert not (tmp_path / "root").exists()
 
 
 def test_names_are_mapped_and_numbers_are_cast_as_asked(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dcpsvc.storage import open as stores
 
 if TYPE_CHECKING:
     from dcpsvc.tools.foreign import Found
+    from dcpsvc.tools.foreignoptimizer import Optimizer
 
 _MIB = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -29,6 +30,10 @@ _SHOWN = 5
 @click.option("--component", default="model", show_default=True, help="What the module is called in the state.")
 @click.option("--prefix", default="", help="Take only what lies below this dotted beginning, without it.")
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="A dotted beginning is called otherwise (repeatable).")
+@click.option(
+    "--optimizer", default="", metavar="PREFIX[=NAME]",
+    help="Take the optimizer below PREFIX, too, as get_state_dict() of torch names it; NAME: what the state calls it.",
+)  # fmt: skip
 @click.option("--dtype", type=click.Choice(_FLOATS), help="Cast floating-point tensors.")
 @click.option(
     "--max-shard-mib", type=click.IntRange(min=1), default=4096, show_default=True,
@@ -49,7 +54,8 @@ def import_command(source: Path, root: str, options: tuple[str, ...], **choices:
     """
     from dcpsvc.tools.importing import Import
 
-    found = _found(source, choices["kind"]).chosen(choices["prefix"], _renames(choices["rename"]))
+    everything, renames = _found(source, choices["kind"]), _renames(choices["rename"])
+    found = everything.chosen(choices["prefix"], renames, but=choices["optimizer"].partition("=")[0])
     work = Import(
         found=found,
         target=stores.open_store(root, parse(options)),
@@ -57,6 +63,7 @@ def import_command(source: Path, root: str, options: tuple[str, ...], **choices:
         component=choices["component"],
         dtype=choices["dtype"],
         max_shard_nbytes=choices["max_shard_mib"] * _MIB,
+        optimizer=_optimizer(everything, found, choices["optimizer"], renames),
     )
     with progress.shown("imported", work.nbytes, quiet=choices["as_json"]) as advance:
         manifest = work.commit(advance, take_over=choices["take_over"])
@@ -85,6 +92,17 @@ def _found(source: Path, kind: str) -> Found:
     from dcpsvc import adoption
 
     return adoption.find_dcp(source) if kind == "dcp" else adoption.find_torch(source)
+
+
+def _optimizer(everything: Found, model: Found, option: str, renames: dict[str, str]) -> Optimizer | None:
+    if not option:
+        return None
+    from dcpsvc.tools import foreignoptimizer
+    from dcpsvc.tools.foreign import renamed
+
+    prefix, _, name = option.partition("=")
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+    return foreignoptimizer.taken(everything, prefix, name or prefix, lambda each: renamed(each, renames), shapes)
 
 
 def _renames(texts: tuple[str, ...]) -> dict[str, str]:

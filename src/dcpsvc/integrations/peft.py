@@ -27,6 +27,7 @@ from dcpsvc.format.seal import seal
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 from dcpsvc.storage.base import is_there
+from dcpsvc.tools import adapterfolder
 from dcpsvc.tools.exporting import Source, export_peft
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from dcpsvc.storage.base import Store
 
 logger = logging.getLogger("dcpsvc")
-
-_LAST = "files.json"
 
 
 class Folders:
@@ -96,7 +95,7 @@ class Folders:
     def _catch_up(self) -> None:
         store = open_root(self._root, self._options)
         for attempt in reversed(discover.committed(store)):
-            if not is_there(store, attempt.adapter + _LAST):
+            if not is_there(store, attempt.adapter + adapterfolder.LIST):
                 self._write(attempt)
 
     def _write(self, attempt: Attempt) -> None:
@@ -114,7 +113,9 @@ def _carry(store: Store, attempt: Attempt, folder: Path) -> None:
     files = {name: {"nbytes": (folder / name).stat().st_size, "digest": _digest(folder / name)} for name in names}
     for name in names:
         store.put_file(attempt.adapter + name, folder / name)
-    store.put(attempt.adapter + _LAST, seal({"step": attempt.step, "attempt": attempt.attempt, "files": files}))
+    store.put(
+        attempt.adapter + adapterfolder.LIST, seal({"step": attempt.step, "attempt": attempt.attempt, "files": files})
+    )
 
 
 def _digest(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ class Found:
         about: What the module's document is to say: configurations.
         left: Names of what is no tensor, and is left.
         state: What changes when the files do.
+        values: What gives what is no tensor, in the order in which it was saved, executing nothing.
     """
 
     kind: str
@@ -70,23 +71,28 @@ class Found:
     about: Mapping[str, Any]
     left: tuple[str, ...]
     state: tuple[tuple[str, int, int], ...]
+    values: Mapping[str, Callable[[], Any]] = field(default_factory=dict[str, "Callable[[], Any]"])
 
-    def chosen(self, prefix: str, rename: Mapping[str, str]) -> Found:
+    def chosen(self, prefix: str, rename: Mapping[str, str], *, but: str = "") -> Found:
         """Only what lies below a dotted beginning, without it; then with some beginnings renamed.
+
+        Args:
+            prefix: The beginning; empty: everything.
+            rename: Beginnings, and what they are called here.
+            but: A beginning of what is left out: an optimizer that is taken by itself.
 
         Raises:
             ForeignFormatError: Nothing does, or two tensors would have one name.
         """
 
         def named(name: str) -> str:
-            name = name.removeprefix(f"{prefix}.") if prefix else name
-            for old, new in rename.items():
-                if name == old or name.startswith(f"{old}."):
-                    return (new + name[len(old) :]).lstrip(".")
-            return name
+            return renamed(name.removeprefix(f"{prefix}.") if prefix else name, rename)
+
+        def wanted(name: str) -> bool:
+            return name.startswith(below) and not (but and name.startswith(f"{but}."))
 
         below = f"{prefix}." if prefix else ""
-        tensors = tuple(replace(t, name=named(t.name)) for t in self.tensors if t.name.startswith(below))
+        tensors = tuple(replace(t, name=named(t.name)) for t in self.tensors if wanted(t.name))
         if not tensors:
             there = sorted({tensor.name.split(".", 1)[0] for tensor in self.tensors})
             raise ForeignFormatError(str(self.path), f"no tensor below {prefix!r}; there are {', '.join(there[:8])}")
@@ -94,9 +100,18 @@ class Found:
         if len(set(boxes)) != len(boxes):
             twice = next(name for name, at in boxes if boxes.count((name, at)) > 1)
             raise ForeignFormatError(str(self.path), f"two tensors would be called {twice!r}")
-        aliases = {named(name): named(of) for name, of in self.aliases.items() if name.startswith(below)}
-        left = (*self.left, *(sorted({t.name for t in self.tensors if not t.name.startswith(below)})))
+        aliases = {named(name): named(of) for name, of in self.aliases.items() if wanted(name)}
+        others = {t.name for t in self.tensors if not t.name.startswith(below)}
+        left = tuple(name for name in (*self.left, *sorted(others)) if not (but and name.startswith(f"{but}.")))
         return replace(self, tensors=tensors, aliases=aliases, left=left)
+
+
+def renamed(name: str, rename: Mapping[str, str]) -> str:
+    """A name with the first of the beginnings that it has called otherwise."""
+    for old, new in rename.items():
+        if name == old or name.startswith(f"{old}."):
+            return (new + name[len(old) :]).lstrip(".")
+    return name
 
 
 def kind_of(path: Path) -> str:

@@ -7,10 +7,10 @@ attempt: shards that are whole at the run root are not sent again.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcpsvc import fence
 from dcpsvc.errors import DestinationError, LayoutError, StoreNotFoundError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.foreign import Foreign, Found
+    from dcpsvc.tools.foreignoptimizer import Optimizer
 
 MAX_SHARD_NBYTES = 4 << 30
 """A shard goes through a temporary file of its size."""
@@ -49,6 +50,7 @@ class Import:
         component: What the module is called in the state.
         dtype: Floating-point tensors are cast to that; None: they stay.
         max_shard_nbytes: A shard is larger only for a tensor that is.
+        optimizer: Taken with it; its tensors are not cast.
     """
 
     found: Found
@@ -57,11 +59,18 @@ class Import:
     component: str = "model"
     dtype: str | None = None
     max_shard_nbytes: int = MAX_SHARD_NBYTES
+    optimizer: Optimizer | None = None
 
     @property
     def nbytes(self) -> int:
         """To be read."""
-        return sum(tensor.nbytes for tensor in self.found.tensors)
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    @property
+    def _tensors(self) -> list[Foreign]:
+        """By their keys in the checkpoint."""
+        mine = [replace(tensor, name=f"{self.component}.{tensor.name}") for tensor in self.found.tensors]
+        return [*mine, *(self.optimizer.tensors if self.optimizer else ())]
 
     def commit(self, progress: Callable[[int], None], *, take_over: bool = False) -> Manifest:
         """Write the shards and commit. ``resume()`` and ``load()`` take the result.
@@ -97,7 +106,7 @@ class Import:
     def _epoch(self) -> Epoch:
         """That of the same import, if it was cut short and nobody has claimed the root since; else a new one."""
         about = [self.found.kind, self.found.state, self.step, self.component, self.dtype, self.max_shard_nbytes]
-        names = [[tensor.name, tensor.offsets] for tensor in self.found.tensors]
+        names = [[tensor.name, tensor.offsets] for tensor in self._tensors]
         token = digest(compact([about, names, dict(self.found.aliases)]))[:8]
         claims = [found for entry in self.target.list(keys.EPOCHS) if (found := keys.epoch_of(entry.key))]
         newest = max((epoch for epoch, is_inheritance in claims if not is_inheritance), default=None)
@@ -113,10 +122,10 @@ class Import:
         records: list[ShardRecord] = []
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         chunks: dict[str, list[Chunk]] = {}
-        for rank, tensors in enumerate(divided(self.found.tensors, self.max_shard_nbytes)):
+        for rank, tensors in enumerate(divided(self._tensors, self.max_shard_nbytes)):
             given = {self._piece(tensor): tensor for tensor in tensors}
             placement = shardfile.place(given)
-            documents = compact({self.component: dict(self.found.about)} if rank == 0 else {})
+            documents = compact(self._documents() if rank == 0 else {})
             about = {"step": str(attempt.step), "attempt": attempt.attempt, "rank": str(rank)}
             with tempfile.NamedTemporaryFile(prefix="dcpsvc-") as file:
                 out = Body(file)
@@ -138,12 +147,19 @@ class Import:
         aliases = {f"{self.component}.{name}": f"{self.component}.{of}" for name, of in self.found.aliases.items()}
         return records, Layout(made, aliases)
 
+    def _documents(self) -> dict[str, Any]:
+        optimizer = {self.optimizer.name: dict(self.optimizer.document)} if self.optimizer else {}
+        return {self.component: dict(self.found.about)} | optimizer
+
+    def _stored(self, tensor: Foreign) -> str:
+        return result(tensor.dtype, self.dtype) if tensor.name.startswith(f"{self.component}.") else tensor.dtype
+
     def _piece(self, tensor: Foreign) -> Piece:
-        dtype = result(tensor.dtype, self.dtype)
-        return Piece(f"{self.component}.{tensor.name}", dtype, tensor.shape, tensor.offsets, tensor.sizes)
+        dtype = self._stored(tensor)
+        return Piece(tensor.name, dtype, tensor.shape, tensor.offsets, tensor.sizes)
 
     def _read(self, tensor: Foreign, progress: Callable[[int], None]) -> Iterator[bytes | memoryview]:
-        wanted = result(tensor.dtype, self.dtype)
+        wanted = self._stored(tensor)
         for data in tensor.read():
             progress(len(data))
             if wanted == tensor.dtype:

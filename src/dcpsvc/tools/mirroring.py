@@ -20,7 +20,7 @@ from dcpsvc.format.lineage import MAX_NBYTES as MAX_LINEAGE_NBYTES
 from dcpsvc.format.sidefiles import MAX_NBYTES as MAX_NOTE_NBYTES
 from dcpsvc.leases import held
 from dcpsvc.stages import discover, upload
-from dcpsvc.tools import fetching, owning
+from dcpsvc.tools import adapterfolder, fetching, owning
 from dcpsvc.tools.verifying import AT_ONCE
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def copy(
     Raises:
         DestinationError: ``target`` holds another run, or a job has trained there.
         RunBusyError: A job lives there.
-        CorruptShardError: A checkpoint is damaged; what was copied stays for the next call.
+        FormatError: A checkpoint, or its folder of PEFT, is damaged; what was copied stays for the next call.
         StoreError: A run root does not answer, or does not take it.
     """
     run_id = _take_identity(source, target)
@@ -164,13 +164,15 @@ class _Copies:
         return fetching.to_store(self._source, record, self._target, self._progress)
 
     def _beside(self, attempt: Attempt) -> None:
-        """Metrics and pins, but for leases, and where it comes from."""
+        """Metrics and pins, but for leases, where it comes from, and its folder of PEFT, proven."""
         there = {entry.key for prefix in (attempt.metrics, attempt.pins) for entry in self._target.list(prefix)}
         for key in (*_notes(self._source, attempt), attempt.lineage):
             if key not in there:
                 with contextlib.suppress(StoreNotFoundError):  # most checkpoints were written by training
                     limit = MAX_LINEAGE_NBYTES if key == attempt.lineage else MAX_NOTE_NBYTES
                     self._target.put(key, self._source.get(key, max_nbytes=limit))
+        for name in adapterfolder.names(self._source, attempt):
+            self._target.put(attempt.adapter + name, adapterfolder.read(self._source, attempt, name))
 
 
 def _notes(store: Store, attempt: Attempt) -> list[str]:

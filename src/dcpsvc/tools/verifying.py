@@ -1,4 +1,4 @@
-"""Proving checkpoints: every byte of every shard against the manifest."""
+"""Proving checkpoints: every byte of every shard against the manifest, and of a folder of PEFT against its list."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dcpsvc.leases import held
 from dcpsvc.stages import discover
 from dcpsvc.storage.base import is_there
 from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.tools import adapterfolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,6 +117,7 @@ def _begin(
         return attempt, [], 0, str(err)
     shards = [VerifiedShard([store], record) for record in manifest.shards]
     begun = [threads.submit(_prove, manifest, shard, progress, journal) for shard in shards]
+    begun.append(threads.submit(_folder, store, attempt))
     return attempt, begun, manifest.nbytes, ""
 
 
@@ -133,6 +135,10 @@ def _prove(
     return ""
 
 
+def _folder(store: Store, attempt: Attempt) -> str:
+    return "; ".join(adapterfolder.problems(store, attempt))
+
+
 def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], None] | None, journal: Journal) -> None:
     proven = journal.proven(manifest, shard.record)
     for begin, end in shard.pieces():
@@ -143,8 +149,8 @@ def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], N
             progress(end - begin)
 
 
-def _end(store: Store, attempt: Attempt, shards: list[Future[str]], nbytes: int, problem: str) -> Finding:
-    problems = tuple(found for found in (problem, *(shard.result() for shard in shards)) if found)
+def _end(store: Store, attempt: Attempt, parts: list[Future[str]], nbytes: int, problem: str) -> Finding:
+    problems = tuple(found for found in (problem, *(part.result() for part in parts)) if found)
     if problems and not is_there(store, attempt.manifest):  # who deletes begins with it
         return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=0, problems=(), gone=True)
     return Finding(step=attempt.step, attempt=attempt.attempt, nbytes=0 if problem else nbytes, problems=problems)
