@@ -139,6 +139,7 @@ def test_a_job_that_another_one_joins_half_way_is_refused_from_then_on_and_keeps
         first.begin(f"{root}-{round_}", MANY)
         first.hear()
         second.begin(f"{root}-{round_}", FEW)
-        assert (first.end(), second.end()) == ("FencedError", "")
+        refused = first.end()  # unknown: the newer job has claimed, and on a slow server not yet said what it inherits
+        assert (refused in {"FencedError", "CommitUnknownError"}, second.end()) == (True, ""), refused
         assert 0 < len(first.committed) < MANY
         check(swift, f"{root}-{round_}", jobs, {2})
