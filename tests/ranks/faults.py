@@ -332,5 +332,5 @@ def _belongs(path: Path, attempts: set[str]) -> bool:
     ):
         return True
     if path.parent.name == "manifests":
-        return path.name.removesuffix(".json") in attempts
+        return path.name.removesuffix(".json").partition(".")[2] in attempts  # behind its place in the order
     return path.parent.parent.name == "data" and path.parent.name in attempts

@@ -121,7 +121,7 @@ def test_a_damaged_folder_is_named_by_verify_and_not_copied(tmp_path, how):
     assert f"adapter/{file.name}" in found.output.replace("\n", "")
     copied = CliRunner().invoke(cli, ["cp", str(tmp_path / "root"), str(tmp_path / "copy")])
     assert copied.exit_code != 0
-    assert list((tmp_path / "copy").glob("manifests/step*")) == []
+    assert list((tmp_path / "copy").glob("manifests/order*")) == []
 
 
 def open_keys(root):
