@@ -114,4 +114,5 @@ def test_the_program_ends_well_and_without_a_traceback(name, root, tmp_path):
     command = [sys.executable, "-m", "dcpsvc", name, str(root), *given]
     for _ in range(5):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BOUND_S)
-        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        told = [line for line in done.stderr.splitlines() if "no times of saves" not in line]  # of a job without a log
+        assert (done.returncode, told) == (0, []), done.stdout
