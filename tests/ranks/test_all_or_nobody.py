@@ -317,6 +317,8 @@ def test_a_replica_that_differs_is_named_by_key_and_rank_and_nothing_is_publishe
         assert key in second.text
         assert "on ranks (2,)" in second.text
         assert "; broadcast it, or Replicated(validate='off') if it may differ" in second.text
+    found = {step: len([*tmp_path.rglob(f"manifests/order-*.step-{step:012d}.*")]) for step in (2, 3)}
+    assert found == {2: 0, 3: 2}, "neither at the run root nor on the disk of the node"
 
 
 # --- disks that fail ------------------------------------------------------------------------------
