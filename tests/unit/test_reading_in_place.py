@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -183,7 +184,10 @@ def test_a_load_from_a_directory_waits_for_no_disk_to_keep_its_lease_and_leaves_
 
     class Looking(PosixStore):
         def stream(self, key: str, begin: int, end: int, look: Callable[[Iterator[memoryview]], T]) -> T:
-            leases.extend((root / "pins").rglob("*.json"))
+            until = time.monotonic() + 30  # it is taken beside the reading
+            while not leases and time.monotonic() < until:
+                leases.extend((root / "pins").rglob("*.json"))
+                time.sleep(0.001)
             return super().stream(key, begin, end, look)
 
     def fsync(fd: int) -> None:
