@@ -3,6 +3,8 @@
 from benchmarks.common.process import PeakMemory
 
 _TENTHS = 10
+_SAVE_S = 20
+"""Longest that one save may take, in the middle."""
 
 
 def memory(crew, saves):
@@ -13,7 +15,7 @@ def memory(crew, saves):
         peak of the last tenth of the saves is above that of the second.
     """
     with PeakMemory(crew.pids) as peak:
-        crew.do("saves", count=saves)
+        crew.do("saves", timeout_s=saves * _SAVE_S, count=saves)
     above = [(sample - crew.base_nbytes) / crew.nbytes for sample in peak.samples]
     tenth = max(1, len(above) // _TENTHS)
     grown = max(above[-tenth:]) - max(above[tenth : 2 * tenth] or above)

@@ -7,9 +7,11 @@ import threading
 import pytest
 import torch
 
-from tests.ranks.harness import run_ranks, values
+from tests.ranks.faults import Trap, rig
+from tests.ranks.harness import die, raised_by, run_ranks, values
 from tests.ranks.models import Training, checkpointer, committed
 
+SYNC_S = 3.0
 WIDTH = 320
 """Weights, and their moments, are large enough to be copied late: on two ranks each part of them, too."""
 
@@ -100,3 +102,31 @@ def test_a_large_replica_that_differs_is_named_though_it_is_hashed_late(tmp_path
     for text in values(run_ranks(2, save_diverged, tmp_path / "run")):
         assert "StateMismatchError: model.middle.1.weight is not the same on all ranks" in text
     assert committed(tmp_path / "run") == []
+
+
+def die_while_replicas_are_compared(rank, world, place, victim, where):
+    """The replicas differ, and a rank dies while all say what theirs are."""
+    training = Training("ddp", rank, width=WIDTH, depth=3)
+    with torch.no_grad():
+        training.core.middle[1].weight[0, 0] += rank
+    trap = Trap()
+    ckpt = checkpointer(place / "run", training.state, local=place / "node", save_last=False, sync_timeout_s=SYNC_S)
+    rig(ckpt, trap)
+    if rank == victim:
+        trap.set(where, die)
+    error = ckpt.save(1).committed.exception(60)
+    ckpt._uploader.last_error = None
+    raised_by(ckpt.close)
+    return str(error)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("where", ["before compare", "inside compare"])
+def test_a_rank_that_dies_while_replicas_are_compared_leaves_a_manifest_on_no_tier(tmp_path, victim, where):
+    outcomes = run_ranks(3, die_while_replicas_are_compared, tmp_path, victim, where)
+    told = values([outcome for rank, outcome in enumerate(outcomes) if rank != victim])
+    assert len(set(told)) == 1
+    missing, said = f"ranks ({victim},) did not arrive in compare", "model.middle.1.weight is not the same on all"
+    assert (said if where == "inside compare" and victim else missing) in told[0]
+    assert not list(tmp_path.rglob("*.manifest.json"))
+    assert not [path for path in tmp_path.rglob("manifests/*") if path.is_file()]
