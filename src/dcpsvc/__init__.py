@@ -7,7 +7,9 @@ checkpointer        the facade a training loop talks to
 config, policies    options; when to save, and the rules of what to keep: values
 opening, resuming   all ranks reach the run; all ranks load one checkpoint
 reader, sharing     what a rank needs of it, and who reads what for whom
-saving, laststep    a save begins on the training thread; the last step is not lost
+assembly, closing   its parts, made and tied together; its end: all committed, every thread gone
+stepping, laststep  a step is complete: saved, or remembered so that the last one is not lost
+saves, saving       a save is accepted and begins on the training thread
 blueprint, arenas   what a structure needs once: who writes what and where; memory to copy it into
 uploader, life      the background thread; one save up to its commit: the order of the stages
 contribution        what one rank does for it: what goes wrong becomes a value; ``carrying``: its files
