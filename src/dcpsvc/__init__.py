@@ -1,31 +1,95 @@
 """Asynchronous distributed checkpoints for PyTorch: committed by all ranks, or not at all.
 
-The map of the house, in the order data flows through it:
+The map of the house, in the order data flows through it. What a training loop sees:
 
-==================  =====================================================================
-checkpointer        the facade a training loop talks to
-config, policies    options; when to save, and the rules of what to keep: values
-opening, resuming   all ranks reach the run; all ranks load one checkpoint
-reader, sharing     what a rank needs of it, and who reads what for whom
-saving, laststep    a save begins on the training thread; the last step is not lost
-blueprint, arenas   what a structure needs once: who writes what and where; memory to copy it into
-uploader, life      the background thread; one save up to its commit: the order of the stages
-contribution        what one rank does for it: what goes wrong becomes a value; ``carrying``: its files
-commits, decision   a checkpoint as the rules see it; what stays and what goes, and why: pure
-keeping             the same for a run root from outside, by the policy that a job has recorded
-retention, catalog  a job's round of deletions after each commit; what is known to be committed
-sidefiles, marking  metrics that come late, and pins: beside a checkpoint, by anybody
-divergence          noticing that a training went wrong, and tagging what it saves
-stages/             stage shard ack upload commit retain, discover restore; none knows another;
-                    retain is the only way anything is deleted, by a job and by ``dcpsvc gc``
-state/              modules, optimizers and values as named tensors and JSON, and back
-ranks/              meetings on the c10d store, our own gloo group, agreed extra saves
-storage/            where bytes endure: posix, memory, any fsspec URL
-format/             the files of a run root: manifest, layout, shard
-observing/          observers: a log of the run, Prometheus, OpenTelemetry
-reading, loading    a run root from outside: list it, load from it, read it with DCP
-cli, tools/, demo/  the command ``dcpsvc``
-==================  =====================================================================
+======================  =================================================================================
+checkpointer, pending   the facade; what it gives back: promises, timings, counters
+config, policies        options; when to save, and the rules of what to keep: values
+errors, events          one tree of errors; the life of a checkpoint as events
+observing               who hears them: a log of the run, Prometheus, OpenTelemetry
+integrations            dcpsvc inside the trainers of others
+======================  =================================================================================
+
+A job begins and ends:
+
+======================  =================================================================================
+assembly                the parts of a Checkpointer, made and tied together
+opening, placelock      all ranks reach the run; each holds its place on its node
+identity, tiers         which run lies there; its two places
+settling, fence         the job takes the run root over; who owns it
+recovery                an upload that a dead job left unfinished is carried on
+provenance, announcing  what made a checkpoint; what a job says about its own
+standing                how the job is doing: counters, ``dcpsvc status``
+closing, atexit         all committed, every thread gone; also if nobody closes
+======================  =================================================================================
+
+A save begins, on the training thread:
+
+======================  =================================================================================
+stepping, laststep      a step is complete: saved, or remembered so that the last one is not lost
+steering, preemption    what is asked for beside the schedule; being told to end soon
+stopsignals             the signals that say so
+control, commands       other shells: the socket, and what a live job does for them
+guarding, divergence    noticing that a training went wrong, and tagging what it saves
+saves, admission        a save is accepted; or waits, or is left out: back-pressure
+saving, save            references, this rank's share, hand over to DCP; a save on its way
+blueprint, outline      what a structure needs once: who writes what and where; the same for one attempt
+staging, arena, arenas  how a save is copied, and the memory it is copied into
+copying, devicecopy     beside the training, from the host and from accelerators
+holdback, witness       optimizers wait for it; who else wrote meanwhile is seen
+preflight, garbage      what a save needs and the machine has; the collector kept out of the way
+======================  =================================================================================
+
+It becomes a checkpoint, on the uploader thread:
+
+======================  =================================================================================
+uploader, life          the background thread; one save up to its commit: the order of the stages
+stages                  stage shard ack upload commit retain, discover restore; none knows another;
+                        retain is the only way anything is deleted, by a job and by ``dcpsvc gc``
+contribution, outcomes  what one rank does for it: what goes wrong becomes a value, and all get one error
+carrying, lateness      a rank's files on their way; whom the others waited for
+catalog, retention      what is known to be committed; the round of deletions after each commit
+annotating              metrics and pins that the job adds later
+======================  =================================================================================
+
+What stays, and what is noted beside it:
+
+======================  =================================================================================
+commits, decision       a checkpoint as the rules see it; what stays and what goes, and why: pure
+keeping                 the same for a run root from outside, by the policy that a job has recorded
+sidefiles, marking      metrics that come late, and pins: beside a checkpoint, by anybody
+leases                  a pin that ends by itself, for whoever reads
+======================  =================================================================================
+
+A checkpoint is read:
+
+======================  =================================================================================
+resuming, choosing      all ranks load one checkpoint; which one
+listed, reading         the manifests as one LIST shows them; a run root from outside
+reader, bands           one checkpoint as DCP reads it; rows on their way into another box
+sharing, allotment      ranks read together: how, and who reads what for whom
+loading, mapped         into whatever state you have; from one file that is mapped
+conversion, adoption    into the formats of torch, and out of them
+======================  =================================================================================
+
+Beneath all of it:
+
+======================  =================================================================================
+state                   modules, optimizers and values as named tensors and JSON, and back
+ranks                   meetings on the c10d store, our own gloo group, agreed extra saves
+storage                 where bytes endure: posix, memory, any fsspec URL
+format                  the files of a run root: manifest, layout, shard
+deadline, progress      a deadline for what has none; how far a long operation is
+linux                   system calls that Python lacks
+======================  =================================================================================
+
+The command ``dcpsvc``:
+
+======================  =================================================================================
+cli, commandline        its commands; ``__main__``: the same as ``python -m dcpsvc``
+tools                   what they do, as functions that return values
+doctor, demo            examine a machine and a run root; kill a training job and see it come back
+======================  =================================================================================
 
 Nothing here imports torch until a name that needs it is used.
 """

@@ -60,6 +60,12 @@ class Announcer:
                 step, newer, step,
             )  # fmt: skip
 
+    def differs(self, step: int, changes: list[str]) -> None:
+        """What is not as it was when the checkpoint that was resumed was made, a sentence each."""
+        if self._job.coordinates:
+            for change in changes:
+                logger.warning("resumed step %s: %s", step, change)
+
     def check_schedule(self, start: int) -> None:
         """Warn about a run that is too short for its schedule."""
         every, total = self._options.every, self._options.total_steps

@@ -6,64 +6,32 @@ uploader (meets the ranks, uploads, commits, deletes), a heartbeat, and a watche
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
 import os
-import time
 from typing import TYPE_CHECKING, Any, Self
 
 from dcpsvc import provenance
-from dcpsvc.admission import Admission
-from dcpsvc.annotating import Annotator
-from dcpsvc.announcing import Announcer
+from dcpsvc.assembly import assemble
 from dcpsvc.atexit import at_exit
-from dcpsvc.catalog import Catalog
-from dcpsvc.closing import Ending
 from dcpsvc.config import Options
-from dcpsvc.errors import (
-    ClosedError,
-    ConfigError,
-    DcpsvcError,
-    FencedError,
-    WaitTimeoutError,
-)
-from dcpsvc.events import Events, Point
-from dcpsvc.format.keys import MAX_STEP
-from dcpsvc.guarding import Guard
-from dcpsvc.laststep import LastStep
-from dcpsvc.life import Life
-from dcpsvc.observing import Observers, flush
-from dcpsvc.observing.runlog import RunLog
-from dcpsvc.opening import join, open_run
-from dcpsvc.pending import StepOutcome
-from dcpsvc.ranks.proposals import SAVE, STOP
-from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
-from dcpsvc.resuming import Resuming
-from dcpsvc.saves import Saves
-from dcpsvc.saving import Saver
-from dcpsvc.standing import Standing
+from dcpsvc.errors import ClosedError, DcpsvcError
+from dcpsvc.resuming import Resumed, Resuming
+from dcpsvc.saves import check_step
 from dcpsvc.state.app import AppState
 from dcpsvc.state.collected import Collected
 from dcpsvc.state.drift import Terms
 from dcpsvc.state.sharing import bare, world_size
-from dcpsvc.steering import Steering
 from dcpsvc.storage.open import open_store
-from dcpsvc.uploader import Uploader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, MutableMapping
+    from collections.abc import Collection, Mapping, MutableMapping
     from concurrent.futures import Future
-    from pathlib import Path
     from types import TracebackType
 
-    from dcpsvc.events import Event
-    from dcpsvc.pending import PendingSave, Statistics
+    from dcpsvc.opening import Place
+    from dcpsvc.pending import PendingSave, Statistics, StepOutcome
+    from dcpsvc.ranks.job import Job
     from dcpsvc.storage.base import Store
-
-
-_GOODBYE_S = 1.0
-"""At least so long the peers are waited for at the end, however long notes beside checkpoints took."""
 
 
 class Checkpointer:
@@ -102,48 +70,16 @@ class Checkpointer:
             map(bare, state.values()), world_size=world_size(), config=self._options.config
         )
         remote = open_store(root, self._options.storage_options, limits=self._options.limits)
-        self._job = join(remote.url, self._options.sync_timeout_s)
-        try:
-            self._run = open_run(self._job, remote, self._options.local_dir, self._options)
-        except BaseException:  # whatever it is, no thread stays behind
-            self._job.leave()
-            raise
-        observer = _observer(self._options, remote, self._run.local_path)
-        self._events = Events(rank=self._job.rank, observer=observer)
-        settled = self._run.settled
-        self._catalog = Catalog(
-            {attempt.step: attempt for attempt in settled.committed}, leftovers=set(settled.unfinished)
-        )
-        self._life = Life(self._job, self._run, self._options, self._events, self._catalog)
-        self._uploader = Uploader(self._life, self._let_go, functools.partial(flush, observer))
-        self._saver = saver = Saver(
-            self._job, self._run, self._state, self._life, self._events, options=self._options, versions=self._record
-        )
-        predicted_nbytes = saver.predicted_nbytes()
-        try:
-            self._life.check_room(predicted_nbytes)
-        except BaseException:  # whatever it is, no thread stays behind, and the place is given back
-            self._uploader.stop()
-            raise
-        admission = Admission(self._job, self._options, self._uploader)
-        self._saves = Saves(admission, saver, self._uploader, self._catalog, self._events)
-        self._last = LastStep(self._state, self._job.rank)
-        self._steering = Steering(self._job, self._options, self._seconds_due)
-        self._announcer = Announcer(self._job, self._run, self._options, self._events)
-        uploader, upload_s = self._uploader, self._options.upload_timeout_s
-        self._annotator = Annotator(self._job, remote, self._catalog, lambda: uploader.under_way, upload_s)
-        self._guard = Guard(self._options.divergence, self._job, self._annotator, self._steering.ask_to_stop)
-        self._ending = Ending(uploader, self._steering, self._announcer, self._catalog)
-        self._standing = Standing(
-            run=self._run, world_size=self._job.world_size, catalog=self._catalog, saves=self._saves,
-            uploader=self._uploader, last=self._last, steering=self._steering, announcer=self._announcer,
-        )  # fmt: skip
-        self._resumes = 0
-        self._closed = False
-        self._pid = os.getpid()
+        parts = assemble(remote, self._state, self._options, self._record, self._let_go)
+        self._job, self._run, self._catalog = parts.job, parts.run, parts.catalog
+        self._saver, self._saves, self._uploader = parts.saver, parts.saves, parts.uploader
+        self._last, self._steering, self._guard = parts.last, parts.steering, parts.guard
+        self._announcer, self._annotator = parts.announcer, parts.annotator
+        self._stepping, self._standing, self._ending = parts.stepping, parts.standing, parts.ending
+        self._resumes, self._closed, self._pid = 0, False, os.getpid()
         self._steering.start(self._run.run_id, self._standing.status)
         at_exit(self)
-        self._announcer.opened(self._catalog.newest, predicted_nbytes)
+        self._announcer.opened(self._catalog.newest, parts.predicted_nbytes)
 
     def __enter__(self) -> Self:
         """Nothing to do: the constructor opened everything."""
@@ -182,8 +118,7 @@ class Checkpointer:
             step: A committed step; None takes the newest that is whole on all ranks and not tagged as diverged.
             skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
             rename: Saved keys by their dotted beginning, and what they are called here.
-            strict: False lets pass what only the checkpoint or only the state has. Shapes and dtypes must fit all the
-                same.
+            strict: False lets pass what only the checkpoint or only the state has; shapes and dtypes must fit.
             even_diverged: Take the newest even if it is tagged; one that is named is taken anyway.
 
         Returns:
@@ -206,18 +141,7 @@ class Checkpointer:
         found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))
         self._saver.prepare_once(Collected(self._job.rank))
         self._announcer.resumed(found)
-        if found is None:
-            return 0
-        newer = self._catalog.set_aside(found.attempt.step, damaged=step is None)
-        self._announcer.went_behind(found.attempt.step, newer if step is not None else [])
-        self._catalog.hold(found.attempt)
-        self._guard.resumed(found.metrics)
-        self._standing.resumed_from = found.attempt.step
-        if self._job.coordinates:
-            for change in provenance.changes(found.versions, self._record):
-                logging.getLogger("dcpsvc").warning("resumed step %s: %s", found.attempt.step, change)
-        self._last.begin_at(found.attempt.step)
-        return found.attempt.step
+        return 0 if found is None else self._go_on_from(found, named=step is not None)
 
     def step(self, step: int, *, metrics: Mapping[str, float] | None = None) -> StepOutcome:
         """Tell that ``step`` is complete; saves when the schedule, or the ranks together, say so. Every rank.
@@ -231,23 +155,9 @@ class Checkpointer:
         """
         self._check_open()
         self._uploader.raise_if_spent(self._options.failure_budget)
-        self._check_step(step)
-        if self._last.step is not None and step <= self._last.step:
-            raise ConfigError(f"step({step}) after step {self._last.step}: steps must grow")
-        self._last.step = step
-        metrics = self._guard.watch(step, metrics)
-        agreed = self._steering.at(step)
-        every = self._options.every
-        due = agreed in {SAVE, STOP} or (agreed is None and every is not None and every.due(step))
-        pending = self._save(step, metrics, must=agreed is not None) if due and step != self._last.saved else None
-        if agreed is not None:
-            begun = self._saves.last
-            self._steering.tell(step, agreed, begun if begun is not None and begun.step == step else None)
-            self._last.wanted = agreed in {SAVE, STOP}
-        if self._last.unsaved == step:
-            self._last.note(metrics)
-            self._saver.prepare_once(self._last.values)
-        return StepOutcome(step=step, pending=pending, should_stop=bool(self._steering.stopping))
+        check_step(step)
+        self._last.tell(step)
+        return self._stepping.complete(step, self._guard.watch(step, metrics))
 
     def prepare(self) -> None:
         """Take the memory for saves now, in the background, so that the first one costs what later ones do.
@@ -276,22 +186,15 @@ class Checkpointer:
             ClosedError: After ``close()``.
         """
         self._check_open()
-        self._check_step(step)
+        check_step(step)
         self._saves.check_new(step)
-        pending = self._saves.begin(step, self._guard.watch(step, metrics))
-        if pending.state != "skipped":
-            self._last.save_begun(step)
-        return pending
+        return self._saves.begin(step, self._guard.watch(step, metrics))
 
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> Future[None]:
         """Add numbers to a checkpoint after it was saved, as an evaluation does. Any rank or thread; rank 0's count.
 
         They count from the next commit on, for ``Best(...)``; where a name was recorded before, the later number does.
         Returns at once; a save that is still under way gets them when it is committed.
-
-        Args:
-            step: A committed step, or one being saved.
-            metrics: Numbers by name.
 
         Returns:
             Done when they are durable; holds a CheckpointGoneError if there is no such checkpoint, or no longer.
@@ -343,10 +246,12 @@ class Checkpointer:
         if self._closed or os.getpid() != self._pid:
             return
         try:
-            self._ending.finish(timeout_s, functools.partial(self._save_last, failed=failed))
+            self._ending.finish(timeout_s, failed=failed)
             error = self._uploader.last_error
         finally:
-            self._leave()
+            self._closed = True
+            self._ending.leave()
+            self._announcer.closed(self.statistics(), self._steering.stopping, self._last.step)
         if error is not None:
             raise error
 
@@ -364,69 +269,6 @@ class Checkpointer:
         """Counters so far. Any thread."""
         return self._standing.statistics()
 
-    def _save(self, step: int, metrics: Mapping[str, float], *, must: bool) -> PendingSave | None:
-        self._saves.check_new(step)
-        try:
-            pending = self._saves.begin(step, metrics, must=must, left_s=self._steering.left_s())
-        except WaitTimeoutError as err:  # a preemption whose time is over: training has to end
-            self._announcer.cut_short(err.pending, self._catalog.newest_local)
-            return None
-        if pending.state != "skipped":
-            self._last.save_begun(step)
-        return pending
-
-    def _save_last(self, *, failed: bool) -> None:
-        """Save the last complete step, if the model still is what it was then."""
-        step = self._last.unsaved
-        if not self._options.save_last or step is None or isinstance(self._uploader.last_error, FencedError):
-            return
-        if reason := self._last.obstacle(in_a_step=failed):
-            detail = f"the last step is not saved: {reason}"
-            self._events.emit(Point.SAVE_FAILED, step=step, detail=detail, level=logging.WARNING)
-        else:
-            left_s = self._steering.left_s()
-            self._saves.begin(step, self._last.metrics, values=self._last.values, must=True, left_s=left_s)
-            self._last.save_begun(step)
-
-    def _seconds_due(self) -> bool:
-        every = self._options.every
-        return (
-            every is not None
-            and every.seconds is not None
-            and time.monotonic() - self._saves.last_began >= every.seconds
-        )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"this Checkpointer of {self._run.remote.url} is closed")
-
-    def _check_step(self, step: object) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
-            raise ConfigError(f"step={step!r} must be an int in 0..{MAX_STEP}")
-
-    def _leave(self) -> None:
-        """Say goodbye so that nobody's store disappears under a peer; then stop every thread."""
-        self._closed = True
-        self._last.close()
-        self._life.abandoned.set()  # what is still under way, on every rank
-        left_s = self._steering.left_s()
-        patience_s = self._options.sync_timeout_s if left_s is None else min(self._options.sync_timeout_s, left_s + 2.0)
-        ends = time.monotonic() + patience_s
-        self._annotator.close(patience_s)
-        patience_s = max(_GOODBYE_S, ends - time.monotonic())
-        with contextlib.suppress(DisagreementError, RuntimeError):  # a peer that is gone cannot be waited for
-            self._job.meet("close", None, lambda _: None, Meeting(patience_s, patience_s))
-            self._job.linger("close", patience_s)
-        self._uploader.stop()
-        self._saver.close()
-        self._steering.stop()
-        self._announcer.closed(self.statistics(), self._steering.stopping, self._last.step)
-
-    def _let_go(self) -> None:
-        """The uploader has ended: nobody uses the group, the heartbeat and this rank's place any more."""
-        self._job.leave()
-        self._run.release()
-
     def close_at_exit(self) -> None:
         """The interpreter ends and nobody called ``close()``: do it now, and log what it says."""
         try:
@@ -434,9 +276,25 @@ class Checkpointer:
         except (DcpsvcError, RuntimeError) as err:
             logging.getLogger("dcpsvc").error("at exit: %s", err)  # noqa: TRY400 - nobody reads a traceback here
 
+    def _go_on_from(self, found: Resumed, *, named: bool) -> int:
+        """The state is a checkpoint's: so is everything that goes on from it."""
+        step = self._standing.resumed_from = found.attempt.step
+        newer = self._catalog.set_aside(step, damaged=not named)
+        self._announcer.went_behind(step, newer if named else [])
+        self._catalog.hold(found.attempt)
+        self._guard.resumed(found.metrics)
+        self._announcer.differs(step, provenance.changes(found.versions, self._record))
+        self._last.begin_at(step)
+        return step
 
-def _observer(options: Options, remote: Store, local_path: Path) -> Callable[[Event], None] | None:
-    if not options.run_log:
-        return options.on_event
-    log = RunLog(remote, spool=local_path / "events")
-    return log if options.on_event is None else Observers(log, options.on_event)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"this Checkpointer of {self._run.remote.url} is closed")
+
+    def _let_go(self, job: Job, run: Place) -> None:
+        """The uploader has ended: nobody uses the group, the heartbeat and this rank's place any more.
+
+        As a method, so that its thread keeps a Checkpointer alive that nobody closed: it is closed at exit.
+        """
+        job.leave()
+        run.release()

@@ -167,14 +167,9 @@ class Options:
         _positive("sync_timeout_s", self.sync_timeout_s)
         _positive("upload_timeout_s", self.upload_timeout_s)
         _positive("retry_s", self.retry_s)
-        if not is_count(self.max_consecutive_failures):
-            raise ConfigError(
-                f"max_consecutive_failures={self.max_consecutive_failures!r} must be an int of at least 1"
-            )
-        if not is_count(self.keep_local):
-            raise ConfigError(f"keep_local={self.keep_local!r} must be an int of at least 1")
-        if not is_count(self.max_inflight):
-            raise ConfigError(f"max_inflight={self.max_inflight!r} must be an int of at least 1")
+        _count("max_consecutive_failures", self.max_consecutive_failures)
+        _count("keep_local", self.keep_local)
+        _count("max_inflight", self.max_inflight)
         _one_of("on_failure", self.on_failure, ("continue", "raise"))
         _one_of("staging", self.staging, ("overlap", "block"))
         _one_of("only", self.only, ("all", "trainable"))
@@ -254,6 +249,11 @@ def _positive(name: str, value: float, unit: str = "seconds") -> None:
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} must be {' or '.join(map(repr, known))}")
+
+
+def _count(name: str, value: int) -> None:
+    if not is_count(value):
+        raise ConfigError(f"{name}={value!r} must be an int of at least 1")
 
 
 def _count_or_none(name: str, value: int | None) -> None:

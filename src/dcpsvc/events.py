@@ -36,14 +36,10 @@ class Point(StrEnum):
     SAVE_FAILED = "save-failed"
     CLOSED = "closed"
     TRAINING_WAITED = "training-waited"
+    """How long the training thread waited, once it is over, and for what: ``room`` among saves under way, this ``save``
+    inside ``save()``, or the copy before an ``optimizer`` steps. The sum of all is ``blocked_s`` of ``statistics()``.
+    No point of the life of a checkpoint, for the uploader has the save by then and may be anywhere."""
 
-
-WAITS = ("room", "save", "optimizer")
-"""What the training thread waits for: saves under way, this one inside ``save()``, the copy before an optimizer steps.
-
-``training-waited`` says how long, once it is over: the sum of all is ``blocked_s`` of ``statistics()``. No point of the
-life of a checkpoint, for the uploader has the save by then and may be anywhere.
-"""
 
 _INFO = {Point.OPENED, Point.RECOVERED, Point.RESUMED, Point.COMMITTED, Point.CLOSED}
 
@@ -57,7 +53,7 @@ class Event:
         rank: Global rank it happened on.
         step: Training step, where there is one.
         attempt: Which try to save that step.
-        phase: Stage of the life a failure happened in; of ``training-waited``, a word of :data:`WAITS`.
+        phase: Stage of the life a failure happened in; of ``training-waited``, what for.
         nbytes: Bytes of this rank, or of the checkpoint for ``committed``.
         seconds: How long what just ended took.
         detail: For people.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from dcpsvc.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -43,8 +45,18 @@ class LastStep:
         self.metrics: dict[str, float] = {}
         self.values: Collected | None = None
 
+    def tell(self, step: int) -> None:
+        """The step is complete.
+
+        Raises:
+            ConfigError: It is not larger than the one before.
+        """
+        if self.step is not None and step <= self.step:
+            raise ConfigError(f"step({step}) after step {self.step}: steps must grow")
+        self.step = step
+
     def note(self, metrics: Mapping[str, float] | None) -> None:
-        """The step is complete and was not saved. Training thread; copies small values only; never raises."""
+        """The step that was told was not saved. Training thread; copies small values only; never raises."""
         self.metrics, self.values = dict(metrics or {}), None
         self._watch_optimizers()
         self._moved = False

@@ -6,8 +6,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import SaveSkippedError, StepExistsError
+from dcpsvc.errors import ConfigError, SaveSkippedError, StepExistsError
 from dcpsvc.events import Point
+from dcpsvc.format.keys import MAX_STEP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,11 +16,23 @@ if TYPE_CHECKING:
     from dcpsvc.admission import Admission
     from dcpsvc.catalog import Catalog
     from dcpsvc.events import Events
+    from dcpsvc.laststep import LastStep
     from dcpsvc.pending import PendingSave
+    from dcpsvc.policies import Every
     from dcpsvc.save import Save
     from dcpsvc.saving import Saver
     from dcpsvc.state.collected import Collected
     from dcpsvc.uploader import Uploader
+
+
+def check_step(step: object) -> None:
+    """Refuse what is no step.
+
+    Raises:
+        ConfigError: No int, or not in the range that names of files have room for.
+    """
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
+        raise ConfigError(f"step={step!r} must be an int in 0..{MAX_STEP}")
 
 
 class Saves:
@@ -32,10 +45,17 @@ class Saves:
     """
 
     def __init__(
-        self, admission: Admission, saver: Saver, uploader: Uploader, catalog: Catalog, events: Events
+        self,
+        admission: Admission,
+        saver: Saver,
+        uploader: Uploader,
+        last_step: LastStep,
+        *,
+        catalog: Catalog,
+        events: Events,
     ) -> None:
         self._admission, self._saver, self._uploader = admission, saver, uploader
-        self._catalog, self._events = catalog, events
+        self._catalog, self._events, self._last_step = catalog, events, last_step
         self.skipped, self._blocked_s = 0, 0.0
         self.last: PendingSave | None = None
         self.last_began = time.monotonic()
@@ -44,6 +64,11 @@ class Saves:
     def blocked_s(self) -> float:
         """Training time that all saves together took."""
         return self._blocked_s + self._saver.held_s
+
+    def is_overdue(self, every: Every | None) -> bool:
+        """Whether the schedule by the clock wants a save now. Any thread."""
+        seconds = None if every is None else every.seconds
+        return seconds is not None and time.monotonic() - self.last_began >= seconds
 
     def check_new(self, step: int) -> None:
         """A committed step is never saved again.
@@ -99,6 +124,8 @@ class Saves:
         timings.blocked_s = save.elapsed_s()
         self._blocked_s += timings.blocked_s
         self._tell_blocked(save)
+        if save.pending.state != "skipped":
+            self._last_step.save_begun(step)
         return save.pending
 
     def _tell_blocked(self, save: Save) -> None:

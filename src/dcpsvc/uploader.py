@@ -96,12 +96,16 @@ class Uploader:
             error, self.last_error, self.consecutive_failures = self.last_error, None, 0
             raise error
 
+    def abandon(self) -> None:
+        """A save still under way fails at its next meeting, on every rank."""
+        self._life.abandoned.set()
+
     def stop(self) -> None:
-        """End the thread. A save still under way is abandoned: it fails at its next meeting, on every rank.
+        """End the thread, and abandon what is under way.
 
         What the thread uses is let go by the thread itself, when it has ended.
         """
-        self._life.abandoned.set()
+        self.abandon()
         with self._changed:
             self._stopping = True
             self._changed.notify_all()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import dcpsvc.errors
+import dcpsvc
 from dcpsvc.errors import RootError
 from dcpsvc.storage.open import open_store, redact
 
-SOURCE = str(Path(dcpsvc.errors.__file__).parents[1])
+SOURCE = str(Path(dcpsvc.__file__).parents[1])
 
 
 def test_a_path_a_string_and_a_file_url_are_one_place(tmp_path: Path) -> None:

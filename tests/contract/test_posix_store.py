@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_contract import MIB, local_file
 
-import dcpsvc.errors
+import dcpsvc
 from dcpsvc.errors import (
     StoreAccessError,
     StoreError,
@@ -28,7 +28,7 @@ from dcpsvc.errors import (
 from dcpsvc.storage.oserror import from_os_error
 from dcpsvc.storage.posix import PosixStore
 
-SOURCE = str(Path(dcpsvc.errors.__file__).parents[1])
+SOURCE = str(Path(dcpsvc.__file__).parents[1])
 
 
 def child(code: str, *args: str) -> subprocess.Popen[str]:

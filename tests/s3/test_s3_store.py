@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from store_contract import MIB, RACERS, BrokenStoreContract, StoreContract, local_file, race
 
-import dcpsvc.errors
+import dcpsvc
 from dcpsvc.errors import StoreAccessError, StoreError, StoreNotFoundError
 from dcpsvc.storage.objectstore import ObjectStore
 from dcpsvc.storage.open import open_store
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
 SEVERAL_WIN = "several of those that create an object at once may win"
-SOURCE = str(Path(dcpsvc.errors.__file__).parents[1])
+SOURCE = str(Path(dcpsvc.__file__).parents[1])
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +46,19 @@ def fresh(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def on_the_map(module: str) -> list[str]:
+    """Names in the left columns of a package's docstring."""
+    tables = re.findall(r"^(=+)  =+\n(.*?)^=+  =+$", import_module(module).__doc__ or "", re.MULTILINE | re.DOTALL)
+    return [name for bar, rows in tables for row in rows.splitlines() for name in re.findall(r"\w+", row[: len(bar)])]
+
+
+@pytest.mark.parametrize("package", ["dcpsvc", "dcpsvc.state", "dcpsvc.storage", "dcpsvc.tools"])
+def test_every_room_is_on_the_map_of_its_house_once(package: str) -> None:
+    inside = Path(import_module(package).__file__ or "").parent.iterdir()
+    rooms = {path.stem for path in inside if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert sorted(on_the_map(package)) == sorted(rooms - {"__init__", "__main__"})
 
 
 def test_the_public_names_are_these() -> None:

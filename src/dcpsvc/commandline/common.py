@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,12 +15,10 @@ from dcpsvc.reading import open_root
 from dcpsvc.tools.verifying import AT_ONCE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from dcpsvc.storage.base import Store
-
-F = TypeVar("F", bound="Callable[..., Any]")
 
 EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_NOT_LIVE = 1, 3, 4
 

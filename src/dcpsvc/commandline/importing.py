@@ -12,6 +12,8 @@ from dcpsvc.commandline.common import Command, as_json_option, parse, print_json
 from dcpsvc.storage import open as stores
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dcpsvc.tools.foreign import Found
     from dcpsvc.tools.foreignoptimizer import Optimizer
 
@@ -67,18 +69,22 @@ def import_command(source: Path, root: str, options: tuple[str, ...], **choices:
     )
     with progress.shown("imported", work.nbytes, quiet=choices["as_json"]) as advance:
         manifest = work.commit(advance, take_over=choices["take_over"])
-    names = {tensor.name for tensor in found.tensors}
+    count = len({tensor.name for tensor in found.tensors})
     if choices["as_json"]:
         about = {"step": manifest.step, "attempt": manifest.attempt, "run_id": manifest.run_id}
-        print_json(about | {"tensors": len(names), "nbytes": work.nbytes, "left": list(found.left)})
+        print_json(about | {"tensors": count, "nbytes": work.nbytes, "left": list(found.left)})
         return
     click.echo(
-        f"step {manifest.step}, attempt {manifest.attempt}: {len(names)} tensors, {progress.size(work.nbytes)}, "
+        f"step {manifest.step}, attempt {manifest.attempt}: {count} tensors, {progress.size(work.nbytes)}, "
         f"as {choices['component']!r}, from {found.kind} {source}"
     )
-    if found.left:
-        more = ", ..." if len(found.left) > _SHOWN else ""
-        click.echo(f"not taken: {', '.join(found.left[:_SHOWN])}{more} ({len(found.left)} in all)")
+    _tell_left(found.left)
+
+
+def _tell_left(names: Sequence[str]) -> None:
+    if names:
+        more = ", ..." if len(names) > _SHOWN else ""
+        click.echo(f"not taken: {', '.join(names[:_SHOWN])}{more} ({len(names)} in all)")
 
 
 def _found(source: Path, kind: str) -> Found:

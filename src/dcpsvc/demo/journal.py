@@ -99,8 +99,6 @@ class Story:
     losses: dict[int, str] = field(default_factory=dict[int, str])
     """Loss of every step, as hex."""
     last_loss: float | None = None
-    last_event: tuple[str, int] | None = None
-    """Name and step of the newest checkpoint event of rank 0."""
     committed: list[int] = field(default_factory=list[int])
     saves: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     killed: Kill | None = None
@@ -116,10 +114,8 @@ class Story:
                 self.resumed = step
             case {"kind": "step", "step": step, "loss": loss, "loss_hex": loss_hex}:
                 self.losses[step], self.last_loss = loss_hex, loss
-            case {"kind": "event", "name": name, "step": step}:
-                self.last_event = (name, step)
-                if name == "committed":
-                    self.committed.append(step)
+            case {"kind": "event", "name": "committed", "step": step}:
+                self.committed.append(step)
             case {"kind": "save"}:
                 self.saves.append(line)
             case {"kind": "killed", "phase": phase, "step": step, "rank": rank, "attempt": attempt}:

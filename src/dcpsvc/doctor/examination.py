@@ -139,36 +139,45 @@ def _ranks(timeout_s: float) -> Generator[None]:
 def _examine(job: Job, plan: Plan) -> Any:
     meeting = Meeting(max(plan.timeout_s, 600.0), silence_s=plan.timeout_s)
     token = job.meet("doctor/begin", None, lambda _: secrets.token_hex(4), meeting)
-    began = time.monotonic()
-    times: list[float] = job.meet("doctor/clock", time.time(), lambda said: said, meeting)
-    findings = [place.clocks(times, time.monotonic() - began)] if job.world_size > 1 else []
+    findings = _clocks(job, meeting)
     masks: list[tuple[str, list[int]]] = job.meet("doctor/cpus", machine.mask(), lambda said: said, meeting)
     root, local = _places(plan, token)
     was_there = _folders(root)
-    measured: Measured | None = None
-    try:
-        store = open_store(root, plan.options)
-        if plan.root is not None:
-            identity.check_folder(open_store(plan.root, plan.options))
-    except DcpsvcError as err:
-        store = None
-        findings.append(broken("run root", err, "check the path or URL, and -o KEY=VALUE"))
+    store, trouble = _opened(root, plan)
     looked = _look_at(job, store, token, meeting)
     plan = _sized(job, plan, looked, meeting)
-    findings += [*machine.examine(_machine(job, plan, masks)), *looked]
+    findings += [*trouble, *machine.examine(_machine(job, plan, masks)), *looked]
+    measured: Measured | None = None
     if store is not None:
         more, measured = rehearsal.rehearse(
             f"{root}/run", local, job.rank, nbytes=plan.nbytes, options=plan.options, timeout_s=plan.timeout_s,
             quiet=plan.quiet,
         )  # fmt: skip
-        findings += more
-        findings += place.credentials(store, _save_s(job, plan, measured), time.time())
+        findings += [*more, *place.credentials(store, _save_s(job, plan, measured), time.time())]
     job.meet("doctor/tidy", None, lambda _: None, meeting)
     if job.coordinates and store is not None:
         findings.append(rehearsal.remove(store))
         _prune(root, was_there)
     mine = {"findings": [one.to_json() for one in findings], "measured": measured and measured.to_json()}
     return job.meet("doctor/end", mine, lambda all_: _sum_up(plan, all_), meeting)
+
+
+def _clocks(job: Job, meeting: Meeting) -> list[Finding]:
+    """How far those of the ranks are apart."""
+    began = time.monotonic()
+    times: list[float] = job.meet("doctor/clock", time.time(), lambda said: said, meeting)
+    return [place.clocks(times, time.monotonic() - began)] if job.world_size > 1 else []
+
+
+def _opened(root: str, plan: Plan) -> tuple[Store | None, list[Finding]]:
+    """The place to write to, or what is wrong with it or with the run root."""
+    try:
+        store = open_store(root, plan.options)
+        if plan.root is not None:
+            identity.check_folder(open_store(plan.root, plan.options))
+    except DcpsvcError as err:
+        return None, [broken("run root", err, "check the path or URL, and -o KEY=VALUE")]
+    return store, []
 
 
 def _sized(job: Job, plan: Plan, looked: list[Finding], meeting: Meeting) -> Plan:

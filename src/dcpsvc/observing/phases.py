@@ -46,7 +46,7 @@ class SaveTimes:
         outcome: ``committed``, ``failed`` or ``skipped``.
         detail: Why, if it was not committed.
         retries: Calls to stores that its process made again meanwhile, for whatever reason.
-        waited: Seconds that training waited for it, by :data:`~dcpsvc.events.WAITS`; some are told after its end.
+        waited: Seconds that training waited for it, by what for; some are told after its end.
     """
 
     step: int
@@ -99,6 +99,15 @@ class _Open:
     nbytes: int | None = None
     waited: dict[str, float] = field(default_factory=dict[str, float])
 
+    def note(self, event: Event, now: float) -> None:
+        """What an event says about the save."""
+        if event.name is Point.TRAINING_WAITED:
+            self.waited[event.phase] = self.waited.get(event.phase, 0.0) + (event.seconds or 0.0)
+        if event.name in PHASES:
+            self.points.append((event.name, now))
+        if event.name is Point.SHARD_WRITTEN:
+            self.nbytes = event.nbytes
+
 
 class Tracker:
     """Follows the saves of one rank from event to event. The caller locks.
@@ -123,25 +132,23 @@ class Tracker:
             return None
         key = (event.step, event.attempt)
         if event.name is Point.SAVE_ACCEPTED:
-            self._open[key] = _Open(at, self._retries(), [(event.name, now)])
-            if len(self._open) > _MAX_OPEN:
-                del self._open[next(iter(self._open))]
-            return None
-        save = self._open.get(key)
-        if save is None:
-            return None
-        if event.name is Point.TRAINING_WAITED:
-            save.waited[event.phase] = save.waited.get(event.phase, 0.0) + (event.seconds or 0.0)
-        if event.name in PHASES:
-            save.points.append((event.name, now))
-        if event.name is Point.SHARD_WRITTEN:
-            save.nbytes = event.nbytes
-        if event.name not in _ENDS:
-            return None
-        del self._open[key]
+            self._begin(key, _Open(at, self._retries(), [(event.name, now)]))
+        elif (save := self._open.get(key)) is not None:
+            save.note(event, now)
+            if event.name in _ENDS:
+                del self._open[key]
+                return self._ended(*key, save, event)
+        return None
+
+    def _begin(self, key: tuple[int, str], save: _Open) -> None:
+        self._open[key] = save
+        if len(self._open) > _MAX_OPEN:
+            del self._open[next(iter(self._open))]
+
+    def _ended(self, step: int, attempt: str, save: _Open, event: Event) -> SaveTimes:
         return SaveTimes(
-            step=event.step,
-            attempt=event.attempt,
+            step=step,
+            attempt=attempt,
             rank=event.rank,
             began=save.began,
             seconds=_seconds(save.points),

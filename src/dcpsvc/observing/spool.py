@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -13,8 +12,6 @@ from dcpsvc.format import keys
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-logger = logging.getLogger("dcpsvc")
 
 SEGMENT_NBYTES = 4 << 20
 """A segment that has grown so large is brought to the run root, however few saves it tells of."""

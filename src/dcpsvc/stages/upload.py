@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
+from dcpsvc.errors import CorruptShardError, StoreNotFoundError
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef
 from dcpsvc.storage.base import carry, copies
@@ -100,12 +100,3 @@ def put_layout(store: Store, data: bytes) -> LayoutRef:
         if not holds(store, reference.path, data):
             raise CorruptShardError(reference.path, "does not read back as it was written")
     return reference
-
-
-def discard(stores: Sequence[Store], key: str) -> None:
-    """Remove a shard of an attempt that failed; what cannot be removed is debris, never a checkpoint."""
-    for store in stores:
-        try:
-            store.delete(key)
-        except StoreError:  # the attempt is invisible without it, and its failure is reported already
-            continue

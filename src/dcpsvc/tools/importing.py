@@ -6,10 +6,9 @@ attempt: shards that are whole at the run root are not sent again.
 
 from __future__ import annotations
 
-import tempfile
+import functools
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc import fence
@@ -24,7 +23,7 @@ from dcpsvc.format.tiling import uncovered
 from dcpsvc.stages import discover, upload
 from dcpsvc.tools import owning, surgery
 from dcpsvc.tools.casting import cast, result
-from dcpsvc.tools.transplant import Body
+from dcpsvc.tools.newshard import new_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -125,27 +124,22 @@ class Import:
         for rank, tensors in enumerate(divided(self._tensors, self.max_shard_nbytes)):
             given = {self._piece(tensor): tensor for tensor in tensors}
             placement = shardfile.place(given)
+            for piece, begin in zip(placement.pieces, placement.begins, strict=True):
+                shapes[piece.key] = (piece.dtype, piece.shape)
+                chunks.setdefault(piece.key, []).append(Chunk(rank, piece.offsets, piece.sizes, begin))
             documents = compact(self._documents() if rank == 0 else {})
-            about = {"step": str(attempt.step), "attempt": attempt.attempt, "rank": str(rank)}
-            with tempfile.NamedTemporaryFile(prefix="dcpsvc-") as file:
-                out = Body(file)
-                out.write(shardfile.header(placement, len(documents), about))
-                for piece, begin in zip(placement.pieces, placement.begins, strict=True):
-                    if out.nbytes < begin:
-                        out.write(placement.padding[1])
-                    for data in self._read(given[piece], progress):
-                        out.write(data)
-                    shapes[piece.key] = (piece.dtype, piece.shape)
-                    chunks.setdefault(piece.key, []).append(Chunk(rank, piece.offsets, piece.sizes, begin))
-                out.write(documents)
-                records.append(out.finish(rank, attempt.shard(rank)))
-                upload.ensure_shard(self.target, records[-1], Path(file.name))
-        made = {key: Tensor.of(*shapes[key], chunks[key]) for key in shapes}
-        for key, tensor in made.items():
+            data = functools.partial(self._read, given, progress)
+            with new_shard(placement, documents, attempt, rank, data) as (record, path):
+                upload.ensure_shard(self.target, record, path)
+            records.append(record)
+        return records, self._layout({key: Tensor.of(*shapes[key], chunks[key]) for key in shapes})
+
+    def _layout(self, tensors: dict[str, Tensor]) -> Layout:
+        for key, tensor in tensors.items():
             if reason := uncovered(tensor):
                 raise LayoutError(str(self.found.path), f"{key}: {reason}")
         aliases = {f"{self.component}.{name}": f"{self.component}.{of}" for name, of in self.found.aliases.items()}
-        return records, Layout(made, aliases)
+        return Layout(tensors, aliases)
 
     def _documents(self) -> dict[str, Any]:
         optimizer = {self.optimizer.name: dict(self.optimizer.document)} if self.optimizer else {}
@@ -158,7 +152,10 @@ class Import:
         dtype = self._stored(tensor)
         return Piece(tensor.name, dtype, tensor.shape, tensor.offsets, tensor.sizes)
 
-    def _read(self, tensor: Foreign, progress: Callable[[int], None]) -> Iterator[bytes | memoryview]:
+    def _read(
+        self, given: dict[Piece, Foreign], progress: Callable[[int], None], piece: Piece
+    ) -> Iterator[bytes | memoryview]:
+        tensor = given[piece]
         wanted = self._stored(tensor)
         for data in tensor.read():
             progress(len(data))

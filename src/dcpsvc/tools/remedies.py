@@ -31,11 +31,6 @@ def remedy(err: StoreError) -> str:
     return texts[_kind(err.where)]
 
 
-def access(url: str) -> str:
-    """As :func:`remedy` of a StoreAccessError at a place."""
-    return _ACCESS[_kind(url)]
-
-
 def reach(url: str) -> str:
     """As :func:`remedy` of a StoreUnavailableError at a place."""
     return _UNAVAILABLE[_kind(url)]

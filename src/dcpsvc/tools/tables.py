@@ -16,6 +16,7 @@ from dcpsvc.progress import ranges, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.tools.comparing import Difference
     from dcpsvc.tools.listing import Row
     from dcpsvc.tools.numbers import Gap
@@ -112,6 +113,18 @@ def _about(row: Row) -> str:
 
 def print_checkpoint(shown: Shown, row: Row, pattern: str = "", dtype: str | None = None) -> None:
     """Facts, shards, and the tensors that :meth:`Shown.tensors` gives."""
+    _print_facts(shown, row)
+    _print_shards(shown.manifest)
+    tensors = Table("tensor", "dtype", "shape", "size", "ranks", box=None, pad_edge=False)
+    for key, tensor in shown.tensors(pattern, dtype).items():
+        shape, ranks = str(list(tensor.shape)).replace("[", r"\["), ranges({chunk.rank for chunk in tensor.chunks})
+        tensors.add_row(escape(key), tensor.dtype, shape, size(tensor.nbytes), ranks)
+    for name, of in shown.aliases(pattern).items():
+        tensors.add_row(escape(name), "", f"= {escape(of)}", "", "")
+    console().print(tensors)
+
+
+def _print_facts(shown: Shown, row: Row) -> None:
     out, manifest = console(), shown.manifest
     facts = {
         "step": manifest.step,
@@ -130,6 +143,10 @@ def print_checkpoint(shown: Shown, row: Row, pattern: str = "", dtype: str | Non
         facts["made"] = str(shown.lineage)
     for name, value in facts.items():
         out.print(f"[bold]{name:>9}[/]  {escape(str(value))}", highlight=False)
+
+
+def _print_shards(manifest: Manifest) -> None:
+    out = console()
     shards = Table("rank", "size", "xxh3-128 of its blocks", "shard", box=None, pad_edge=False)
     for column in shards.columns:
         column.overflow = "fold"
@@ -138,13 +155,6 @@ def print_checkpoint(shown: Shown, row: Row, pattern: str = "", dtype: str | Non
     out.print(shards)
     if (more := len(manifest.shards) - _SHARDS) > 0:
         out.print(f"... and {more} more shards; --json lists all", highlight=False)
-    tensors = Table("tensor", "dtype", "shape", "size", "ranks", box=None, pad_edge=False)
-    for key, tensor in shown.tensors(pattern, dtype).items():
-        shape, ranks = str(list(tensor.shape)).replace("[", r"\["), ranges({chunk.rank for chunk in tensor.chunks})
-        tensors.add_row(escape(key), tensor.dtype, shape, size(tensor.nbytes), ranks)
-    for name, of in shown.aliases(pattern).items():
-        tensors.add_row(escape(name), "", f"= {escape(of)}", "", "")
-    out.print(tensors)
 
 
 def print_findings(findings: list[Finding]) -> None:

@@ -1,0 +1,203 @@
+"""An optimizer as a checkpoint has it, and what this rank takes of that.
+
+A parameter without saved state has none afterwards, and hyper-parameters are those that were saved.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dcpsvc.errors import StateMismatchError
+from dcpsvc.state import documents
+from dcpsvc.state.collected import local_chunk
+from dcpsvc.state.ragged import Ragged
+from dcpsvc.state.saved import copy_into, like
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from dcpsvc.state.optimnames import Names
+    from dcpsvc.state.optimview import State, View
+    from dcpsvc.state.saved import Saved, Want
+
+
+class SavedOptimizer:
+    """What was saved: by all ranks together, or by each for its own parameters, put together here.
+
+    Args:
+        saved: The checkpoint.
+        component: The optimizer's name in the state.
+        view: What it is loaded into.
+        names: Of its parameters.
+    """
+
+    def __init__(self, saved: Saved, component: str, view: View, names: Names) -> None:
+        self._saved, self._component, self._view, self._names = saved, component, view, names
+        whole = saved.documents.get(saved.saved_name(component))
+        self._document = whole if whole is not None else self._merged()
+
+    def wants(self, *, is_shared: bool) -> list[Want]:
+        """The saved state of each parameter, in the box this rank holds of that parameter.
+
+        Args:
+            is_shared: Every rank here has the same parameters.
+
+        Raises:
+            StateMismatchError: It has another number of parameter groups.
+        """
+        self._check_groups(is_shared=is_shared)
+        wants = [
+            _want(self._saved, key, parameter)
+            for parameter, entries in self._entries()
+            if self._fits(parameter)
+            for key in documents.tensor_names(entries)
+        ]
+        groups = documents.tensor_names(self._document["param_groups"])
+        return wants + [self._saved.want_whole(key) for key in groups]
+
+    def hyperparameters(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+        """Of each group, as they were."""
+        for group, values in zip(self._view.param_groups, self._document["param_groups"], strict=True):
+            yield {
+                name: _decode(value, f"{self._component}.{name}", group.get(name), tensors.__getitem__)
+                for name, value in values.items()
+                if name != "params"
+            }
+
+    def state(self, tensors: Mapping[str, torch.Tensor]) -> State:
+        """All state from now on; of parameters that are skipped, what they have. Under the saved hyper-parameters."""
+        view, old = self._view, self._view.state
+        new = {p: old[p] for p in view.parameters if p in old and self._saved.terms.skips(self._names.key(p))}
+        for parameter, entries in self._entries():
+            beside, before = functools.partial(self._beside, tensors, parameter), old.get(parameter, {})
+            new[parameter] = {
+                name: _decode(value, f"{self._component}.{name}", before.get(name), beside)
+                for name, value in entries.items()
+            }
+        return new
+
+    def _merged(self) -> Any:
+        saved, merged = self._saved, _nothing()
+        needed = {self._names.saved(saved, parameter) for parameter in self._view.parameters}
+        for document in saved.own_documents(self._component):
+            merged["state"] |= document["state"]
+            merged["shapes"] |= document["shapes"]
+            merged["param_groups"] = _merged_groups(merged["param_groups"], document["param_groups"])
+            needed -= {name for group in document["param_groups"] for name in group["params"]}
+            if not needed:
+                break
+        tensors = saved.layout.names()
+        for name in (self._names.saved(saved, parameter) for parameter in self._view.wanted()):
+            if name not in merged["state"]:
+                self._add_elsewhere(name, tensors, merged)
+        return merged
+
+    def _add_elsewhere(self, name: str, tensors: list[str], merged: dict[str, Any]) -> None:
+        """State of a parameter that was on other ranks only: those that wrote its tensors have it in their document."""
+        component = self._saved.saved_name(self._component)
+        for writer in _writers(self._saved, tensors, f"{component}.state.{name}."):
+            document = self._saved.document_of(writer, component) or _nothing()
+            merged["state"] = document["state"] | merged["state"]
+            merged["shapes"] = document["shapes"] | merged["shapes"]
+            if name in merged["state"]:
+                return
+
+    def _entries(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """What was saved of each parameter that this rank is to have."""
+        here = [p for p in self._view.wanted() if not self._saved.terms.skips(self._names.key(p))]
+        by_name = {self._names.saved(self._saved, parameter): parameter for parameter in here}
+        return [(by_name[name], entries) for name, entries in self._document["state"].items() if name in by_name]
+
+    def _check_groups(self, *, is_shared: bool) -> None:
+        saved = self._saved
+        mine = [{self._names.saved(saved, p): p for p in group["params"]} for group in self._view.param_groups]
+        theirs = [set(group["params"]) for group in self._document["param_groups"]]
+        if len(mine) != len(theirs):
+            reason = f"saved with {len(theirs)} parameter groups, here there are {len(mine)}"
+            raise StateMismatchError(self._component, reason)
+        if not saved.terms.strict:
+            return
+        for index, (ours, saved_names) in enumerate(zip(mine, theirs, strict=True)):
+            where = f"{self._component}.param_groups.{index}"
+            for name in ours.keys() - saved_names:
+                if not saved.terms.skips(self._names.key(ours[name])):
+                    saved.drift.add(f"{where}.{name}", "missing", "-", "a parameter")
+            if is_shared and self._component in saved.documents:
+                for name in saved_names - ours.keys():
+                    saved.drift.add(f"{where}.{name}", "unexpected", "a parameter", "-")
+
+    def _fits(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter has the shape it had; noted if it has not."""
+        name = self._names.saved(self._saved, parameter)
+        shape = self._document["shapes"].get(name)
+        if shape in (None, list(parameter.shape)):
+            return True
+        key = f"{self._component}.state.{name}"
+        self._saved.drift.add(key, "shape", f"for {shape}", f"for {list(parameter.shape)}")
+        return False
+
+    def _beside(self, tensors: Mapping[str, torch.Tensor], parameter: torch.Tensor, key: str) -> torch.Tensor:
+        """A loaded tensor where torch would have made it: sharded like its parameter, on its device."""
+        loaded = tensors[key]
+        if key.endswith(".step") and self._keeps_steps_on_host(parameter):
+            return loaded
+        return like(parameter, loaded) if _is_boxed(self._saved, key, parameter) else loaded.to(parameter.device)
+
+    def _keeps_steps_on_host(self, parameter: torch.Tensor) -> bool:
+        group = next(g for g in self._view.param_groups if any(p is parameter for p in g["params"]))
+        return not (group.get("capturable") or group.get("fused"))
+
+
+def _nothing() -> dict[str, Any]:
+    return {"state": {}, "shapes": {}, "param_groups": []}
+
+
+def _merged_groups(known: list[Any], more: list[Any]) -> list[Any]:
+    """Hyper-parameters of the first, parameters of all."""
+    if not known:
+        return more
+    return [one | {"params": [*one["params"], *other["params"]]} for one, other in zip(known, more, strict=False)]
+
+
+def _writers(saved: Saved, names: list[str], prefix: str) -> Iterator[int]:
+    """Ranks that wrote those of the tensors ``names``, in order, that begin so; each once."""
+    seen = set[int]()
+    for name in names[bisect.bisect_left(names, prefix) :]:
+        if not name.startswith(prefix):
+            return
+        for chunk in saved.tensor(name).chunks:
+            if chunk.rank not in seen:
+                seen.add(chunk.rank)
+                yield chunk.rank
+
+
+def _want(saved: Saved, key: str, parameter: torch.Tensor) -> Want:
+    return saved.want_box(key, *local_chunk(parameter)) if _is_boxed(saved, key, parameter) else saved.want_whole(key)
+
+
+def _is_boxed(saved: Saved, key: str, parameter: torch.Tensor) -> bool:
+    """Moments have the parameter's shape, so they are sharded as it is; counters and the like are whole."""
+    return parameter.dim() > 0 and saved.tensor(key).shape == tuple(parameter.shape)
+
+
+def _decode(value: Any, path: str, old: Any, loaded: Callable[[str], torch.Tensor]) -> Any:
+    """A saved value; a tensor goes into the old one where that fits, so captured graphs stay valid."""
+
+    def tensor(key: str) -> torch.Tensor:
+        new = loaded(key)
+        if (
+            not isinstance(old, torch.Tensor)
+            or isinstance(new, Ragged)
+            or old.dtype != new.dtype
+            or old.shape != new.shape
+        ):
+            return new
+        copy_into(old, new.to_local() if isinstance(new, DTensor) else new)
+        return old
+
+    return documents.decode(value, path, tensor)
