@@ -256,6 +256,7 @@ class Stream(torch.utils.data.IterableDataset):
         self.at = state["at"]
 
 
+@pytest.mark.timeout(180)  # eight workers import torch anew
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning", "ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("data", [Numbers, Stream])
