@@ -141,15 +141,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, started(KINDS["ceph"], Path(name) / "server") as server:
         os.environ |= environment(server, Path(name))
         server.client().create_bucket(Bucket="bucket")
-        prepare()
-        before = Path.cwd()
-        python_path = [str(before), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        python_path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(each).absolute()) for each in python_path)
-        os.chdir(name)
-        try:
+        here = Path(name, "here")
+        here.mkdir()
+        with contextlib.chdir(here):  # no checkout of anything: a checkpoint records the commit of where its job runs
+            prepare()
             text = renewed(DOCUMENT.read_text(encoding="utf-8"))
-        finally:
-            os.chdir(before)
         DOCUMENT.write_text(text, encoding="utf-8")
 
 
