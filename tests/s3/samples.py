@@ -113,14 +113,11 @@ def renewed(text: str) -> str:
 
         def block(found: re.Match[str]) -> str:
             parts = []
-            for line in found[0].splitlines():
-                if line.startswith("$ "):
-                    if line.startswith("$ dcpsvc status"):
-                        alive.enter_context(living())
-                    parts.append(f"{line}\n{said(line[2:])}")
-                elif not line:
-                    parts.append("\n")
-            return "".join(parts)
+            for line in re.findall(r"^\$ .*", found[0], re.MULTILINE):
+                if line.startswith("$ dcpsvc status"):
+                    alive.enter_context(living())
+                parts.append(f"{line}\n{said(line[2:])}")
+            return "\n".join(parts)  # a blank line between two commands, and none of what stood there before
 
         return BLOCK.sub(block, text)
 
