@@ -205,6 +205,8 @@ def test_two_attempts_of_a_step_are_compared_and_told_apart(run):
     assert f"value attempt {first} attempt {last} note" in said
     assert '"hello" "bye"' in said
     assert said.endswith("--values compares the tensors' numbers")
+    document = json.loads(told("diff", run, 20, 20, "--attempt", first, "--json", code=1))
+    assert (document["a"], document["b"]) == ({"step": 20, "attempt": first}, {"step": 20, "attempt": last})
     assert told("diff", run, 20, 20, "--attempt", first, "--attempt-b", first).startswith("the same structure")
 
 

@@ -176,7 +176,8 @@ def diff_command(
     else:
         found = comparing.compare(mine, theirs)
     if as_json:
-        print_json(found.document())
+        sides = {"a": mine.manifest.key._asdict(), "b": theirs.manifest.key._asdict()}
+        print_json(sides | found.document())
     else:
         named = _named(mine.manifest, theirs.manifest, root_b)
         tables.print_difference(found, named, with_values=values)
