@@ -58,7 +58,7 @@ What stays, and what is noted beside it:
 commits, decision       a checkpoint as the rules see it; what stays and what goes, and why: pure
 keeping                 the same for a run root from outside, by the policy that a job has recorded
 sidefiles, marking      metrics that come late, and pins: beside a checkpoint, by anybody
-leases                  a pin that ends by itself, for whoever reads
+leases, deletions       a pin that ends by itself, for whoever reads; what goes all the same, told from damage
 ======================  =================================================================================
 
 A checkpoint is read:

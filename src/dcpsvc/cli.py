@@ -18,6 +18,7 @@ from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
     EXIT_NOT_LIVE,
     EXIT_UNUSABLE,
+    EXIT_USAGE,
     SECONDS,
     Group,
     as_json_option,
@@ -25,7 +26,16 @@ from dcpsvc.commandline.common import (
     print_json,
     store_options,
 )
-from dcpsvc.errors import DcpsvcError, DestinationError, RootError, RunBusyError, StoreError
+from dcpsvc.errors import (
+    ConfigError,
+    DcpsvcError,
+    DestinationError,
+    NoRunError,
+    RootError,
+    RunBusyError,
+    StepDeletedError,
+    StoreError,
+)
 from dcpsvc.tools import live, livetables, remedies
 
 _timeout = click.option(
@@ -249,14 +259,16 @@ def _ask(asked: dict[str, Any], root: str, timeout_s: float, options: tuple[str,
 
 
 _EXITS: dict[type[Exception], int] = {
+    ConfigError: EXIT_USAGE,
     RootError: EXIT_UNUSABLE,
     StoreError: EXIT_UNUSABLE,
     live.NoLiveJobError: EXIT_NOT_LIVE,
 }
 _REMEDIES: dict[type[Exception], str] = {  # the first that fits
+    StepDeletedError: "dcpsvc ls ROOT shows what is there; dcpsvc pin ROOT STEP has a checkpoint stay.",
     RunBusyError: "One owner at a time: end the other job, or wait for it.",
-    DestinationError: "Give another place.",
-    RootError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
+    DestinationError: "Give another place, or another step.",
+    NoRunError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
     live.NoLiveJobError: "Ask on a host of the job, as the job's user.",
 }
 

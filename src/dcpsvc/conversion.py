@@ -40,6 +40,7 @@ def export_dcp(
     step: int,
     directory: str | os.PathLike[str],
     *,
+    attempt: str | None = None,
     component: str = "",
     dtype: str | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -51,6 +52,7 @@ def export_dcp(
         store: The run root.
         step: Of a commit.
         directory: Empty, not there, or one that the same export began.
+        attempt: Which of the step; None: the newest.
         component: Only its tensors, by their names in the module, as torchtitan calls them.
         dtype: Floating-point tensors are cast to it.
         progress: Called with the bytes just read, or found.
@@ -61,7 +63,7 @@ def export_dcp(
         ExportError: The directory holds something else.
         CorruptShardError: The checkpoint is damaged; names the file.
     """
-    shown = show(store, step)
+    shown = show(store, step, attempt)
     reader = CheckpointReader(shown.manifest, shown.layout, [store])
     about = {"run_id": shown.manifest.run_id, "step": step, "attempt": shown.manifest.attempt, "format": "dcp"}
     keys = [key for key in shown.layout.names() if not component or key.startswith(f"{component}.")]

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
+from dcpsvc import deletions
 from dcpsvc.sidefiles import Lease
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ _GOODBYE_S = 5.0
 def held(store: Store, *attempts: Attempt, seconds: float = LEASE_S) -> Generator[None]:
     """No live job deletes these meanwhile, however long it takes: a thread renews the leases at half their life.
 
-    A root that cannot be written is read without; a deletion that has begun already is not stopped.
+    A root that cannot be written is read without; a deletion that has begun already is not stopped, and told as that.
 
     Args:
         store: The run root.
         attempts: Checkpoints there.
         seconds: Life of one lease.
+
+    Raises:
+        StepDeletedError: See :func:`dcpsvc.deletions.noticed`.
     """
     over = threading.Event()
     leases = [_taken(store, attempts, seconds)]
@@ -43,7 +47,8 @@ def held(store: Store, *attempts: Attempt, seconds: float = LEASE_S) -> Generato
     thread = threading.Thread(target=renew, name="dcpsvc-lease", daemon=True)
     thread.start()
     try:
-        yield
+        with deletions.noticed(store, *attempts):
+            yield
     finally:
         over.set()
         thread.join(_GOODBYE_S)

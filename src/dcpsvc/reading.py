@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc import choosing, identity
-from dcpsvc.errors import FormatError, RootError
+from dcpsvc.errors import FormatError, NoRunError, RootError
 from dcpsvc.stages import discover
 from dcpsvc.storage.open import open_store
 
@@ -26,7 +26,8 @@ def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] |
     """The store of an existing run.
 
     Raises:
-        RootError: There is no run at that place, or another format version.
+        NoRunError: There is no run at that place.
+        RootError: It is one of another format version, or damaged.
     """
     store = open_store(root, storage_options)
     check_root(store)
@@ -34,13 +35,13 @@ def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] |
 
 
 def check_root(store: Store) -> None:
-    """Raises RootError unless there is a run of this format version."""
+    """Raises RootError, or NoRunError, unless there is a run of this format version."""
     try:
         found = identity.find(store)
     except FormatError as err:
         raise RootError(store.url, f"its run.json is damaged: {err.reason}") from err
     if found is None:
-        raise RootError(store.url, "no run is stored here (run.json is missing); check the path or URL")
+        raise NoRunError(store.url, "no run is stored here (run.json is missing); check the path or URL")
 
 
 def list_checkpoints(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import fence
+from dcpsvc import deletions, fence
 from dcpsvc.errors import (
     CorruptShardError,
     FormatError,
@@ -25,7 +25,7 @@ from dcpsvc.format.digest import digest
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.manifest import LayoutRef
 from dcpsvc.ranks.rendezvous import RefusalError
-from dcpsvc.stages import commit, discover, retain, upload
+from dcpsvc.stages import commit, discover, upload
 from dcpsvc.storage.base import copies
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Recovery:
         remote, manifest = self._tiers.remote, manifests.loads(attempt.manifest, text.encode())
         if theirs := fence.successor(remote, self._epoch):
             raise RefusalError([RankFailure(0, "recover", RunBusyError.__name__, f"replaced by {theirs}")])
-        if attempt in retain.condemned(remote):
+        if attempt in deletions.condemned(remote):
             raise RefusalError([RankFailure(0, "recover", StoreError.__name__, f"{attempt} is being deleted")])
         if (unknown := commit.create(remote, manifest)) is not None:
             raise RefusalError([RankFailure(0, "recover", StoreUnavailableError.__name__, unknown)])

@@ -12,7 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import fence, keeping, preflight, sidefiles
+from dcpsvc import deletions, fence, keeping, preflight, sidefiles
 from dcpsvc.decision import decide
 from dcpsvc.errors import FormatError, RankFailure, StoreError
 from dcpsvc.events import Point
@@ -149,7 +149,7 @@ class Retention:
 
     def _cut_short(self) -> set[Attempt]:
         """Deletions that broke off when the manifest was gone."""
-        marked, committed = retain.condemned(self._run.remote), discover.committed(self._run.remote)
+        marked, committed = deletions.condemned(self._run.remote), discover.committed(self._run.remote)
         return {one for one in marked if one.epoch <= self._run.settled.epoch}.difference(committed)
 
     def _apply_policy(self, save: Save) -> None:

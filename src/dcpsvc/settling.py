@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import fence
+from dcpsvc import deletions, fence
 from dcpsvc.errors import (
     CorruptShardError,
     LayoutError,
@@ -112,7 +112,7 @@ def _claim(job: Job, tiers: Tiers, held: list[list[dict[str, Any]]]) -> dict[str
         return Claim(epoch=Epoch(number, job.incarnation), host=socket.gethostname(), pid=os.getpid(), created=now)
 
     epoch = fence.claim(tiers.remote, claim).epoch
-    marked = retain.condemned(tiers.remote)
+    marked = deletions.condemned(tiers.remote)
     committed = discover.committed(tiers.remote)
     newest = max((attempt.step for attempt in committed), default=-1)
     _finish_removals(tiers.remote, marked, committed, newest)

@@ -57,6 +57,8 @@ def test_an_s3_url_is_opened_without_asking_anybody() -> None:
         ("/a/path", {"key": "hunter2"}, "takes no storage_options, and was given key"),
         ("s3://bucket/run", {"max_concurrency": 0}, "max_concurrency"),
         ("a\0b", {}, "NUL"),
+        ("s3:/bucket/run", {}, "give 's3://bucket/run'"),
+        (Path("s3://bucket/run"), {}, "a pathlib.Path drops one"),
     ],
 )
 def test_a_run_root_that_is_none_says_what_to_do(url: str, options: dict[str, object], advice: str) -> None:

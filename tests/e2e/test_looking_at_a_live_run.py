@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dcpsvc.cli import cli
-from dcpsvc.errors import DcpsvcError
+from dcpsvc.errors import DcpsvcError, NoSuchStepError
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 
@@ -79,6 +79,7 @@ def told(name: str, root: Path, *arguments: object, codes: tuple[int, ...] = (0,
         assert done.exit_code in codes, (name, done.output)
         return done.stdout
     assert 1 in codes, (name, done.exception)
+    assert isinstance(done.exception, NoSuchStepError), (name, done.exception)  # deleted, and not damaged
     return ""
 
 

@@ -218,8 +218,10 @@ def test_nothing_is_wider_than_a_narrow_window_and_a_whole_page_can_be_pictured(
         page.click("#axis")
     page.screenshot(path=picture, full_page=True)
     assert picture.stat().st_size > 50_000
-    page.set_viewport_size({"width": 700, "height": 900})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    page.evaluate("document.getElementById('root').textContent += '-of-a-long-name'.repeat(9)")
+    for width in (700, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_every_phase_of_every_rank_and_what_training_waited_can_be_looked_at(run, tmp_path, opened):

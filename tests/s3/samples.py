@@ -113,14 +113,11 @@ def renewed(text: str) -> str:
 
         def block(found: re.Match[str]) -> str:
             parts = []
-            for line in found[0].splitlines():
-                if line.startswith("$ "):
-                    if line.startswith("$ dcpsvc status"):
-                        alive.enter_context(living())
-                    parts.append(f"{line}\n{said(line[2:])}")
-                elif not line:
-                    parts.append("\n")
-            return "".join(parts)
+            for line in re.findall(r"^\$ .*", found[0], re.MULTILINE):
+                if line.startswith("$ dcpsvc status"):
+                    alive.enter_context(living())
+                parts.append(f"{line}\n{said(line[2:])}")
+            return "\n".join(parts)  # a blank line between two commands, and none of what stood there before
 
         return BLOCK.sub(block, text)
 
@@ -141,15 +138,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, started(KINDS["ceph"], Path(name) / "server") as server:
         os.environ |= environment(server, Path(name))
         server.client().create_bucket(Bucket="bucket")
-        prepare()
-        before = Path.cwd()
-        python_path = [str(before), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        python_path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(each).absolute()) for each in python_path)
-        os.chdir(name)
-        try:
+        here = Path(name, "here")
+        here.mkdir()
+        with contextlib.chdir(here):  # no checkout of anything: a checkpoint records the commit of where its job runs
+            prepare()
             text = renewed(DOCUMENT.read_text(encoding="utf-8"))
-        finally:
-            os.chdir(before)
         DOCUMENT.write_text(text, encoding="utf-8")
 
 

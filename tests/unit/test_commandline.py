@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import termios
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,14 +23,15 @@ from click.testing import CliRunner
 import dcpsvc
 from dcpsvc import progress
 from dcpsvc.cli import cli
+from dcpsvc.control.place import Place
 from dcpsvc.errors import NoSuchStepError
-from dcpsvc.policies import Latest
+from dcpsvc.policies import EveryNSteps, Latest
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
+from dcpsvc.tools import live, livetables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 def commands(group: click.Group = cli, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -101,6 +103,31 @@ def test_ls_shows_reasons_and_metrics_whole_on_a_terminal_of(columns, tmp_path):
     assert ("ranks" in shown) == (columns == 160)
 
 
+def test_ls_cuts_nothing_off_on_a_narrow_terminal(tmp_path):
+    keep = Latest(9) | EveryNSteps(5)
+    with dcpsvc.Checkpointer(tmp_path / "root", {"x": 1}, local=tmp_path / "local", keep=keep) as ckpt:
+        ckpt.save(10, metrics={"loss": 0.25, "a_long_name_of_a_metric": 0.5}).wait(30)
+    lines = on_a_terminal(60, "ls", tmp_path / "root")
+    assert all(len(line) <= 60 for line in lines)
+    assert lines[0].split()[:2] == ["step", "10"]
+    shown = " ".join(" ".join(lines).split())
+    for text in ("committed", "latest 1 of 9, a multiple of 5 steps", "loss=0.25 a_long_name_of_a_metric=0.5"):
+        assert text in shown
+
+
+def test_status_fits_on_a_narrow_terminal_with_what_is_in_flight(monkeypatch, capsys):
+    said = {"root": "r", "world_size": 1, "step": 12, "newest": 10, "committed": 1, "failed": 0, "skipped": 0}
+    said |= {"blocked_s": 0.5, "in_flight": [{"step": 12, "phase": "upload"}]}
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for columns, has in ((60, False), (100, True)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        livetables.print_status([live.LiveRank(place=Place("r1", 4711, Path("/run/x")), rank=0, status=said)])
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert max(map(len, shown.splitlines())) <= columns
+        assert all(text in shown for text in ("newest", "failed", "blocked", "0.50 s", "in flight", "step 12: upload"))
+        assert ("4711" in shown) == has
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Steps 10 and 20 of a small model, and a second attempt at 20."""
@@ -162,6 +189,27 @@ def test_an_attempt_that_is_not_there_is_told_with_those_that_are(arguments, cop
     )
 
 
+def test_one_of_several_attempts_is_exported(run, tmp_path):
+    first, last = attempts(run)
+    for attempt, given, note in ((first, ("--attempt", first), b"hello"), (last, (), b"bye")):
+        for kind in ("hf", "dcp"):
+            out = tmp_path / f"{kind}-{attempt}"
+            said = json.loads(told("export", run, 20, out, "--format", kind, "--json", *given))
+            assert said["attempt"] == attempt
+        assert any(note in path.read_bytes() for path in out.iterdir())
+
+
+def test_two_attempts_of_a_step_are_compared_and_told_apart(run):
+    first, last = attempts(run)
+    said = " ".join(told("diff", run, 20, 20, "--attempt", first, code=1).split())
+    assert f"value attempt {first} attempt {last} note" in said
+    assert '"hello" "bye"' in said
+    assert said.endswith("--values compares the tensors' numbers")
+    document = json.loads(told("diff", run, 20, 20, "--attempt", first, "--json", code=1))
+    assert (document["a"], document["b"]) == ({"step": 20, "attempt": first}, {"step": 20, "attempt": last})
+    assert told("diff", run, 20, 20, "--attempt", first, "--attempt-b", first).startswith("the same structure")
+
+
 def test_to_pin_what_is_not_committed_says_so(run):
     failed = CliRunner().invoke(cli, ["pin", str(run), "7"]).exception
     assert str(failed).endswith("step 7 is not committed; committed steps: 10, 20")
@@ -173,6 +221,51 @@ def test_latest_is_a_step_wherever_one_is_named(copy):
     assert {one["step"] for one in json.loads(told("verify", copy, "latest", "--json"))} == {20}
     assert json.loads(told("pin", copy, "latest", "--attempt", newest, "--json"))["step"] == 20
     told("show", copy, "newest", code=2)
+    told("unpin", copy, "latest", "--attempt", newest)
+    told("gc", copy, "--remove", "latest", "--force-last", "--attempt", newest)
+    assert newest not in attempts(copy)
+
+
+def test_what_is_asked_for_of_an_empty_run_says_that_nothing_is_committed(copy, tmp_path):
+    for one in (10, *(("latest", "--attempt", each) for each in attempts(copy))):
+        told("gc", copy, "--force-last", "--remove", *(one if isinstance(one, tuple) else (one,)))
+    for words in (("show", copy, "latest"), ("cp", copy, tmp_path / "other")):
+        failed = CliRunner().invoke(cli, [str(word) for word in words]).exception
+        assert str(failed) == f"{copy}: no commit can be loaded: nothing is committed"
+
+
+@pytest.mark.parametrize("typed", ["show ROOT 20 --attempt ", "gc ROOT --remove "])
+def test_the_shell_completes_the_value_of_an_option(typed, run):
+    words = f"dcpsvc {typed.replace('ROOT', str(run))}"
+    environ = {"_DCPSVC_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()))}
+    shown = [line.removeprefix("plain,") for line in program(**environ).stdout.split()]
+    assert shown == (attempts(run)[::-1] if "--attempt" in typed else ["20", "10", "latest"])
+
+
+def program(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own."""
+    command = [sys.executable, "-m", "dcpsvc", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "advised"),
+    [
+        (("ls", "NOWHERE"), 3, True),
+        (("ls", "ROOT", "-o", "key=1"), 3, False),
+        (("pin", "ROOT", "10", "--note", "two\nlines"), 2, False),
+    ],
+    ids=["no run", "no options", "no note"],
+)
+def test_wrong_input_ends_with_its_code_and_the_advice_that_fits(arguments, code, advised, copy, tmp_path):
+    places = {"ROOT": copy, "NOWHERE": tmp_path / "nowhere"}
+    done = program(*(places.get(one, one) for one in arguments))
+    assert (done.returncode, "A run root holds run.json" in done.stderr) == (code, advised), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_heading_of_du_is_one_line(run):
+    assert "tensors of the newest checkpoint" in told("du", run).splitlines()
 
 
 def test_show_tells_metrics_that_came_late_pins_and_why_it_stays(copy):
@@ -192,6 +285,7 @@ def test_show_tells_metrics_that_came_late_pins_and_why_it_stays(copy):
 
 def test_show_takes_patterns_and_dtypes_and_says_when_nothing_matches(run):
     assert set(json.loads(told("show", run, 10, "--filter", "*.bias", "--json"))["tensors"]) == {"model.bias"}
+    assert "model.bias" in told("show", run, 10, "--dtype", "f32")
     assert set(json.loads(told("show", run, 10, "--dtype", "F32", "--json"))["tensors"]) == {
         "model.bias",
         "model.weight",

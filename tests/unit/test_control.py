@@ -369,7 +369,7 @@ def test_a_save_that_fails_is_told_with_its_type_and_text(run_id, training, cont
 
 
 def test_an_answer_that_does_not_come_is_given_up_and_says_so(run_id, training, control):
-    with pytest.raises(live.NotDoneError, match=r"rank 3 .* did not answer within 0 s; what was asked stands"):
+    with pytest.raises(live.NotDoneError, match=r"rank 3 .* did not answer within 0.2 s; what was asked stands"):
         live.command(one(run_id), {"command": "save"}, 0.2)
 
     assert works(run_id)

@@ -79,6 +79,13 @@ def test_all_checkpoints_with_what_lies_beside_them_verify_and_load_elsewhere(ro
     assert torch.equal(state["x"], torch.arange(600_000.0) + 2)
 
 
+def test_what_was_copied_is_told_by_step_and_attempt(root, tmp_path):
+    (attempt,) = (one["attempt"] for one in listed(root) if one["step"] == 2)
+    step, total = told("cp", root, tmp_path / "copy", 2).splitlines()
+    assert step.startswith(f"step 2 (attempt {attempt}): 2.")
+    assert total.startswith("1 checkpoint, 2.")
+
+
 def test_only_the_steps_that_are_named(root, tmp_path):
     done = told_json("cp", root, tmp_path / "copy", 3, 1)
     assert [one["step"] for one in done] == [1, 3]

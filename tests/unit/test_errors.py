@@ -19,6 +19,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "ClosedError": ("this Checkpointer is closed",),
     "WaitTimeoutError": (2.5, ("step 40", "step 50")),
     "RootError": ("s3://bucket/run", "no such bucket"),
+    "NoRunError": ("/runs/a", "no run is stored here"),
     "UnsupportedFormatError": ("/runs/a", "written in format version 2"),
     "DestinationError": ("/runs/exp43", "holds another run"),
     "RunBusyError": ("/nvme/a", "process 7 on this host is writing the same run"),
@@ -37,6 +38,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "StepExistsError": (40, "cafe-0", 40),
     "RestoreError": ("nothing to read",),
     "NoSuchStepError": ("/runs/a", 40, (10, 20), "damaged"),
+    "StepDeletedError": ("/runs/a", 40, (10, 20), "cafe-0", True, 12_345),
     "NoValidCheckpointError": ("/runs/a", ("step 40: the file is missing",)),
     "RestoreFailedError": ("/runs/a", (FAILURE,), (1,)),
     "RemovalRefusedError": ("/runs/a", 40, "is the newest checkpoint"),
@@ -133,3 +135,10 @@ def test_only_an_unavailable_store_is_worth_another_try() -> None:
 def test_a_step_that_is_not_there_lists_those_that_are() -> None:
     assert str(errors.NoSuchStepError("/r", 4, (1, 2))) == "/r: step 4 is not committed; committed steps: 1, 2"
     assert str(errors.NoSuchStepError("/r", 4, ())) == "/r: step 4 is not committed; nothing is committed"
+
+
+def test_of_many_steps_those_around_a_mistyped_one_are_named() -> None:
+    steps = tuple(range(100, 100_001, 100))
+    assert str(errors.NoSuchStepError("/r", 4_250, steps)) == (
+        "/r: step 4250 is not committed; 1000 steps are committed, 100 to 100000; next to it 4100, 4200, 4300, 4400"
+    )

@@ -20,7 +20,7 @@ from dcpsvc.commandline.common import (
     store_options,
     time_in_seconds,
 )
-from dcpsvc.commandline.steps import attempt_option, check_one, complete_step
+from dcpsvc.commandline.steps import attempt_option, check_one, complete_step, number, step_typed
 from dcpsvc.errors import ConfigError
 from dcpsvc.format import keys, policy, run
 from dcpsvc.stages import discover
@@ -48,7 +48,7 @@ def _age(text: str) -> float:
 @click.option(
     "--remove",
     "steps",
-    type=click.IntRange(min=0),
+    type=step_typed,
     multiple=True,
     metavar="STEP",
     shell_complete=complete_step,
@@ -90,13 +90,14 @@ def gc_command(root: str, local: str | None, options: tuple[str, ...], **choices
     here = local_path(store, local)
     if choices["attempt"] is not None and len(choices["steps"]) != 1:
         raise click.UsageError("--attempt goes with one --remove STEP")
-    for step in choices["steps"]:
+    steps = tuple(number(store, step) for step in choices["steps"])
+    for step in steps:
         check_one(store, step, choices["attempt"])
     try:
         rules = clearrules.Rules(
             keep=None if choices["keep"] is None else policy.parse(choices["keep"]),
             typed=True,
-            steps=choices["steps"],
+            steps=steps,
             attempt=choices["attempt"],
             older_than_s=choices["older_than"],
             damaged=choices["damaged"],

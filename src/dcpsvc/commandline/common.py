@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.storage.base import Store
 
-EXIT_DAMAGED, EXIT_UNUSABLE, EXIT_NOT_LIVE = 1, 3, 4
+EXIT_DAMAGED, EXIT_USAGE, EXIT_UNUSABLE, EXIT_NOT_LIVE = 1, 2, 3, 4
 
 SECONDS = click.FloatRange(min=0, min_open=True)
 
@@ -51,6 +51,12 @@ _EXIT_CODES = (
 class Command(click.Command):
     """Its help keeps the lines below ``Examples:`` as they are, and ends with the exit codes."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """While the shell completes the value of an option click must not miss that value: it would parse nothing."""
+        if ctx.resilient_parsing and args and any(args[-1] in one.opts for one in self.params if _takes_value(one)):
+            args = args[:-1]
+        return super().parse_args(ctx, args)
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Those of all commands: scripts rely on them."""
         super().format_epilog(ctx, formatter)
@@ -65,6 +71,10 @@ class Command(click.Command):
             super().format_help_text(ctx, formatter)
         finally:
             self.help = written
+
+
+def _takes_value(parameter: click.Parameter) -> bool:
+    return isinstance(parameter, click.Option) and not parameter.is_flag
 
 
 class Group(Command, click.Group):

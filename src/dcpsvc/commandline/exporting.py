@@ -9,7 +9,7 @@ import click
 
 from dcpsvc import progress
 from dcpsvc.commandline.common import Command, as_json_option, open_store, print_json, store_options
-from dcpsvc.commandline.steps import pick, step_argument
+from dcpsvc.commandline.steps import attempt_option, pick, step_argument
 from dcpsvc.storage.oserror import from_os_error
 
 _MIB = 1 << 20
@@ -18,6 +18,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 if TYPE_CHECKING:
     from dcpsvc.commandline.steps import Step
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
 
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @step_argument()
 @click.argument("directory", type=click.Path(file_okay=False))
 @click.option("--format", "kind", type=click.Choice(["hf", "peft", "dcp", "torch"]), required=True)
+@attempt_option
 @click.option(
     "--component",
     help="The module, or a dotted beginning below it; else model; of dcp: only its tensors, as it calls them.",
@@ -40,6 +42,7 @@ def export_command(
     root: str,
     step: Step,
     directory: str,
+    attempt: str | None,
     kind: str,
     component: str | None,
     dtype: str | None,
@@ -56,22 +59,21 @@ def export_command(
       dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
     """
     store = open_store(root, options)
-    found = pick(store, step)
-    at = found.step
+    found = pick(store, step, attempt)
     try:
-        nbytes = _export(store, at, Path(directory), kind, component, dtype, max_shard_mib, quiet=as_json)
+        nbytes = _export(store, found, Path(directory), kind, component, dtype, max_shard_mib, quiet=as_json)
     except OSError as err:
         raise from_os_error("export", directory, err) from err
     if as_json:
-        about = {"step": at, "attempt": found.attempt, "format": kind, "directory": directory}
+        about = {"step": found.step, "attempt": found.attempt, "format": kind, "directory": directory}
         print_json(about | {"nbytes": nbytes})
     else:
-        click.echo(f"step {at}, attempt {found.attempt}: {progress.size(nbytes)} in {directory}, as {kind}")
+        click.echo(f"step {found.step}, attempt {found.attempt}: {progress.size(nbytes)} in {directory}, as {kind}")
 
 
 def _export(
     store: Store,
-    step: int,
+    found: Manifest,
     directory: Path,
     kind: str,
     component: str | None,
@@ -86,11 +88,14 @@ def _export(
     if kind == "dcp":
         from dcpsvc import conversion
 
-        total = sum(tensor.nbytes for tensor in showing.show(store, step).layout.tensors.values())
+        total = sum(tensor.nbytes for tensor in showing.layout_of(store, found).tensors.values())
         with progress.shown("exported", total, quiet=quiet) as advance:
-            conversion.export_dcp(store, step, directory, component=component or "", dtype=dtype, progress=advance)
+            conversion.export_dcp(
+                store, found.step, directory, attempt=found.attempt, component=component or "", dtype=dtype,
+                progress=advance,
+            )  # fmt: skip
     else:
-        source = exporting.Source(store, step, component or "model")
+        source = exporting.Source(store, found.step, component or "model", found.attempt)
         with progress.shown("exported", exporting.planned_nbytes(source), quiet=quiet) as advance:
             if kind == "hf":
                 exporting.export_hf(source, directory, dtype=dtype, max_shard_nbytes=max_mib * _MIB, progress=advance)

@@ -23,12 +23,12 @@ from dcpsvc.commandline.common import (
     print_json,
     store_options,
 )
-from dcpsvc.commandline.steps import attempt_option, number, pick, step_argument
-from dcpsvc.stages import discover
+from dcpsvc.commandline.steps import attempt_option, complete_attempt, number, pick, step_argument
 from dcpsvc.tools import listing, showing, tables, verifying
 
 if TYPE_CHECKING:
     from dcpsvc.commandline.steps import Step
+    from dcpsvc.format.manifest import Manifest
 
 
 @click.command("ls", cls=Command)
@@ -65,7 +65,7 @@ def ls_command(root: str, committed: bool, local: str | None, options: tuple[str
     metavar="TEXT",
     help="Tensors whose name contains TEXT, or is like *.bias.",
 )
-@click.option("--dtype", metavar="DTYPE", help="Only tensors of this dtype, e.g. BF16.")
+@click.option("--dtype", metavar="DTYPE", type=str.upper, help="Only tensors of this dtype, e.g. BF16.")
 @store_options
 @as_json_option
 def show_command(
@@ -138,11 +138,21 @@ def verify_command(
 @step_argument(name="a")
 @step_argument(name="b")
 @click.option("--root-b", metavar="ROOT", help="The run of B, if it is another one.")
+@attempt_option
+@click.option("--attempt-b", shell_complete=complete_attempt, help="Which attempt of B.")
 @click.option("--values", is_flag=True, help="Read the tensors too, and say which differ and by how much.")
 @store_options
 @as_json_option
 def diff_command(
-    root: str, a: Step, b: Step, root_b: str | None, values: bool, options: tuple[str, ...], as_json: bool
+    root: str,
+    a: Step,
+    b: Step,
+    root_b: str | None,
+    attempt: str | None,
+    attempt_b: str | None,
+    values: bool,
+    options: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Tell what differs between the checkpoints of steps A and B: tensors, dtypes, shapes, plain values.
 
@@ -151,13 +161,14 @@ def diff_command(
     Examples:
       dcpsvc diff ./runs/exp42 400 500
       dcpsvc diff ./runs/exp42 500 500 --root-b s3://bucket/runs/exp42 --values
+      dcpsvc diff ./runs/exp42 500 500 --attempt 1-0badcafe-0
     """
     from dcpsvc.tools import comparing
 
     store, other = open_store(root, options), open_store(root_b or root, options)
     mine, theirs = (
-        comparing.Side(where, found, discover.read_layout(where, found))
-        for where, found in ((store, pick(store, a)), (other, pick(other, b)))
+        comparing.Side(where, found, showing.layout_of(where, found))
+        for where, found in ((store, pick(store, a, attempt)), (other, pick(other, b, attempt_b, "--attempt-b")))
     )
     if values:
         with progress.shown("compared", comparing.compared_nbytes(mine, theirs), quiet=as_json) as advance:
@@ -165,11 +176,20 @@ def diff_command(
     else:
         found = comparing.compare(mine, theirs)
     if as_json:
-        print_json(found.document())
+        sides = {"a": mine.manifest.key._asdict(), "b": theirs.manifest.key._asdict()}
+        print_json(sides | found.document())
     else:
-        named = (f"step {a}", f"step {b}" if root_b is None else f"step {b} of {root_b}")
+        named = _named(mine.manifest, theirs.manifest, root_b)
         tables.print_difference(found, named, with_values=values)
     sys.exit(0 if found.same else EXIT_DAMAGED)
+
+
+def _named(a: Manifest, b: Manifest, root_b: str | None) -> tuple[str, str]:
+    """What tells the two apart: the step, else the attempt, and the run if it is another."""
+    mine, theirs = (f"step {one.step}" for one in (a, b))
+    if a.step == b.step and root_b is None:
+        mine, theirs = (f"attempt {one.attempt}" for one in (a, b))
+    return mine, theirs if root_b is None else f"{theirs} of {root_b}"
 
 
 @click.command("du", cls=Command)

@@ -9,7 +9,7 @@ import click
 
 from dcpsvc import marking
 from dcpsvc.commandline.common import open_store
-from dcpsvc.errors import DcpsvcError, NoSuchStepError
+from dcpsvc.errors import DcpsvcError, NoValidCheckpointError
 from dcpsvc.stages import discover
 from dcpsvc.tools import showing
 
@@ -39,18 +39,18 @@ def number(store: Store, step: Step) -> int:
     """The step that was meant.
 
     Raises:
-        NoSuchStepError: The latest was, and nothing is committed.
+        NoValidCheckpointError: The latest was, and nothing is committed.
     """
     if isinstance(step, int):
         return step
     found = discover.committed(store)
     if not found:
-        raise NoSuchStepError(store.url, 0, (), "nothing is committed")
+        raise NoValidCheckpointError(store.url, ("nothing is committed",))
     return found[-1].step
 
 
-def pick(store: Store, step: Step, attempt: str | None = None) -> Manifest:
-    """The checkpoint that was meant; of several attempts the newest, which is said.
+def pick(store: Store, step: Step, attempt: str | None = None, option: str = "--attempt") -> Manifest:
+    """The checkpoint that was meant; of several attempts the newest, which is said, with the option that names one.
 
     Raises:
         NoSuchStepError: There is none, or it is damaged.
@@ -58,7 +58,7 @@ def pick(store: Store, step: Step, attempt: str | None = None) -> Manifest:
     found = showing.find(store, number(store, step), attempt)
     others = attempts(store, found.step)
     if attempt is None and len(others) > 1:
-        click.echo(f"step {found.step} has {len(others)} attempts; taking {found.attempt} (--attempt)", err=True)
+        click.echo(f"step {found.step} has {len(others)} attempts; taking {found.attempt} ({option})", err=True)
     return found
 
 

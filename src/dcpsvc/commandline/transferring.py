@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dcpsvc import progress
-from dcpsvc.commandline.common import Command, as_json_option, jobs_option, open_store, parse, print_json, store_options
+from dcpsvc import deletions, progress
+from dcpsvc.commandline.common import (
+    EXIT_DAMAGED,
+    Command,
+    as_json_option,
+    jobs_option,
+    open_store,
+    parse,
+    print_json,
+    store_options,
+)
 from dcpsvc.commandline.steps import attempt_option, number, pick, step_argument
-from dcpsvc.errors import DestinationError, NoSuchStepError
+from dcpsvc.errors import DestinationError, NoValidCheckpointError
 from dcpsvc.storage import open as stores
 
 if TYPE_CHECKING:
@@ -48,6 +58,8 @@ def fetch_command(
     store = open_store(root, options)
     manifest = pick(store, step, attempt)
     (found,) = _copy(store, [manifest], stores.open_store(str(directory)), choices, quiet=as_json)
+    if found.gone:
+        raise deletions.error(store, manifest.key)
     if as_json:
         print_json(asdict(found) | {"directory": str(directory)})
     else:
@@ -85,10 +97,17 @@ def cp_command(
     done = _copy(source, manifests, target, choices, quiet=as_json)
     if as_json:
         print_json([asdict(one) for one in done])
-        return
+    else:
+        _tell(done, target.url)
+    sys.exit(EXIT_DAMAGED if steps and any(one.gone for one in done) else 0)
+
+
+def _tell(done: Sequence[Copied], where: str) -> None:
     for one in done:
-        click.echo(_told(one, target.url))
-    click.echo(f"{len(done)} checkpoints, {progress.size(sum(one.nbytes for one in done))}")
+        click.echo(_told(one, where))
+    there = [one for one in done if not one.gone]
+    count = "1 checkpoint" if len(there) == 1 else f"{len(there)} checkpoints"
+    click.echo(f"{count}, {progress.size(sum(one.nbytes for one in there))}")
 
 
 def _wanted(source: Store, steps: Sequence[Step]) -> list[Manifest]:
@@ -101,7 +120,7 @@ def _wanted(source: Store, steps: Sequence[Step]) -> list[Manifest]:
     seen = discover.look(source, at_once=at_once(source))
     whole = [one.manifest for one in seen if one.counts and one.manifest is not None]
     if not whole:
-        raise NoSuchStepError(source.url, 0, (), "there is nothing to copy")
+        raise NoValidCheckpointError(source.url, ("nothing is committed",))
     return whole
 
 
@@ -119,6 +138,6 @@ def _copy(
 
 def _told(one: Copied, where: str) -> str:
     if one.gone:
-        return f"step {one.step}: deleted meanwhile"
+        return f"step {one.step} (attempt {one.attempt}): deleted meanwhile, not copied"
     there = f", of which {progress.size(one.found_nbytes)} lay there" if one.found_nbytes else ""
-    return f"step {one.step}: {progress.size(one.nbytes)} in {where}{there}"
+    return f"step {one.step} (attempt {one.attempt}): {progress.size(one.nbytes)} in {where}{there}"

@@ -6,6 +6,7 @@
     |-- ConfigError                 an option that makes no sense
     |-- ClosedError                 the Checkpointer is closed, or not open yet
     |-- RootError                   the run root or the local tier cannot be used
+    |   |-- NoRunError              nothing is stored there
     |   |-- UnsupportedFormatError  the root was written by another format version
     |   |-- DestinationError        a copy cannot go there: another run, or a later checkpoint
     |   `-- RunBusyError            another live process on this host writes this run
@@ -24,6 +25,7 @@
     |   `-- StepExistsError         the step is already committed
     |-- RestoreError                a checkpoint cannot be read back
     |   |-- NoSuchStepError         an explicitly named step that is not there
+    |   |   `-- StepDeletedError    it was, and is being deleted, or was while somebody read it
     |   |-- NoValidCheckpointError  commits exist, and every one of them is damaged
     |   `-- RestoreFailedError      a rank could not read, or did not arrive
     |-- CheckpointGoneError         metrics or a pin for a checkpoint that is not there, or being deleted
@@ -55,6 +57,7 @@ from dcpsvc.errors.checkpoint import (
     RemovalRefusedError,
     RestoreError,
     RestoreFailedError,
+    StepDeletedError,
 )
 from dcpsvc.errors.format import CorruptShardError, FormatError, LayoutError, ManifestError
 from dcpsvc.errors.save import (
@@ -71,6 +74,7 @@ from dcpsvc.errors.service import (
     ConfigError,
     DcpsvcError,
     DestinationError,
+    NoRunError,
     RankFailure,
     RootError,
     RunBusyError,
@@ -109,6 +113,7 @@ __all__ = [
     "FormatError",
     "LayoutError",
     "ManifestError",
+    "NoRunError",
     "NoSuchStepError",
     "NoValidCheckpointError",
     "RankFailure",
@@ -124,6 +129,7 @@ __all__ = [
     "SharingError",
     "StateError",
     "StateMismatchError",
+    "StepDeletedError",
     "StepExistsError",
     "StoreAccessError",
     "StoreError",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dcpsvc.errors.service import DcpsvcError, RankFailure
 
+_STEPS_TOLD = 20
+"""More of them do not help anybody who has mistyped one."""
+
 
 class RestoreError(DcpsvcError):
     """A checkpoint cannot be read back; the state in memory is untouched unless the text says otherwise."""
@@ -24,9 +27,44 @@ class NoSuchStepError(RestoreError):
     def __str__(self) -> str:
         if self.attempts:
             return f"{self.root}: step {self.step} {self.reason}; its attempts are {', '.join(self.attempts)}"
-        have = f"committed steps: {', '.join(map(str, self.available))}" if self.available else "nothing is committed"
         why = f"cannot be loaded ({self.reason})" if self.reason else "is not committed"
-        return f"{self.root}: step {self.step} {why}; {have}"
+        return f"{self.root}: step {self.step} {why}; {self.intact}"
+
+    @property
+    def intact(self) -> str:
+        """What is there instead; of many steps those around this one, the first and the last."""
+        steps = self.available
+        if len(steps) <= _STEPS_TOLD:
+            return f"committed steps: {', '.join(map(str, steps))}" if steps else "nothing is committed"
+        around = [*[one for one in steps if one < self.step][-2:], *[one for one in steps if one > self.step][:2]]
+        return f"{len(steps)} steps are committed, {steps[0]} to {steps[-1]}; next to it {', '.join(map(str, around))}"
+
+
+class StepDeletedError(NoSuchStepError):
+    """The step is being deleted, or was deleted while it was read: by the policy of its job, or by ``dcpsvc gc``.
+
+    Nothing is damaged. ``under_way``: the deletion has not come to its end, or was broken off. ``left_nbytes`` are what
+    is left of its files, of no use to anybody.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        step: int,
+        available: tuple[int, ...],
+        attempt: str,
+        under_way: bool = False,  # noqa: FBT001, FBT002 - positional: that is how an error pickles
+        left_nbytes: int = 0,
+    ) -> None:
+        super().__init__(root, step, available)
+        self.attempt, self.under_way, self.left_nbytes = attempt, under_way, left_nbytes
+        self.args = (root, step, available, attempt, under_way, left_nbytes)
+
+    def __str__(self) -> str:
+        what = "is being deleted" if self.under_way else "was deleted meanwhile"
+        left = f"{self.left_nbytes:,} bytes of its files are left" if self.left_nbytes else "nothing of it is left"
+        who = "by the policy of its job, or by dcpsvc gc"
+        return f"{self.root}: step {self.step} (attempt {self.attempt}) {what} {who}; {left}; {self.intact}"
 
 
 class NoValidCheckpointError(RestoreError):

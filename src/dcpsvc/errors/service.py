@@ -53,6 +53,10 @@ class RootError(DcpsvcError):
         return f"{self.where}: {self.reason}"
 
 
+class NoRunError(RootError):
+    """There is no run at that place."""
+
+
 class UnsupportedFormatError(RootError):
     """The root was written by a format version this package does not read."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from dcpsvc import deletions
 from dcpsvc.commits import is_diverged, listed_metrics
 from dcpsvc.errors import (
     CorruptShardError,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 READERS = 16
 """Small files that a listing reads at once."""
 
+_NEVER = "no manifest: it was never committed"
+_CONDEMNED = "being deleted: the rest goes with the next commit, or with dcpsvc gc"
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
@@ -204,7 +207,7 @@ def look(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS
     metrics = notes.metrics({one.checkpoint.key: one.checkpoint.metrics for one in found})
     found = [_with(one, listed_metrics(metrics[one.checkpoint.key])) for one in found]
     found += [Seen(_incomplete(attempt, "a newer job had taken the run root over", sizes)) for attempt in fenced]
-    found += [Seen(one) for one in _without_manifest(sizes, {*listed.attempts})]
+    found += [Seen(one) for one in _without_manifest(store, sizes, {*listed.attempts})]
     return sorted(found, key=lambda one: _age(one.checkpoint))
 
 
@@ -276,10 +279,11 @@ def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:
             raise CorruptShardError(shard.path, f"has {sizes[shard.path]} bytes, the manifest says {shard.nbytes}")
 
 
-def _without_manifest(sizes: dict[str, int], manifests: set[Attempt]) -> list[Checkpoint]:
+def _without_manifest(store: Store, sizes: dict[str, int], manifests: set[Attempt]) -> list[Checkpoint]:
     folders = {key[: key.rfind("/") + 1] for key in sizes}
-    attempts = {attempt for folder in folders if (attempt := keys.attempt_below(folder)) is not None}
-    return [_incomplete(attempt, "no manifest: it was never committed", sizes) for attempt in attempts - manifests]
+    attempts = {attempt for folder in folders if (attempt := keys.attempt_below(folder)) is not None} - manifests
+    condemned = deletions.condemned(store) if attempts else ()
+    return [_incomplete(attempt, _CONDEMNED if attempt in condemned else _NEVER, sizes) for attempt in attempts]
 
 
 def _incomplete(attempt: Attempt, reason: str, sizes: dict[str, int]) -> Checkpoint:

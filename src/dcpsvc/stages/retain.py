@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from dcpsvc import sidefiles
 from dcpsvc.errors import FormatError, StoreNotFoundError, StoreObjectError
 from dcpsvc.format import manifest
-from dcpsvc.format.keys import DATA, MANIFESTS, TOMBSTONES, Attempt, Epoch, attempt_below, attempt_of, rank_of
+from dcpsvc.format.keys import DATA, MANIFESTS, Attempt, Epoch, attempt_below, attempt_of, rank_of
 from dcpsvc.format.parse import compact
 from dcpsvc.storage.base import is_there
 
@@ -174,12 +174,6 @@ def _is_hollow(store: Store, attempt: Attempt) -> bool:
     except (FormatError, StoreObjectError):
         named = [attempt.shard(0)]
     return not any(is_there(store, path) for path in named)
-
-
-def condemned(store: Store) -> list[Attempt]:
-    """Attempts whose deletion somebody has begun."""
-    marked = (attempt_of(entry.key) for entry in store.list(TOMBSTONES))
-    return [attempt for attempt in marked if attempt is not None]
 
 
 def trim_local(store: Store, *, rank: int, world_size: int, keep: int, newest: Attempt) -> None:

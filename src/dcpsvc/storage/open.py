@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ __all__ = ["open_store", "redact"]
 
 _FILES = frozenset({"file", "local"})
 _S3 = frozenset({"s3", "s3a"})
+_ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)", re.IGNORECASE)
 _NO_PLACE = frozenset({"data", "dir", "generic", "git", "github", "gist", "http", "https", "reference", "tar", "zip"})
 """Protocols of fsspec that cannot be written to, or that are no place of their own."""
 
@@ -64,6 +66,11 @@ def _open(url: str, options: Mapping[str, Any], limits: Limits, stop: threading.
         raise RootError("run root", "it is empty; give a directory or a URL such as s3://bucket/prefix")
     if "\0" in url:
         raise RootError(ascii(url), "a NUL character cannot be part of a run root")
+    if _ONE_SLASH.match(url):  # as a path it would be made here, and filled
+        meant = redact(url.replace(":/", "://", 1))
+        raise RootError(
+            redact(url), f"a URL has two slashes, of which a pathlib.Path drops one; give {meant!r}, a text"
+        )
     if "://" not in url:
         return _without_options(url, options, PosixStore(Path(url).expanduser()))
     protocol = url.partition("://")[0].lower()

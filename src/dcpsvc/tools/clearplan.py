@@ -48,32 +48,18 @@ class Loose:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leftovers:
-    """What would go, and what stays.
+class Going:
+    """What would go from one tier.
 
     Attributes:
-        policy: How the policy reads; empty if none is recorded.
-        keep: Why each checkpoint stays.
         doomed: Attempts, oldest first.
         loose: Files.
         unfinished: Uploads that writers which are no more have left half sent.
-        spared: What is no checkpoint and stays all the same, with the reason.
-        remarks: What is odd about the policy, or could not be seen.
-        limit_s: What was written later is too young, by the store's clock.
-        users: By layout the doomed checkpoints that name it: it goes only if all of them went.
-        sizes: Bytes of the attempts that stay, checkpoints or not.
     """
 
-    policy: str
-    keep: dict[Attempt, str]
-    doomed: tuple[Doomed, ...]
-    loose: tuple[Loose, ...]
-    unfinished: int
-    spared: dict[str, str]
-    remarks: tuple[str, ...]
-    limit_s: float
-    users: Mapping[str, frozenset[Attempt]] = field(default_factory=dict[str, "frozenset[Attempt]"])
-    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    doomed: tuple[Doomed, ...] = ()
+    loose: tuple[Loose, ...] = ()
+    unfinished: int = 0
 
     @property
     def everything(self) -> tuple[Doomed | Loose, ...]:
@@ -86,11 +72,34 @@ class Leftovers:
         return sum(one.nbytes for one in self.everything)
 
     @property
-    def staying_nbytes(self) -> int:
-        """Of all attempts that stay."""
-        return sum(self.sizes.values())
-
-    @property
     def is_empty(self) -> bool:
         """Nothing is to go."""
         return not (self.doomed or self.loose or self.unfinished)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftovers(Going):
+    """What would go from the run root, and what stays there.
+
+    Attributes:
+        policy: How the policy reads; empty if none is recorded.
+        keep: Why each checkpoint stays.
+        spared: What is no checkpoint and stays all the same, with the reason.
+        remarks: What is odd about the policy, or could not be seen.
+        limit_s: What was written later is too young, by the store's clock.
+        users: By layout the doomed checkpoints that name it: it goes only if all of them went.
+        sizes: Bytes of the attempts that stay, checkpoints or not.
+    """
+
+    policy: str
+    keep: dict[Attempt, str]
+    spared: dict[str, str]
+    remarks: tuple[str, ...]
+    limit_s: float
+    users: Mapping[str, frozenset[Attempt]] = field(default_factory=dict[str, "frozenset[Attempt]"])
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def staying_nbytes(self) -> int:
+        """Of all attempts that stay."""
+        return sum(self.sizes.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dcpsvc.deletions import noticed
 from dcpsvc.leases import held
 from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tools import numbers
@@ -90,6 +91,7 @@ def compare(a: Side, b: Side, progress: Callable[[int], None] | None = None) -> 
 
     Raises:
         CorruptShardError: A checkpoint is damaged.
+        StepDeletedError: One was deleted meanwhile.
         StoreError: A store does not answer.
     """
     found = _compare_tensors(a.layout, b.layout)
@@ -97,11 +99,13 @@ def compare(a: Side, b: Side, progress: Callable[[int], None] | None = None) -> 
     if progress is not None:
         with held(a.store, a.manifest.key), held(b.store, b.manifest.key):
             gaps = [_gap(name, a, b, progress) for name in found.alike]
+    with noticed(a.store, a.manifest.key), noticed(b.store, b.manifest.key):
+        plain = _compare_plain(a.documents(), b.documents())
     return Difference(
         only_a=tuple(found.only_a),
         only_b=tuple(found.only_b),
         changed=tuple(found.changed),
-        plain=tuple(_compare_plain(a.documents(), b.documents())),
+        plain=tuple(plain),
         world_sizes=(a.manifest.world_size, b.manifest.world_size),
         values=tuple(gap for gap in gaps if gap.differing),
         equal=sum(not gap.differing for gap in gaps),

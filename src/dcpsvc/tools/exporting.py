@@ -187,6 +187,8 @@ def _place(source: Source) -> tuple[str, dict[str, Any]]:
     name, _, below = source.component.partition(".")
     places: dict[str, Any] = source.about().get("peft", {})
     found = {path: adapters for path, adapters in places.items() if f"{path}.".startswith(f"{below}." if below else "")}
+    if not places:
+        raise ExportError(source.component, "has no adapters of PEFT; --format hf writes it as it is")
     if len(found) != 1:
         there = ", ".join(f"{name}.{path}".rstrip(".") for path in places) or "none"
         raise ExportError(source.component, f"one model of PEFT is exported at a time, here there are: {there}")

@@ -9,7 +9,7 @@ import math
 import secrets
 from typing import TYPE_CHECKING
 
-from dcpsvc import keeping
+from dcpsvc import deletions, keeping
 from dcpsvc.errors import NoSuchStepError, RemovalRefusedError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys
 from dcpsvc.format.keys import MAX_EPOCH, Epoch
@@ -77,7 +77,7 @@ class _Look:
         self._named = [one for one in named if rules.attempt in {None, one.attempt}]
         rest = [seen for attempt, seen in self._seen.items() if attempt not in self._named]
         self._plan = keeping.plan(store, rest, notes, rules.keep, now_s=now_s)
-        self._marked = set(retain.condemned(store))
+        self._marked = set(deletions.condemned(store))
         self._spared: dict[str, str] = {}
 
     def everything(self) -> Leftovers:

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc import keeping
-from dcpsvc.errors import CheckpointGoneError, FormatError, StoreError
+from dcpsvc import deletions, keeping
+from dcpsvc.errors import FormatError, StoreError
 from dcpsvc.format import keys
 from dcpsvc.policies import Everything
 from dcpsvc.reading import at_once
@@ -86,12 +86,12 @@ def row_of(store: Store, key: Attempt, local_path: Path | None = None) -> Row:
     """The line of one checkpoint.
 
     Raises:
-        CheckpointGoneError: It was deleted meanwhile.
+        StepDeletedError: It was deleted meanwhile.
     """
     for row in rows(store, local_path):
         if row.checkpoint.key == key:
             return row
-    raise CheckpointGoneError(store.url, key.step, "it was deleted meanwhile")
+    raise deletions.error(store, key)
 
 
 def _row(

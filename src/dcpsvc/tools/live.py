@@ -147,7 +147,7 @@ def command(
             elif message.get("event") == "done":
                 return dict(message["answer"])
     except TimeoutError:
-        raise NotDoneError(f"{_named(to)} did not answer within {timeout_s:.0f} s; what was asked stands") from None
+        raise NotDoneError(f"{_named(to)} did not answer within {timeout_s:g} s; what was asked stands") from None
     except (OSError, ProtocolError) as err:
         raise NotDoneError(f"{_named(to)}: {err}") from err
     raise NotDoneError(f"{_named(to)} ended before it answered; the run root tells what is committed")

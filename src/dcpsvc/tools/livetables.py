@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from dcpsvc.tools.tables import console
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,43 +16,50 @@ if TYPE_CHECKING:
     from dcpsvc.tools.judging import Course, Verdict
     from dcpsvc.tools.live import LiveRank
 
+_STATUS = ("rank", "pid", "step", "newest", "committed", "failed", "skipped", "blocked")
+_SPARED = frozenset({"pid", "committed", "skipped"})
+_NARROW = 80
+"""Columns below which a terminal has no room for those."""
+
 
 def print_status(ranks: Sequence[LiveRank]) -> None:
     """One line per rank of a live job."""
-    console, said = Console(), next((rank.status for rank in ranks if rank.status), {})
+    out, said = console(), next((rank.status for rank in ranks if rank.status), {})
     if said:
         about = f"{said.get('root')}  world size {said.get('world_size')}  {said.get('next_save') or ''}"
-        console.print(escape(about.rstrip()), highlight=False, soft_wrap=True)
+        out.print(escape(about.rstrip()), highlight=False, soft_wrap=True)
         if said.get("slowest"):
-            console.print(escape(f"the newest commit waited for {said['slowest']}"), highlight=False, soft_wrap=True)
+            out.print(escape(f"the newest commit waited for {said['slowest']}"), highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for column in ("rank", "pid", "step", "newest", "committed", "failed", "skipped", "blocked"):
+    spared = _SPARED if out.width < _NARROW else frozenset[str]()
+    for column in filter(lambda name: name not in spared, _STATUS):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("in flight", min_width=9)
+    table.add_column("in flight", min_width=9, overflow="fold")
     for rank in ranks:
-        table.add_row(_or_dash(rank.rank), str(rank.pid), *_status_cells(rank))
-    console.print(table)
+        cells = zip((*_STATUS, ""), (_or_dash(rank.rank), str(rank.pid), *_status_cells(rank)), strict=True)
+        table.add_row(*(cell for name, cell in cells if name not in spared))
+    out.print(table)
 
 
 def print_answer(answer: Mapping[str, Any], seconds: float) -> None:
     """What a live job did."""
     attempt = f" (attempt {answer['attempt']})" if answer.get("attempt") else ""
     step = "the job" if answer.get("step") is None else f"step {answer['step']}{attempt}"
-    Console().print(f"{step}: {answer.get('state', 'done')}, {seconds:.1f} s", highlight=False, soft_wrap=True)
+    console().print(f"{step}: {answer.get('state', 'done')}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 def print_verdict(verdict: Verdict) -> None:
     """What a drill showed, and what to do about it."""
-    console, table = Console(), Table(box=None, pad_edge=False, show_header=False)
+    out, table = console(), Table(box=None, pad_edge=False, show_header=False)
     for name, value in _course(verdict.course).items():
         table.add_row(name, escape(value))
-    console.print(table)
+    out.print(table)
     for problem, remedy in verdict.findings:
-        console.print(f"[red]{escape(problem)}[/]", highlight=False, soft_wrap=True)
-        console.print(f"  {escape(remedy)}", highlight=False, soft_wrap=True)
+        out.print(f"[red]{escape(problem)}[/]", highlight=False, soft_wrap=True)
+        out.print(f"  {escape(remedy)}", highlight=False, soft_wrap=True)
     if verdict.note:
-        console.print(f"[yellow]{escape(verdict.note)}[/]", highlight=False, soft_wrap=True)
-    console.print("[green]passed[/]" if verdict.passed else "[red]failed[/]")
+        out.print(f"[yellow]{escape(verdict.note)}[/]", highlight=False, soft_wrap=True)
+    out.print("[green]passed[/]" if verdict.passed else "[red]failed[/]")
 
 
 def _status_cells(rank: LiveRank) -> list[str]:

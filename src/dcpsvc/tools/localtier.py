@@ -14,7 +14,7 @@ from dcpsvc.errors import FormatError
 from dcpsvc.format import keys
 from dcpsvc.stages import discover
 from dcpsvc.storage.posix import PosixStore
-from dcpsvc.tools.clearplan import ATTEMPT, LAYOUT, Doomed, Loose
+from dcpsvc.tools.clearplan import ATTEMPT, LAYOUT, Doomed, Going, Loose
 from dcpsvc.tools.listing import LOCAL
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalLeftovers:
+class LocalLeftovers(Going):
     """What would go from this node's disk.
 
     Attributes:
@@ -36,25 +36,7 @@ class LocalLeftovers:
     """
 
     elsewhere: str = ""
-    doomed: tuple[Doomed, ...] = ()
-    loose: tuple[Loose, ...] = ()
-    unfinished: int = 0
     staying_nbytes: int = 0
-
-    @property
-    def everything(self) -> tuple[Doomed | Loose, ...]:
-        """All that would go."""
-        return (*self.doomed, *self.loose)
-
-    @property
-    def nbytes(self) -> int:
-        """What would be freed."""
-        return sum(one.nbytes for one in self.everything)
-
-    @property
-    def is_empty(self) -> bool:
-        """Nothing is to go."""
-        return not (self.doomed or self.loose or self.unfinished)
 
 
 def waiting(path: Path, committed: Collection[Attempt], url: str) -> frozenset[Attempt]:

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcpsvc import fence, identity, sidefiles
-from dcpsvc.errors import DestinationError, FormatError, StoreNotFoundError
+from dcpsvc import deletions, fence, identity, sidefiles
+from dcpsvc.errors import DestinationError, FormatError, StepDeletedError, StoreNotFoundError
 from dcpsvc.format import keys, run
 from dcpsvc.format.layout import MAX_NBYTES as MAX_LAYOUT_NBYTES
 from dcpsvc.format.lineage import MAX_NBYTES as MAX_LINEAGE_NBYTES
@@ -84,8 +84,11 @@ def copy(
     done: list[Copied] = []
     copies = _Copies(source, target, progress, at_once)
     for manifest in manifests:
-        with held(source, manifest.key):
-            done.append(copies.one(manifest))
+        try:
+            with held(source, manifest.key):
+                done.append(copies.one(manifest))
+        except StepDeletedError:
+            done.append(Copied(step=manifest.step, attempt=manifest.attempt, nbytes=0, found_nbytes=0, gone=True))
     _count_on(target, [manifest.key for manifest in manifests], owned=owned)
     return done
 
@@ -132,8 +135,8 @@ class _Copies:
             self._beside(manifest.key)
             found_nbytes = manifest.nbytes
             self._progress(sum(record.body_nbytes for record in manifest.shards))
-        elif not _is_there(self._source, manifest.key):
-            return Copied(step=manifest.step, attempt=manifest.attempt, nbytes=0, found_nbytes=0, gone=True)
+        elif not _is_there(self._source, manifest.key):  # nothing is written of what is gone already
+            raise deletions.error(self._source, manifest.key)
         else:
             layout = self._source.get(manifest.layout.path, max_nbytes=MAX_LAYOUT_NBYTES)
             upload.put_layout(self._target, layout)

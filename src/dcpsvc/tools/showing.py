@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc import sidefiles
+from dcpsvc import deletions, sidefiles
 from dcpsvc.commits import listed_metrics
 from dcpsvc.errors import FormatError, NoSuchStepError, StoreNotFoundError, StoreObjectError
 from dcpsvc.format import lineage
 from dcpsvc.reading import at_once
 from dcpsvc.stages import discover
 from dcpsvc.stages.discover import Checkpoint
+from dcpsvc.storage.base import is_there
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +93,9 @@ def describe(store: Store, manifest: Manifest) -> Shown:
 
     Raises:
         LayoutError: Its layout does not validate.
+        StepDeletedError: It was deleted meanwhile.
     """
+    layout = layout_of(store, manifest)
     checkpoint = Checkpoint(
         step=manifest.step,
         attempt=manifest.attempt,
@@ -101,7 +104,13 @@ def describe(store: Store, manifest: Manifest) -> Shown:
         world_size=manifest.world_size,
         metrics=listed_metrics(sidefiles.metrics_of(store, manifest)),
     )
-    return Shown(checkpoint, manifest, discover.read_layout(store, manifest), lineage_of(store, manifest.key))
+    return Shown(checkpoint, manifest, layout, lineage_of(store, manifest.key))
+
+
+def layout_of(store: Store, manifest: Manifest) -> Layout:
+    """Where its tensors lie; raises as :func:`describe` does."""
+    with deletions.noticed(store, manifest.key):
+        return discover.read_layout(store, manifest)
 
 
 def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
@@ -109,6 +118,7 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
 
     Raises:
         NoSuchStepError: There is no such commit, or it is damaged.
+        StepDeletedError: It is being deleted.
     """
     everything = discover.committed(store)
     wanted = [one for one in everything if one.step == step and attempt in {None, one.attempt}]
@@ -119,6 +129,7 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
             return discover.valid(store, one)
         except FormatError as err:
             reasons.append(f"attempt {one.attempt}: {err}")
+    check_not_deleted(store, step, attempt, wanted)
     if not wanted:
         reasons = [
             f"attempt {one.attempt}: {one.reason}"
@@ -126,6 +137,14 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
             if one.step == step and attempt in {None, one.attempt}
         ]
     raise NoSuchStepError(store.url, step, tuple(sorted({one.step for one in everything})), "; ".join(reasons))
+
+
+def check_not_deleted(store: Store, step: int, attempt: str | None, seen: Sequence[Attempt]) -> None:
+    """Raises StepDeletedError if a step is not there because somebody deletes it, or has since it was ``seen``."""
+    begun = (one for one in deletions.condemned(store) if one.step == step and attempt in {None, one.attempt})
+    for one in (*seen, *begun):
+        if not is_there(store, one.manifest):
+            raise deletions.error(store, one)
 
 
 def _check_attempt(store: Store, everything: Sequence[Attempt], step: int, attempt: str | None) -> None:

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dcpsvc import fence, identity, sidefiles
+from dcpsvc.deletions import noticed
 from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError
 from dcpsvc.format import keys, run
 from dcpsvc.format.lineage import Lineage
@@ -70,14 +71,16 @@ class Operation:
         Raises:
             StateError: There is no such value or component, or the new value is of another kind.
             FormatError: The checkpoint is damaged.
+            StepDeletedError: It was deleted meanwhile.
         """
         shards = [VerifiedShard([self.source], record) for record in self.manifest.shards]
-        layout = discover.read_layout(self.source, self.manifest)
+        with noticed(self.source, self.manifest.key):
+            layout = discover.read_layout(self.source, self.manifest)
+            befores = [shard.documents() for shard in shards]
         lines: list[str] = []
         documents: list[bytes] = []
         components = {changes.component(name) for name in layout.names()}
-        for shard in shards:
-            before = shard.documents()
+        for before in befores:
             components |= {changes.component(name) for name in before}
             after, said = changes.changed(before, self.settings, self.drop)
             lines += said

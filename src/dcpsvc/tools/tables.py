@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from dcpsvc.progress import ranges, size
@@ -32,6 +33,8 @@ _NUMBERS = frozenset({"step", "age", "size", "ranks"})
 _SPARED = frozenset({"ranks", "tier"})
 _NARROW = 120
 """Columns below which a terminal has no room for everything side by side."""
+_TIGHT = 80
+"""And those below which nothing has room beside the facts."""
 _STYLES = {"committed": "green", "incomplete": "yellow"}
 
 
@@ -59,6 +62,9 @@ def print_listing(rows: Sequence[Row]) -> None:
         _print_plainly(rows)
         return
     out = console()
+    if out.width < _TIGHT and rows:
+        _print_below(out, rows)
+        return
     narrow = out.width < _NARROW
     table = Table(box=None, pad_edge=False)
     for column in _facts(_HEAD[:-1], narrow=narrow):
@@ -80,6 +86,18 @@ def _facts(cells: list[str], *, narrow: bool) -> list[str]:
 def _texts(about: str, why: str, *, narrow: bool) -> list[str]:
     """Why a checkpoint stays, and its metrics: beside each other, or below each other."""
     return ["\n".join(text for text in (why, about) if text)] if narrow else [why, about]
+
+
+def _print_below(out: Console, rows: Sequence[Row]) -> None:
+    """A line of facts for each, and below it why it stays, and its metrics."""
+    lines = [_facts(_plain_cells(row), narrow=True) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row, line in zip(rows, lines, strict=True):
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        style = _STYLES[row.checkpoint.state]
+        out.print("  ".join(["step", *cells[:-1], f"[{style}]{line[-1]}[/]"]), highlight=False)
+        for text in filter(None, (", ".join(row.reasons), _about(row))):
+            out.print(Padding(escape(text), (0, 0, 0, 6)), highlight=False)
 
 
 def _print_plainly(rows: Sequence[Row]) -> None:
@@ -187,8 +205,9 @@ def print_difference(found: Difference, named: tuple[str, str], *, with_values: 
     _print_table("other numbers", [_gap(gap) for gap in sorted(found.values, key=_distance)], _GAP_COLUMNS)
     if with_values:
         out.print(f"{found.equal} tensors are the same, bit for bit", highlight=False)
-    elif found.same:
-        out.print("the same structure and values; --values compares the tensors' numbers", highlight=False)
+    else:
+        said = "the same structure and values; " if found.same else ""
+        out.print(f"{said}--values compares the tensors' numbers", highlight=False)
     if found.same and with_values:
         out.print("[green]no difference[/]")
 
@@ -222,7 +241,8 @@ def print_usage(found: Usage) -> None:
 def _print_table(title: str, rows: Sequence[Sequence[str]], columns: Sequence[str], right: int = 0) -> None:
     if not rows:
         return
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console().print(f"[bold]{escape(title)}[/]", highlight=False)
+    table = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number >= len(columns) - right else "left", overflow="fold")
     for row in rows:

@@ -11,7 +11,7 @@ from dcpsvc.leases import held
 from dcpsvc.stages import discover
 from dcpsvc.storage.base import is_there
 from dcpsvc.storage.shards import VerifiedShard
-from dcpsvc.tools import adapterfolder
+from dcpsvc.tools import adapterfolder, showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,10 +55,12 @@ def commits(store: Store, step: int | None) -> list[Attempt]:
 
     Raises:
         NoSuchStepError: Nothing of that step was ever committed.
+        StepDeletedError: It is being deleted.
     """
     everything = discover.committed(store)
     found = [attempt for attempt in everything if step in {None, attempt.step}]
     if step is not None and not found:
+        showing.check_not_deleted(store, step, None, ())
         raise NoSuchStepError(store.url, step, tuple(sorted({attempt.step for attempt in everything})))
     return found
 

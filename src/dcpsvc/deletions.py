@@ -1,0 +1,52 @@
+"""Telling a deletion from damage: a reader misses files, and the manifest, with which every deletion begins."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from dcpsvc.errors import FormatError, StepDeletedError, StoreNotFoundError
+from dcpsvc.format import keys
+from dcpsvc.listed import Listed
+from dcpsvc.storage.base import is_there
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from dcpsvc.format.keys import Attempt
+    from dcpsvc.storage.base import Store
+
+
+@contextlib.contextmanager
+def noticed(store: Store, *attempts: Attempt) -> Generator[None]:
+    """What seems damaged in here is told as deleted where that is what it is.
+
+    Args:
+        store: The run root.
+        attempts: Checkpoints there that are read meanwhile.
+
+    Raises:
+        StepDeletedError: Instead of a FormatError or StoreNotFoundError, if one of them is there no more.
+    """
+    try:
+        yield
+    except (FormatError, StoreNotFoundError) as err:
+        for attempt in attempts:
+            if not is_there(store, attempt.manifest):
+                raise error(store, attempt) from err
+        raise
+
+
+def error(store: Store, attempt: Attempt) -> StepDeletedError:
+    """What there is to say about a checkpoint that is there no more. Three requests."""
+    left = sum(entry.nbytes for entry in store.list(attempt.data))
+    steps = tuple(sorted({one.step for one in Listed(store).counting()}))
+    return StepDeletedError(
+        store.url, attempt.step, steps, attempt.attempt, is_there(store, attempt.tombstone), left_nbytes=left
+    )
+
+
+def condemned(store: Store) -> list[Attempt]:
+    """Attempts whose deletion somebody has begun, and perhaps broken off. One LIST."""
+    marked = (keys.attempt_of(entry.key) for entry in store.list(keys.TOMBSTONES))
+    return [attempt for attempt in marked if attempt is not None]

@@ -1,0 +1,196 @@
+"""Commands that read a checkpoint while it is being deleted, or after that has begun: they say so, and what to do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import dcpsvc
+from dcpsvc import conversion
+from dcpsvc.cli import cli
+from dcpsvc.errors import CorruptShardError, NoSuchStepError, StepDeletedError
+from dcpsvc.reading import open_root
+from dcpsvc.stages import discover, retain
+from dcpsvc.storage.open import open_store
+from dcpsvc.storage.posix import PosixStore
+from dcpsvc.tools import comparing, exporting, listing, mirroring, showing, surgery, verifying
+from dcpsvc.tools.changes import Setting
+
+READ = 10
+"""The step that goes; 20 and 30 stay."""
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    state = {"model": torch.nn.Linear(64, 64), "note": "hello"}
+    with dcpsvc.Checkpointer(folder / "root", state, local=folder / "local") as ckpt:
+        for step in (10, 20, 30):
+            ckpt.save(step).wait(30)
+    return folder / "root"
+
+
+@pytest.fixture
+def root(original, tmp_path) -> Path:
+    shutil.copytree(original, tmp_path / "root")
+    return tmp_path / "root"
+
+
+class Deleting(PosixStore):
+    """Step 10 is deleted by a job, but for its last file, when somebody has looked at its manifest and goes on."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.manifest = discover.read_manifest(PosixStore(root), attempt(root))
+        self.waits = True
+
+    def read(self, key: str, begin: int, end: int) -> bytes:
+        self._delete(key)
+        return super().read(key, begin, end)
+
+    def size(self, key: str) -> int:
+        self._delete(key)
+        return super().size(key)
+
+    def stream(self, key, *more):
+        self._delete(key)
+        return super().stream(key, *more)
+
+    def stream_into(self, key, *more, **options):
+        self._delete(key)
+        return super().stream_into(key, *more, **options)
+
+    def _delete(self, key: str) -> None:
+        if self.waits and key.startswith(self.manifest.key.data):
+            self.waits = False
+            delete(Path(self.url), all_of_it=False)
+
+
+def attempt(root: Path):
+    return next(one for one in discover.committed(PosixStore(root)) if one.step == READ)
+
+
+def delete(root: Path, *, all_of_it: bool) -> None:
+    """As a job does it; one that is killed in the middle has deleted the manifest."""
+    store, condemned = PosixStore(root), attempt(root)
+    assert retain.condemn(store, condemned, lambda: True)
+    if all_of_it:
+        retain.finish_removal(store, condemned)
+    else:
+        store.delete(condemned.manifest)
+        store.put(condemned.data + "rank-00001.safetensors", b"-" * 12_345)
+        store.delete(condemned.shard(0))
+
+
+READERS = {
+    "export hf": lambda store, out: exporting.export_hf(exporting.Source(store, READ, "model"), out),
+    "export torch": lambda store, out: conversion.export_torch(exporting.Source(store, READ, "model"), store, out),
+    "export dcp": lambda store, out: conversion.export_dcp(store, READ, out),
+    "diff": lambda store, _: comparing.compare(side(store, READ), side(store, 20)),
+    "diff --values": lambda store, _: comparing.compare(side(store, 20), side(store, READ), lambda _: None),
+    "edit": lambda store, _: surgery.Operation(
+        source=store, manifest=store.manifest, settings=(Setting("note", "bye"),)
+    ).plan(),
+    "promote": lambda store, out: surgery.promote(
+        surgery.Operation(source=store, manifest=store.manifest), open_store(out), lambda _: None
+    ),
+}
+
+
+def side(store, step: int) -> comparing.Side:
+    manifest = showing.find(PosixStore(Path(store.url)), step)
+    return comparing.Side(store, manifest, showing.layout_of(store, manifest))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_checkpoint_that_goes_while_it_is_read_is_told_as_deleted_and_not_as_damaged(name, root, tmp_path):
+    with pytest.raises(StepDeletedError) as caught:
+        READERS[name](Deleting(root), tmp_path / "out")
+    assert (caught.value.step, caught.value.under_way, caught.value.left_nbytes) == (READ, True, 12_345)
+    assert caught.value.available == (20, 30)
+
+
+def test_what_is_missing_of_a_checkpoint_that_nobody_deletes_is_damage(root, tmp_path):
+    (root / attempt(root).shard(0)).unlink()
+    with pytest.raises(NoSuchStepError, match="the file is missing"):
+        exporting.Source(open_root(root), READ, "model")
+    store = open_root(root)
+    manifest = discover.read_manifest(store, attempt(root))
+    with pytest.raises(CorruptShardError):
+        mirroring.copy(store, [manifest], open_store(tmp_path / "copy"), lambda _: None)
+
+
+def test_a_copy_leaves_out_what_goes_in_the_middle_of_it_and_brings_the_rest(root, tmp_path):
+    store = Deleting(root)
+    manifests = [discover.read_manifest(store, one) for one in discover.committed(store)]
+    done = mirroring.copy(store, manifests, open_store(tmp_path / "copy"), lambda _: None)
+    assert [(one.step, one.gone) for one in done] == [(10, True), (20, False), (30, False)]
+    assert [one.step for one in discover.committed(PosixStore(tmp_path / "copy"))] == [20, 30]
+
+
+def test_verify_says_of_it_that_it_is_gone(root):
+    store = Deleting(root)
+    found = verifying.verify(store, verifying.commits(store, READ))
+    assert [(one.gone, one.problems) for one in found] == [(True, ())]
+
+
+COMMANDS = {
+    "show": ("show", "ROOT", "10"),
+    "verify": ("verify", "ROOT", "10"),
+    "diff": ("diff", "ROOT", "10", "20"),
+    "fetch": ("fetch", "ROOT", "10", "OUT"),
+    "cp": ("cp", "ROOT", "OUT", "10"),
+    "export": ("export", "ROOT", "10", "OUT", "--format", "hf"),
+    "edit": ("edit", "ROOT", "10", "--drop", "note"),
+    "promote": ("promote", "ROOT", "10", "OUT"),
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+def test_a_step_whose_deletion_was_broken_off_is_told_as_that_by(arguments, root, tmp_path):
+    delete(root, all_of_it=False)
+    places = {"ROOT": str(root), "OUT": str(tmp_path / "out")}
+    failed = CliRunner().invoke(cli, [places.get(one, one) for one in arguments]).exception
+    assert isinstance(failed, StepDeletedError), failed
+    assert "step 10" in str(failed)
+    assert "is being deleted by the policy of its job, or by dcpsvc gc; 12,345 bytes" in str(failed)
+    assert str(failed).endswith("committed steps: 20, 30")
+    assert not (tmp_path / "out" / "manifests").exists()
+
+
+def test_the_program_says_what_to_do_and_ends_with_1(root):
+    delete(root, all_of_it=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "dcpsvc", "show", str(root), "10"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "dcpsvc pin ROOT STEP" in done.stderr
+
+
+def test_a_listing_says_of_what_is_left_that_it_is_being_deleted(root):
+    delete(root, all_of_it=False)
+    assert [(one.step, one.reason.partition(":")[0]) for one in discover.listing(PosixStore(root))] == [
+        (10, "being deleted"),
+        (20, ""),
+        (30, ""),
+    ]
+
+
+def test_a_step_that_was_deleted_altogether_is_not_committed(root):
+    delete(root, all_of_it=True)
+    with pytest.raises(NoSuchStepError, match="step 10 is not committed; committed steps: 20, 30") as caught:
+        showing.find(open_root(root), READ)
+    assert type(caught.value) is NoSuchStepError
+
+
+def test_a_line_that_is_wanted_of_what_was_deleted_meanwhile(root):
+    gone = attempt(root)
+    delete(root, all_of_it=True)
+    with pytest.raises(StepDeletedError, match="was deleted meanwhile"):
+        listing.row_of(open_root(root), gone)
