@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # What compose.yaml does, on this machine and without a docker engine: an S3 server (Ceph's gateway, fetched once, run from
-# its own directory), a job of two ranks with its checkpoints on it, SIGTERM in the middle, and the job once more.
+# its own directory; OpenStack Swift where that cannot be had), a job of two ranks with its checkpoints on it, SIGTERM in the
+# middle, and the job once more.
 #   docker/without_docker.sh [STEPS]
-# Python is $PYTHON, or that of .venv (make venv). Ceph is kept in $DCPSVC_CEPH_ROOT. Everything else goes at the end.
+# Python is $PYTHON, or that of .venv (make venv). $DCPSVC_TEST_S3_SERVER (ceph or swift) takes that server or none; they are
+# kept in $DCPSVC_CEPH_ROOT and $DCPSVC_SWIFT_VENV. Everything else goes at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STEPS=${1:-200}
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-CEPH=${DCPSVC_CEPH_ROOT:-$HOME/.cache/dcpsvc-tests/ceph}
+CACHE=$HOME/.cache/dcpsvc-tests
+declare -A KEPT=([ceph]=${DCPSVC_CEPH_ROOT:-$CACHE/ceph} [swift]=${DCPSVC_SWIFT_VENV:-$CACHE/swift})
+declare -A KEY=([ceph]=testkey [swift]=test:tester)
+S3=
 WORK=$(mktemp -d)
 export TMPDIR=$WORK # torchrun leaves folders there
 job=
@@ -16,7 +21,7 @@ leave_nothing() {
         kill "$job" 2>/dev/null || true
         wait "$job" || true
     fi
-    [ ! -e "$WORK/s3" ] || SIG=KILL tests/s3/ceph/stop.sh "$WORK/s3"
+    [ ! -e "$WORK/s3" ] || SIG=KILL "tests/s3/$S3/stop.sh" "$WORK/s3"
     rm -rf "$WORK"
 }
 trap leave_nothing EXIT
@@ -27,7 +32,7 @@ import random, socket
 while True:
     port = random.randrange(20_000, 32_000)
     try:
-        for beside in (0, 1, 100, 101, 102, 103):
+        for beside in (0, 1, 2, 3, 100, 101, 102, 103):
             socket.create_server(("127.0.0.1", port + beside)).close()
     except OSError:
         continue
@@ -37,10 +42,16 @@ P
 }
 
 echo "== S3 server"
-bash tests/s3/ceph/fetch.sh "$CEPH" >/dev/null
+for server in ${DCPSVC_TEST_S3_SERVER:-ceph swift}; do
+    if bash "tests/s3/$server/fetch.sh" "${KEPT[$server]}" >/dev/null; then
+        S3=$server
+        break
+    fi
+done
+[ -n "$S3" ] || { echo "there is no S3 server" >&2; exit 1; }
 PORT=$(free_ports)
-bash tests/s3/ceph/start.sh "$CEPH" "$WORK/s3" "$PORT" >/dev/null
-export DCPSVC_DEMO_STORAGE_OPTIONS='{"endpoint_url": "http://127.0.0.1:'$PORT'", "key": "testkey", "secret": "testsecretkey0123", "client_kwargs": {"region_name": "us-east-1"}}'
+bash "tests/s3/$S3/start.sh" "${KEPT[$S3]}" "$WORK/s3" "$PORT" >/dev/null
+export DCPSVC_DEMO_STORAGE_OPTIONS='{"endpoint_url": "http://127.0.0.1:'$PORT'", "key": "'${KEY[$S3]}'", "secret": "testsecretkey0123", "client_kwargs": {"region_name": "us-east-1"}}'
 "$PYTHON" -c '
 import json, os
 from botocore.session import Session

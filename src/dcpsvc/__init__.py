@@ -80,7 +80,7 @@ ranks                   meetings on the c10d store, our own gloo group, agreed e
 storage                 where bytes endure: posix, memory, any fsspec URL
 format                  the files of a run root: manifest, layout, shard
 deadline, progress      a deadline for what has none; how far a long operation is
-linux                   system calls that Python lacks
+linux, whereabouts      system calls that Python lacks; which host, network and page cache this is
 ======================  =================================================================================
 
 The command ``dcpsvc``:

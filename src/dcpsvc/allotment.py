@@ -30,20 +30,22 @@ class Ask:
     Attributes:
         has: Shards that its node holds, by the rank that wrote them.
         needs: Of each shard, ranges of whole blocks, ascending.
+        network: Ranks with the same one reach each other without a cable.
     """
 
     has: frozenset[int]
     needs: Mapping[int, Sequence[Range]]
+    network: str = ""
 
     def to_json(self) -> Any:
         """For the others."""
-        return [sorted(self.has), [[shard, list(runs)] for shard, runs in sorted(self.needs.items())]]
+        return [sorted(self.has), [[shard, list(runs)] for shard, runs in sorted(self.needs.items())], self.network]
 
     @classmethod
     def from_json(cls, said: Any) -> Ask:
         """What :meth:`to_json` gave."""
-        has, needs = said
-        return cls(frozenset(has), {shard: [(begin, end) for begin, end in runs] for shard, runs in needs})
+        has, needs, network = said
+        return cls(frozenset(has), {shard: [(begin, end) for begin, end in runs] for shard, runs in needs}, network)
 
 
 class Unit(NamedTuple):
@@ -96,6 +98,36 @@ def allot(asks: Sequence[Ask], body_nbytes: Mapping[int, int]) -> list[Unit]:
                 until = min(at + UNIT_NBYTES, end, body_nbytes[shard])
                 units.append(Unit(shard, at, until, reader, receivers, not holders))
     return units
+
+
+class Hops(NamedTuple):
+    """Who gives a unit to whom, as pairs of ranks.
+
+    Attributes:
+        first: The reader, to all around it and to one rank of every other network.
+        then: Those, to all around them.
+    """
+
+    first: list[tuple[int, int]]
+    then: list[tuple[int, int]]
+
+
+def hops(unit: Unit, networks: Sequence[str]) -> Hops:
+    """The way of a unit: it comes to each network once. Ranks of one take turns at receiving it.
+
+    Args:
+        unit: Which.
+        networks: Of all ranks, in their order.
+    """
+    around: dict[str, list[int]] = defaultdict(list)
+    for rank in unit.receivers:
+        around[networks[rank]].append(rank)
+    found = Hops([(unit.reader, rank) for rank in around.pop(networks[unit.reader], [])], [])
+    for ranks in around.values():
+        head = ranks[unit.begin // UNIT_NBYTES % len(ranks)]
+        found.first.append((unit.reader, head))
+        found.then.extend((head, rank) for rank in ranks if rank != head)
+    return found
 
 
 def rounds(units: Iterable[Unit]) -> list[list[Unit]]:

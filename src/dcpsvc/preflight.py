@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from dcpsvc import whereabouts
 from dcpsvc.format import shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
 from dcpsvc.format.keys import DATA, Attempt, attempt_of, rank_of
@@ -34,7 +34,6 @@ _USABLE = 0.9
 _MEMINFO = Path("/proc/meminfo")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ class DiskNeed:
         Raises:
             OSError: ``path`` is not there.
         """
-        disk = f"{_machine()}:{path.stat().st_dev}"
+        disk = whereabouts.file_system(path)
         return cls(rank=rank, disk=disk, path=str(path), need_nbytes=need_nbytes, free_nbytes=_free_nbytes(path))
 
     def again(self) -> Self:
@@ -245,12 +244,6 @@ def mebibytes(nbytes: int) -> str:
 def _free_nbytes(path: Path) -> int | None:
     room = os.statvfs(path)
     return room.f_bavail * room.f_frsize if room.f_blocks else None  # some FUSE file systems say 0 of everything
-
-
-def _machine() -> str:
-    """One kernel: device numbers are unique in it, whatever the containers on it are called."""
-    said = "".join(_lines(_BOOT_ID)).replace("-", "")
-    return said[:16] or platform.node()
 
 
 def _lines(path: Path) -> list[str]:

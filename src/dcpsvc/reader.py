@@ -56,13 +56,15 @@ class CheckpointReader(StorageReader):
         layout: Its layout.
         stores: Where the files are, nearest first.
         hold: Around the reading by DCP: whatever keeps the checkpoint from being deleted meanwhile.
+        once: Nothing is to be read twice from the last store.
     """
 
     def __init__(
-        self, manifest: Manifest, layout: Layout, stores: Sequence[Store], hold: Hold = contextlib.nullcontext
-    ) -> None:
+        self, manifest: Manifest, layout: Layout, stores: Sequence[Store], hold: Hold = contextlib.nullcontext,
+        *, once: bool = False,
+    ) -> None:  # fmt: skip
         self.manifest, self.layout, self._hold = manifest, layout, hold
-        self.shards = {record.rank: VerifiedShard(stores, record) for record in manifest.shards}
+        self.shards = {record.rank: VerifiedShard(stores, record, once=once) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
         self._own_shard = -1

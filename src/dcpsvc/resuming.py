@@ -147,7 +147,9 @@ class Resuming:
         rejected: list[str] = []
         tried: list[Attempt] = []
         while True:
-            verdict = self._meet(f"choose-{len(tried)}", None, functools.partial(self._choose, step, tried))
+            verdict = self._meet(
+                f"choose-{len(tried)}", self._page_cache(), functools.partial(self._choose, step, tried)
+            )
             rejected += verdict["rejected"]
             if verdict["attempt"] is None:
                 self._check_fresh(step, rejected, verdict["all"])
@@ -168,8 +170,17 @@ class Resuming:
     def _within(self, work: Callable[[], T]) -> T:
         return self.job.rendezvous.clock.bounded(work, self.work_s, "reading a checkpoint")
 
-    def _choose(self, step: int | None, tried: Sequence[Attempt], _: object) -> dict[str, Any]:
-        """Coordinator: decide for all."""
+    def _page_cache(self) -> str:
+        """Whose memory this rank has a directory from; empty where it has none, or does not answer."""
+        bounded, asked_s = self.job.rendezvous.clock.bounded, self.timeout_s / 2
+        try:
+            return bounded(lambda: str(getattr(self.remote, "page_cache", "")), asked_s, "looking at the run root")
+        except TimeoutError:
+            return ""
+
+    def _choose(self, step: int | None, tried: Sequence[Attempt], caches: list[str]) -> dict[str, Any]:
+        """Coordinator: decide for all. What one page cache serves to all ranks, the root gives once as it is."""
+        cached = getattr(self.remote, "cached", False) and len({*caches} - {""}) <= 1
         choice = self._within(lambda: self._find(step, tried))
         manifest = choice.found and choice.found.manifest
         self._layout = choice.found and choice.found.layout
@@ -180,7 +191,7 @@ class Resuming:
             "passed": choice.passed,
             "all": choice.steps,
             "manifest": _told(manifest),
-            "share": self.job.world_size > 1 and not getattr(self.remote, "cached", False),
+            "share": self.job.world_size > 1 and not cached,
         }
 
     def _find(self, step: int | None, tried: Sequence[Attempt]) -> Choice:
@@ -233,7 +244,7 @@ class Resuming:
             manifests.loads(attempt.manifest, told.encode()) if told else discover.read_manifest(self.remote, attempt)
         )
         layout = self._layout or discover.read_layout(self.remote, found)
-        reader = CheckpointReader(found, layout, [*self.nearer, self.remote])
+        reader = CheckpointReader(found, layout, [*self.nearer, self.remote], once=self._sharing)
         saved = replace(
             reader.saved_for(self.job.rank),
             ranks=self.job.world_size,

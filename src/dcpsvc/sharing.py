@@ -11,7 +11,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dcpsvc import allotment
+from dcpsvc import allotment, whereabouts
 from dcpsvc.allotment import Ask
 from dcpsvc.format.parse import compact
 from dcpsvc.preflight import mebibytes
@@ -99,6 +99,7 @@ class Sharing:
         self._rank, self._exchange = rank, exchange
         self._shards, self._needs, self._watch = shards, needs, watch
         self._failure = ""
+        self._networks: list[str] = []
         self._done: Callable[[int], None] = lambda _: None
         self.received_nbytes = 0
 
@@ -114,8 +115,10 @@ class Sharing:
         ask = Ask(
             frozenset(rank for rank, shard in self._shards.items() if shard.near),
             {rank: needed.runs() for rank, needed in self._needs.items()},
+            whereabouts.network(),
         )
         asks = [Ask.from_json(said) for said in self._tell_all(ask.to_json())]
+        self._networks = [each.network for each in asks]
         units = allotment.allot(asks, {rank: shard.record.body_nbytes for rank, shard in self._shards.items()})
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-share") as pool:
             try:
@@ -176,19 +179,21 @@ class Sharing:
 
     def _pass_on(self, group: Iterable[Unit], read: Mapping[int, memoryview]) -> list[Callable[[], None]]:
         """Give and take; what is to be done then with what there is of this rank's own needs, on any thread."""
-        outgoing: list[Parcel] = []
-        incoming: dict[int, Parcel] = {}
+        memory = dict(read)
         mine: list[Callable[[], None]] = []
         for tag, unit in enumerate(group):
-            if unit.reader == self._rank:
-                outgoing += (Parcel(receiver, tag, read[tag]) for receiver in unit.receivers)
-                if unit.from_root:
-                    mine.append(functools.partial(self._deliver, unit, read[tag]))
+            if unit.reader == self._rank and unit.from_root:
+                mine.append(functools.partial(self._deliver, unit, memory[tag]))
             elif self._rank in unit.receivers:
-                incoming[tag] = Parcel(unit.reader, tag, memoryview(bytearray(unit.nbytes)))
-                mine.append(functools.partial(self._unpack, unit, incoming[tag].view))
-        self._exchange.swap(outgoing, list(incoming.values()))
-        self.received_nbytes += sum(len(parcel.view) for parcel in incoming.values())
+                memory[tag] = memoryview(bytearray(unit.nbytes))
+                mine.append(functools.partial(self._unpack, unit, memory[tag]))
+                self.received_nbytes += unit.nbytes
+        ways = [allotment.hops(unit, self._networks) for unit in group]
+        for hop in ([way.first for way in ways], [way.then for way in ways]):
+            pairs = [(tag, giver, taker) for tag, found in enumerate(hop) for giver, taker in found]
+            outgoing = [Parcel(taker, tag, memory[tag]) for tag, giver, taker in pairs if giver == self._rank]
+            incoming = [Parcel(giver, tag, memory[tag]) for tag, giver, taker in pairs if taker == self._rank]
+            self._exchange.swap(outgoing, incoming)
         return mine
 
     def _unpack(self, unit: Unit, data: memoryview) -> None:

@@ -1,5 +1,6 @@
 """Ranks that need the same bytes of a checkpoint get them from each other: the run root gives each byte once."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Far(PosixStore):
     """A run root that is no disk of this machine: what is read from it counts."""
 
     cached = False
+    proves = False
 
     def __init__(self, root):
         super().__init__(root)
@@ -43,12 +45,30 @@ class Far(PosixStore):
         return super().stream_into(key, begin, views, look, once=once)
 
     def stream(self, key, begin, end, look):
-        raise AssertionError("nothing far is read only to be proven")
+        assert self.proves, "nothing far is read only to be proven"
+        return super().stream(key, begin, end, look)
 
     def note(self, key, nbytes):
         if key.startswith(keys.DATA):
             rank = keys.rank_of(key)
             self.given_out[rank] = self.given_out.get(rank, 0) + nbytes
+
+
+class Mounted(Far):
+    """A directory on a file server that every rank's node has mounted for itself."""
+
+    cached = True
+    node = ""
+
+    @property
+    def page_cache(self):
+        return f"{super().page_cache}-{self.node}"
+
+
+class OnOneNode(Mounted):
+    """The same, where all ranks are on one node."""
+
+    proves = True
 
 
 def save(rank, world, folder, kind):
@@ -59,9 +79,10 @@ def save(rank, world, folder, kind):
     return training.fingerprint()
 
 
-def resume(rank, world, folder, kind, meddle=None):
+def resume(rank, world, folder, kind, meddle=None, *, root=Far):
     training = Training(kind, rank, width=WIDTH, depth=DEPTH, seed=5)
-    store, told = Far(folder / "run"), []
+    store, told = root(folder / "run"), []
+    store.node = rank if root is Mounted else 0
     with checkpointer(
         folder, training.state, store=store, local=folder / f"node-{rank}", save_last=False, on_event=told.append,
         sync_timeout_s=5.0 if meddle else 20.0,
@@ -89,10 +110,10 @@ def saved(kept, tmp_path):
     return tmp_path / "job", *kept[1:]
 
 
-def resumed(saved, meddle=None, world=WORLD):
+def resumed(saved, meddle=None, world=WORLD, root=Far):
     """Of each rank what it read from the root, by shard; and what it said."""
     folder, kind, prints = saved
-    found = values(run_ranks(world, resume, folder, kind, meddle, timeout_s=55.0))
+    found = values(run_ranks(world, functools.partial(resume, root=root), folder, kind, meddle, timeout_s=55.0))
     for rank in found:
         assert rank["raised"] is None
         assert rank["prints"] == prints
@@ -109,14 +130,23 @@ def empty_disks(saved, *nodes):
         shutil.rmtree(saved[0] / f"node-{node}")
 
 
+@pytest.mark.parametrize("root", [Far, Mounted])
 @pytest.mark.parametrize("world", [WORLD, 2])
-def test_on_empty_disks_the_root_gives_each_byte_once(saved, world):
+def test_on_empty_disks_the_root_gives_each_byte_once(saved, world, root):
     empty_disks(saved, 0, 1, 2)
-    taken, detail = resumed(saved, world=world)
+    taken, detail = resumed(saved, world=world, root=root)
     whole, given = sum(shard_nbytes(saved)), sum(nbytes for root in taken for nbytes in root.values())
     assert whole - MIB <= given <= whole + world * DOCUMENTS_NBYTES
     assert "from other ranks" in detail
     assert "from the run root" in detail
+
+
+def test_a_directory_that_all_ranks_read_through_one_page_cache_is_read_by_each_for_itself(saved):
+    empty_disks(saved, 0, 1, 2)
+    taken, detail = resumed(saved, root=OnOneNode)
+    assert "from other ranks" not in detail
+    if saved[1] == "ddp":
+        assert sum(nbytes for root in taken for nbytes in root.values()) > 3 * sum(shard_nbytes(saved))
 
 
 def test_what_the_disk_of_one_node_holds_is_not_read_from_the_root(saved):

@@ -7,21 +7,28 @@ where they are kept; both are fetched once. ``DCPSVC_TEST_S3`` (an endpoint URL)
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from botocore.exceptions import ClientError
 
 SCRIPTS = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "dcpsvc-tests"
 PORTS_BESIDE = (0, 1, 2, 3, 100, 101, 102, 103)
 CHOSEN = "DCPSVC_TEST_S3_SERVER"
+RACERS, RACES = 16, 12
+LOST = {"PreconditionFailed", "ConditionalRequestConflict"}
+"""What a client hears that has not won."""
 
 
 class UnavailableError(Exception):
@@ -110,13 +117,46 @@ class Server(NamedTuple):
     def is_swift(self) -> bool:
         return self.kind is not None and self.kind.name == "swift"
 
-    def skip_on_swift(self, reason: str) -> None:
-        if self.is_swift:
-            pytest.skip(f"Swift: {reason}")
+    def refusal(self, **keys: str) -> str:
+        """What it calls the mistake of a client with other keys."""
+        try:
+            self._replace(**keys).client().list_objects_v2(Bucket=self.bucket)
+        except ClientError as err:
+            return error_code(err)
+        raise AssertionError("no mistake")
+
+    def skip_where_several_win(self) -> None:
+        """Skip if plain clients that race with conditional creates are told more than once that they have won."""
+        if (most := max(winners(self))) > 1:
+            pytest.skip(f"{most} of {RACERS} plain clients that created one object at once were told that they won")
 
     def skip_unless_ours(self) -> None:
         if self.kind is None:
             pytest.skip("somebody else's server is not ours to kill")
+
+
+@functools.cache
+def winners(server: Server) -> list[int]:
+    """How many plain clients have won each of some races to create an object."""
+    clients = [server.client() for _ in range(RACERS)]
+    start = threading.Barrier(RACERS)
+
+    def create(client: Any, key: str) -> bool:
+        start.wait(20)
+        try:
+            client.put_object(Bucket=server.bucket, Key=key, Body=b"mine", IfNoneMatch="*")
+        except ClientError as err:
+            if error_code(err) in LOST:
+                return False
+            raise
+        return True
+
+    with ThreadPoolExecutor(RACERS) as pool:
+        return [sum(pool.map(create, clients, [f"races/{number}"] * RACERS)) for number in range(RACES)]
+
+
+def error_code(err: ClientError) -> str:
+    return str(err.response["Error"]["Code"])
 
 
 def choose() -> tuple[Kind | None, str]:

@@ -28,7 +28,7 @@ ROUNDS, FEW, MANY = 3, 3, 100
 SOURCE = str(Path(dcpsvc.__file__).parents[1])
 
 JOB = """
-import json, sys, torch, dcpsvc
+import json, sys, torch, dcpsvc, dcpsvc.errors
 
 options, local, number = sys.argv[1:]
 for line in sys.stdin:
@@ -43,8 +43,11 @@ for line in sys.stdin:
             for step in range(10 * first, 10 * (first + int(saves)), 10):
                 state["who"].fill_(int(number))
                 state["step"] = step + int(number)
-                ckpt.save(step + int(number)).wait(60)
-                print(json.dumps(step + int(number)), flush=True)
+                try:
+                    ckpt.save(step + int(number)).wait(60)
+                    print(json.dumps(step + int(number)), flush=True)
+                except dcpsvc.errors.CommitUnknownError:
+                    print(json.dumps({"unknown": step + int(number)}), flush=True)
     except dcpsvc.DcpsvcError as err:
         refused = type(err).__name__
     print(json.dumps({"refused": refused}), flush=True)
@@ -55,7 +58,7 @@ class RunningJob:
     """A process that saves under its own number, again and again, on one root after the other."""
 
     def __init__(self, server: Server, local: Path, number: int) -> None:
-        self.number, self.committed = number, list[int]()
+        self.number, self.committed, self.unknown = number, list[int](), list[int]()
         options = json.dumps(server.storage_options)
         self.process = subprocess.Popen(
             [sys.executable, "-c", JOB, options, str(local), str(number)],
@@ -68,6 +71,7 @@ class RunningJob:
     def begin(self, root: str, saves: int) -> None:
         assert self.process.stdin
         self.committed.clear()
+        self.unknown.clear()
         self.process.stdin.write(f"{root} {saves}\n")
         self.process.stdin.flush()
 
@@ -77,11 +81,13 @@ class RunningJob:
         told = json.loads(self.process.stdout.readline())
         if isinstance(told, int):
             self.committed.append(told)
+        elif "unknown" in told:
+            self.unknown.append(told["unknown"])
         return told
 
     def end(self) -> str:
         """The error that it was refused with, if it was."""
-        while isinstance(told := self.hear(), int):
+        while isinstance(told := self.hear(), int) or "unknown" in told:
             pass
         return str(told["refused"])
 
@@ -139,7 +145,9 @@ def test_a_job_that_another_one_joins_half_way_is_refused_from_then_on_and_keeps
         first.begin(f"{root}-{round_}", MANY)
         first.hear()
         second.begin(f"{root}-{round_}", FEW)
-        refused = first.end()  # unknown: the newer job has claimed, and on a slow server not yet said what it inherits
-        assert (refused in {"FencedError", "CommitUnknownError"}, second.end()) == (True, ""), refused
+        assert (first.end(), second.end()) == ("FencedError", "")
         assert 0 < len(first.committed) < MANY
+        # One commit may fall between the newer job's claim and its inheritance, which alone decides on it.
+        assert len(first.unknown) <= 1
+        assert not second.unknown
         check(swift, f"{root}-{round_}", jobs, {2})

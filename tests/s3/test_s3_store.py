@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     Reopen = Callable[[], Store]
 
 pytestmark = [pytest.mark.s3, pytest.mark.timeout(300)]
-SEVERAL_WIN = "several of those that create an object at once may win"
 SOURCE = str(Path(dcpsvc.__file__).parents[1])
 
 
@@ -54,7 +53,7 @@ class TestS3Store(StoreContract, BrokenStoreContract):
         return lambda: next(stores)
 
     def test_exactly_one_of_16_racing_creates_wins_and_its_bytes_are_there(self, s3_server, store, reopen):
-        s3_server.skip_on_swift(SEVERAL_WIN)
+        s3_server.skip_where_several_win()
         super().test_exactly_one_of_16_racing_creates_wins_and_its_bytes_are_there(store, reopen)
 
     @pytest.fixture
@@ -74,7 +73,7 @@ class TestS3StoreWithAWrongSecret(BrokenStoreContract):
 
 
 def test_16_clients_racing_have_exactly_one_winner_every_time(s3_server: Server, run_root: str) -> None:
-    s3_server.skip_on_swift(SEVERAL_WIN)
+    s3_server.skip_where_several_win()
     rounds = int(os.environ.get("DCPSVC_TEST_RACE_ROUNDS", "25"))
     clients = [open_store(run_root, s3_server.storage_options) for _ in range(RACERS)]
     won = []

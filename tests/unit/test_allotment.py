@@ -31,7 +31,8 @@ def runs(draw: st.DrawFn, shard: int) -> list[tuple[int, int]]:
 @st.composite
 def an_ask(draw: st.DrawFn) -> Ask:
     needs = {shard: found for shard in BODIES if (found := draw(runs(shard)))}
-    return Ask(frozenset(draw(st.sets(st.sampled_from(sorted(BODIES))))), needs)
+    has = frozenset(draw(st.sets(st.sampled_from(sorted(BODIES)))))
+    return Ask(has, needs, draw(st.sampled_from(["", "x"])))
 
 
 asks = st.lists(an_ask(), min_size=1, max_size=5)
@@ -82,6 +83,27 @@ def test_the_root_gives_each_block_once_and_none_that_a_node_holds(said: list[As
 @given(asks)
 def test_what_goes_over_the_wire_comes_back_as_it_was(said: list[Ask]) -> None:
     assert [Ask.from_json(ask.to_json()) for ask in said] == said
+
+
+@settings(max_examples=50)
+@given(asks, st.lists(st.sampled_from("xyz"), min_size=5, max_size=5))
+def test_a_unit_comes_to_each_receiver_once_from_somebody_who_has_it_and_to_each_network_once(
+    said: list[Ask], networks: list[str]
+) -> None:
+    for unit in allotment.allot(said, BODIES):
+        first, then = allotment.hops(unit, networks)
+        assert sorted(taker for _, taker in first + then) == sorted(unit.receivers)
+        assert {giver for giver, _ in first} == {unit.reader}
+        assert {giver for giver, _ in then} <= {taker for _, taker in first}
+        crossed = [networks[taker] for giver, taker in first + then if networks[giver] != networks[taker]]
+        assert sorted(crossed) == sorted({networks[rank] for rank in unit.receivers} - {networks[unit.reader]})
+
+
+def test_ranks_of_a_network_take_turns_at_passing_on_what_comes_to_it() -> None:
+    body, networks = 64 * UNIT_NBYTES, "xyyyy"
+    units = allotment.allot([Ask(frozenset([0]), {}), *[Ask(frozenset(), {0: [(0, body)]})] * 4], {0: body})
+    passed = Counter(giver for unit in units for giver, _ in allotment.hops(unit, networks).then)
+    assert passed == dict.fromkeys([1, 2, 3, 4], 16 * 3)
 
 
 @settings(max_examples=50)

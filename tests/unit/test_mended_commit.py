@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import dcpsvc
-from dcpsvc import Checkpointer
+from dcpsvc import Checkpointer, fence
 from dcpsvc.errors import (
     CommitUnknownError,
+    FencedError,
     SaveFailedError,
     StepExistsError,
     StoreAccessError,
@@ -21,6 +22,8 @@ from dcpsvc.errors import (
     StoreUnavailableError,
 )
 from dcpsvc.format import keys
+from dcpsvc.format.epochs import Claim
+from dcpsvc.format.keys import Epoch
 from dcpsvc.ranks.rendezvous import RefusalError
 from dcpsvc.stages import commit
 from dcpsvc.storage.memory import MemoryStore
@@ -129,8 +132,8 @@ def test_other_content_under_our_key_is_refused_and_left_alone() -> None:
 def checkpointer_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Checkpointer]:
     """Makes a Checkpointer on a directory with some faults."""
 
-    def make(**faults: Any) -> Checkpointer:
-        kind = type("Faulty", (Faults, PosixStore), faults)
+    def make(base: type = Faults, **faults: Any) -> Checkpointer:
+        kind = type("Faulty", (base, PosixStore), faults)
         with monkeypatch.context() as patch:
             patch.setattr("dcpsvc.checkpointer.open_store", lambda root, _, **__: kind(Path(root)))
             return Checkpointer(tmp_path / "root", {"x": torch.ones(2)}, local=tmp_path / "local", save_last=False)
@@ -224,3 +227,45 @@ def test_the_job_after_an_unknown_commit_finishes_it_if_it_does_not_stand(
     with checkpointer_on() as ckpt:
         assert ckpt.resume() == 1
     assert [(found.step, found.state) for found in dcpsvc.list_checkpoints(tmp_path / "root")] == [(1, "committed")]
+
+
+# --- another job takes over meanwhile ----------------------------------------------------------------
+
+
+class Joined:
+    """A newer job claims the root right after a manifest was written, and is slow with saying what it inherits."""
+
+    epoch: Epoch | None = None
+
+    def create(self, key: str, data: bytes) -> bool:
+        made = super().create(key, data)
+        if is_manifest(key) and not Joined.epoch:
+            Joined.epoch = fence.claim(self, claim).epoch
+        return made
+
+
+def claim(number: int) -> Claim:
+    return Claim(epoch=Epoch(number, "deadbeef"), host="there", pid=1, created="now")
+
+
+@pytest.mark.parametrize("inherits", [True, False])
+def test_the_save_that_a_takeover_falls_into_is_unknown_until_the_new_owner_decides_and_the_next_one_is_refused(
+    tmp_path: Path,
+    checkpointer_on: Callable[..., Checkpointer],
+    monkeypatch: pytest.MonkeyPatch,
+    inherits: bool,  # noqa: FBT001
+) -> None:
+    monkeypatch.setattr(Joined, "epoch", None)
+    ckpt = checkpointer_on(Joined)
+    with pytest.raises(CommitUnknownError, match="at this moment job deadbeef"):
+        ckpt.save(1).wait(20)
+    with pytest.raises(FencedError):
+        ckpt.save(2).wait(20)
+    with pytest.raises(FencedError):
+        ckpt.close()
+    assert Joined.epoch is not None
+    root = tmp_path / "root"
+    unknown = [found.key for found in dcpsvc.list_checkpoints(root) if found.step == 1]
+    fence.inherit(PosixStore(root), Joined.epoch, unknown if inherits else [])
+    counting = [found.step for found in dcpsvc.list_checkpoints(root) if found.state == "committed"]
+    assert counting == ([1] if inherits else [])

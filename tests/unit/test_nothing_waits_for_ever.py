@@ -1,5 +1,6 @@
 """The uploader outlives whatever happens in it, close() keeps to its time, and a restore error says what it touched."""
 
+import functools
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import dcpsvc
 from dcpsvc.errors import RankFailure, RestoreFailedError, WaitTimeoutError
 from dcpsvc.policies import Keep
+from dcpsvc.storage.posix import PosixStore
 
 BOUND_S = 20.0
 
@@ -66,6 +68,25 @@ def test_close_keeps_to_its_time_although_the_last_step_is_not_saved_yet(tmp_pat
     with pytest.raises(WaitTimeoutError, match="step 1"):
         checkpointer.close(timeout_s=0.2)
     let_go.set()
+
+
+def test_a_file_server_that_does_not_say_which_one_it_is_holds_a_load_up_for_half_its_patience(tmp_path):
+    answers = threading.Event()
+
+    class Mute(PosixStore):
+        @property
+        def page_cache(self):
+            answers.wait()
+
+    with dcpsvc.Checkpointer(tmp_path / "root", {"n": 1}, local=tmp_path / "local") as checkpointer:
+        checkpointer.save(1)
+    loaded = []
+    load = functools.partial(dcpsvc.load, Mute(tmp_path / "root"), {"n": 0}, sync_timeout_s=0.4)
+    thread = threading.Thread(target=lambda: loaded.append(load()), daemon=True)
+    thread.start()
+    thread.join(BOUND_S)
+    answers.set()
+    assert loaded == [1]
 
 
 def test_a_restore_that_failed_says_that_memory_is_untouched(tmp_path):

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from dcpsvc import whereabouts
 from dcpsvc.errors import StoreNotFoundError, StoreObjectError
 from dcpsvc.storage import diskread, posixfile
 from dcpsvc.storage.base import Entry
@@ -42,6 +43,11 @@ class PosixStore:
 
     def __repr__(self) -> str:
         return f"PosixStore({str(self._root)!r})"
+
+    @property
+    def page_cache(self) -> str:
+        """Whose memory that is; empty while the root is not there."""
+        return whereabouts.page_cache(self._root)
 
     @property
     def url(self) -> str:

@@ -144,6 +144,11 @@ class RetryingStore:
         return bool(getattr(self._store, "cached", False))
 
     @property
+    def page_cache(self) -> str:
+        """Likewise; empty if it has none."""
+        return str(getattr(self._store, "page_cache", ""))
+
+    @property
     def distant(self) -> bool:
         """Likewise."""
         return bool(getattr(self._store, "distant", False))

@@ -31,11 +31,13 @@ class VerifiedShard:
     Args:
         stores: Where to look, nearest first: the local tier, then the run root.
         record: What the manifest says about it.
+        once: Nothing is to be read twice from the last of them.
     """
 
-    def __init__(self, stores: Sequence[Store], record: ShardRecord) -> None:
+    def __init__(self, stores: Sequence[Store], record: ShardRecord, *, once: bool = False) -> None:
         self.record = record
-        self._all = tuple(Source(store, record) for store in stores)
+        last = len(stores) - 1
+        self._all = tuple(Source(store, record, once=once and at == last) for at, store in enumerate(stores))
         self._sources = list(self._all)
         self._lock = threading.Lock()
 

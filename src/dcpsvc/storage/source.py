@@ -25,13 +25,15 @@ class Source:
     Args:
         store: Which.
         record: What the manifest says about the shard.
+        once: Nothing is to be read twice there, whatever it costs here.
 
     Attributes:
         nbytes_read: So far; what was refused is counted too.
     """
 
-    def __init__(self, store: ReadableStore, record: ShardRecord) -> None:
+    def __init__(self, store: ReadableStore, record: ShardRecord, *, once: bool = False) -> None:
         self.store, self._record = store, record
+        self._once = once
         self._known: bytes | None = None
         self._asked: Future[bytes] | None = None
         self._lock = threading.Lock()
@@ -48,12 +50,13 @@ class Source:
     @property
     def cheap(self) -> bool:
         """Reading something again costs no more than a copy."""
-        return bool(getattr(self.store, "cached", False))
+        return not self._once and bool(getattr(self.store, "cached", False))
 
     def read_into(self, begin: int, views: Sequence[memoryview], *, once: bool = False) -> None:
         """Proven bytes of the body, whole blocks; ``once``: see :class:`~dcpsvc.storage.base.StreamingStore`."""
         table, first = self.table(), begin // BLOCK_NBYTES
         look = functools.partial(digest.mismatches, first_block=first, digests=table)
+        once = once or self._once  # and no reading ahead: others read what comes next
         try:
             bad = stream_into(self.store, self._record.path, begin, views, look, once=once)
         except StoreNotFoundError as err:
