@@ -49,6 +49,17 @@ class AppState:
         self._known: tuple[tuple[tuple[str, int], ...], dict[str, Component]] = ((), {})
         self.components()
 
+    def check_module(self, name: str) -> None:
+        """That a name, or what is before its first dot, is a module's.
+
+        Raises:
+            ConfigError: It is not.
+        """
+        component = name.split(".", 1)[0]
+        if not _is_module(self._state.get(component)):
+            there = ", ".join(name for name, value in self._state.items() if _is_module(value)) or "none"
+            raise ConfigError(f"adapter_folder={name!r}: the state has no such module; there are: {there}")
+
     @property
     def mapping(self) -> MutableMapping[str, Any]:
         """What the user gave, with what loading put into it."""

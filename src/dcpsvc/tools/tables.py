@@ -138,6 +138,13 @@ def print_checkpoint(shown: Shown, row: Row, pattern: str = "", dtype: str | Non
     out.print(shards)
     if (more := len(manifest.shards) - _SHARDS) > 0:
         out.print(f"... and {more} more shards; --json lists all", highlight=False)
+    if manifest.adapter is not None:
+        folder = Table(
+            "size", "xxh3-128", f"adapter folder of {escape(manifest.adapter.component)}", box=None, pad_edge=False
+        )
+        for file in manifest.adapter.files:
+            folder.add_row(size(file.nbytes), file.digest, file.path)
+        out.print(folder)
     tensors = Table("tensor", "dtype", "shape", "size", "ranks", box=None, pad_edge=False)
     for key, tensor in shown.tensors(pattern, dtype).items():
         shape, ranks = str(list(tensor.shape)).replace("[", r"\["), ranges({chunk.rank for chunk in tensor.chunks})
