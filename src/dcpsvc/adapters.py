@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -90,7 +89,7 @@ class Folders:
         for adapter in peft.adapters(self.component, about, there):
             arriving = self._exchange(shard, ordered(adapter.entries))
             if self.job.coordinates:
-                failures += _tried(lambda one=adapter, pieces=arriving: files.extend(self._files(attempt, one, pieces)))
+                failures += _tried(functools.partial(self._put_together, attempt, adapter, arriving, files))
             failures += _tried(functools.partial(_drain, arriving))
         if failures:
             raise failures[0]
@@ -117,14 +116,12 @@ class Folders:
             raise RefusalError([RankFailure(0, "adapter", type(err).__name__, str(err))]) from err
         return about
 
-    def _files(
-        self, attempt: Attempt, adapter: Adapter, arriving: Iterator[tuple[Piece, memoryview]]
-    ) -> list[AdapterFile]:
-        model = itertools.chain([head(ordered(adapter.entries))], rounds.assembled(arriving))
-        return [
-            self._file(f"{attempt.adapter}{adapter.below}{peft.CONFIG}", [adapter.config]),
-            self._file(f"{attempt.adapter}{adapter.below}{peft.MODEL}", model),
-        ]
+    def _put_together(
+        self, attempt: Attempt, adapter: Adapter, arriving: Iterator[tuple[Piece, memoryview]], files: list[AdapterFile]
+    ) -> None:
+        prefix = f"{attempt.adapter}{adapter.below}"
+        files.append(self._file(f"{prefix}{peft.CONFIG}", [adapter.config]))
+        files.append(self._file(f"{prefix}{peft.MODEL}", _model(adapter, arriving)))
 
     def _file(self, key: str, parts: Iterable[bytes | memoryview]) -> AdapterFile:
         """The ranks are waited for on this thread, the disk on another, with a deadline."""
@@ -161,6 +158,11 @@ class Folders:
 @functools.lru_cache(maxsize=2)  # the layout is the same from save to save
 def _entries(layout: bytes, component: str) -> list[Entry]:
     return peft.entries(layouts.loads("the layout", layout, digest(layout)), component)
+
+
+def _model(adapter: Adapter, arriving: Iterator[tuple[Piece, memoryview]]) -> Iterator[bytes | memoryview]:
+    yield head(ordered(adapter.entries))
+    yield from rounds.assembled(arriving)
 
 
 def _healthy(mine: ShardRecord | RankFailure) -> ShardRecord:

@@ -144,8 +144,9 @@ class Options:
     travels with the checkpoints."""
 
     only: Literal["all", "trainable"] = "all"
-    """``trainable``: of modules only parameters that need a gradient, or did, are saved, and buffers: for adapters over
-    a frozen base, which the training script loads by itself. A fingerprint of the base is kept; resume compares it."""
+    """``trainable``: of modules only parameters that need a gradient, or did, are saved, and buffers that training
+    changes: for adapters over a frozen base, which the training script loads by itself. A fingerprint of the base is
+    kept; resume compares it."""
 
     adapter_folder: str | None = None
     """A module of the state, or a dotted beginning below it: each checkpoint has its adapters of PEFT as a ready

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from dcpsvc.settling import OpenRun
 
 T = TypeVar("T")
+_Record = ShardRecord | RankFailure
 
 
 class Life:
@@ -106,11 +107,9 @@ class Life:
         self._forget_previous(save)
         layout = self._mine.guarded(save, "plan", lambda: self._layout(save, agreement))
         record = self._mine.then(save, "write", layout, lambda _: self._write(save))
-        folder = self._folder(save, record, layout)
-        acks = self._acknowledged(save, "local", folder if isinstance(folder, RankFailure) else record, folder)
-        manifest = self._mine.then(
-            save, "ack", acks, lambda found: self._commit_locally(save, agreement, found, layout)
-        )
+        record, folder = self._folder(save, record, layout)
+        acks = self._acknowledged(save, "local", record, folder)
+        manifest = self._mine.then(save, "ack", acks, lambda a: self._commit_locally(save, agreement, a, layout))
         record = self._mine.then(save, "upload", manifest, lambda found: self._upload(save, found, layout))
         acks = self._acknowledged(save, "remote", record)
         manifest = self._mine.then(save, "ack", acks, lambda found: self._acked_remote(save, manifest, found))
@@ -151,28 +150,23 @@ class Life:
         clock = self._job.rendezvous.clock
         return clock.bounded(work, self._options.upload_timeout_s, "a call to the store", given_up)
 
-    def _folder(self, save: Save, record: ShardRecord | RankFailure, layout: Any) -> AdapterFolder | RankFailure | None:
+    def _folder(self, save: Save, record: _Record, layout: Any) -> tuple[_Record, AdapterFolder | None]:
         """Of PEFT, if one is asked for: beside rank 0's shard, before anybody says that all is durable."""
         if self._folders is None:
-            return None
-        mine = record if isinstance(record, RankFailure) else self._mine.given_up(save, "adapter") or record
-        make = functools.partial(self._folders.make, save.place, save.key, mine, layout)
-        return self._mine.tried(save, "adapter", make)
+            return record, None
+        make = functools.partial(self._folders.make, save.place, save.key, record, layout)
+        made = self._mine.tried(save, "adapter", make)
+        return (made, None) if isinstance(made, RankFailure) else (record, made)
 
     def _acknowledged(
-        self,
-        save: Save,
-        phase: str,
-        record: ShardRecord | RankFailure,
-        folder: AdapterFolder | RankFailure | None = None,
+        self, save: Save, phase: str, record: _Record, folder: AdapterFolder | None = None
     ) -> ack.Acks | RankFailure:
         mine = record if isinstance(record, RankFailure) else self._mine.given_up(save, phase) or record
         times = save.pending.timings
         took = (times.stage_s, times.write_s, times.upload_s) if phase == "remote" else ()  # as in OWN
         values = save.replicas.said if phase == "local" and save.replicas is not None else {}
-        adapter = None if isinstance(folder, RankFailure) else folder
         acknowledge = functools.partial(
-            ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took, values=values, adapter=adapter
+            ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took, values=values, adapter=folder
         )
         return self._mine.tried(save, "ack", acknowledge)
 
@@ -232,8 +226,7 @@ class Life:
         record = manifest.shards[self._job.rank]
         given_up = functools.partial(self._mine.why_given_up, save)
         image, save.image = save.image, None
-        carry = functools.partial(self._carrier.carry, manifest, layout, image)
-        carried = self._within(carry, given_up)  # one deadline for all of it
+        carried = self._within(lambda: self._carrier.carry(manifest, layout, image), given_up)  # one deadline for all
         if isinstance(carried, RankFailure):
             return carried
         save.pending.timings.upload_s = time.perf_counter() - began

@@ -68,7 +68,7 @@ def train(rank, world, root, steps, *, local=None, **how):
     saved = {"model": model} if how.get("alone") else state
     with dcpsvc.Checkpointer(
         store, saved, local=local or root.parent / f"node-{rank}", only="trainable", keep=dcpsvc.Latest(2),
-        save_last=False, adapter_folder=how.get("folder", "model") if rank == 0 else "model", sync_timeout_s=20,
+        save_last=False, adapter_folder=how.get("folder", "model") if rank == 0 else "model", sync_timeout_s=6,
         on_event=die_at(point) if point else None,
     ) as ckpt:  # fmt: skip
         start = ckpt.resume()
@@ -140,10 +140,16 @@ def test_pefts_own_loader_takes_what_ranks_with_disks_of_their_own_put_together(
 # --- killed between its files and the manifest -------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["rank-00000", *FILES, "manifests/order"])
+WRITES = [
+    *(("before", name) for name in FILES),
+    ("after", FILES[1]),
+    *((when, "manifests/order") for when in ("before", "after")),
+]
+
+
+@pytest.mark.parametrize(("when", "name"), WRITES)
 def test_killed_around_any_write_no_manifest_names_a_folder_that_is_not_there_and_the_next_start_finishes_it(
-    tmp_path, name, when
+    tmp_path, when, name
 ):
     root = tmp_path / "root"
     values(run_ranks(2, train, root, 1))

@@ -127,8 +127,8 @@ class Manifest:
     @property
     def sizes(self) -> dict[str, int]:
         """Of every file of its own, by key: all but the layout, which others share."""
-        files = () if self.adapter is None else self.adapter.files
-        return {file.path: file.nbytes for file in (*self.shards, *files)}
+        shards = {shard.path: shard.nbytes for shard in self.shards}
+        return shards | ({file.path: file.nbytes for file in self.adapter.files} if self.adapter else {})
 
     def dumps(self) -> bytes:
         """The file's content."""

@@ -72,9 +72,16 @@ class AppState:
             self._known = (identity, self._make_components())
         return self._known[1]
 
+    def _module(self, name: str, value: Any) -> ModuleComponent:
+        """The one there was, if it is of the same: it knows what of the module has changed."""
+        known = self._known[1].get(name)
+        if isinstance(known, ModuleComponent) and known.given is value:
+            return known
+        return ModuleComponent(name, value, self._only)
+
     def _make_components(self) -> dict[str, Component]:
         _check_claimed_once(self._state)
-        modules = {name: ModuleComponent(name, v, self._only) for name, v in self._state.items() if _is_module(v)}
+        modules = {name: self._module(name, v) for name, v in self._state.items() if _is_module(v)}
         found: dict[str, Component] = dict(modules)
         for name, value in self._state.items():
             if isinstance(bare(value), Optimizer):
