@@ -180,3 +180,20 @@ def test_of_a_frozen_base_in_train_mode_what_forward_changes_is_stored_and_ranks
     names = {name for name in dcpsvc.storage_reader(tmp_path / "run", 6).layout.names() if name.startswith("model.")}
     running = {f"model.norm.{name}" for name in ("num_batches_tracked", "running_mean", "running_var")}
     assert names == {"model.factor.weight", "model.inner.mean"} | running
+
+
+def change_one(rank, world, root):
+    """Each rank writes to another buffer."""
+    model = Buffered()
+    with checkpointer(root, {"model": model}, only="trainable", save_last=False) as ckpt:
+        if not ckpt.resume():
+            (model.inner.mean if rank == 0 else model.table).add_(1)
+            ckpt.save(1).wait()
+    return model.inner.mean.tolist(), model.table.tolist()
+
+
+def test_of_buffers_that_are_not_the_same_everywhere_those_that_rank_0_has_changed_are_stored(tmp_path):
+    values(run_ranks(2, change_one, tmp_path / "run"))
+    names = dcpsvc.storage_reader(tmp_path / "run", 1).layout.names()
+    assert {name for name in names if "norm" not in name} == {"model.factor.weight", "model.inner.mean"}
+    assert values(run_ranks(2, change_one, tmp_path / "run")) == [([1.0] * 6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])] * 2
