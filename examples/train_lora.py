@@ -4,7 +4,7 @@
 
 Before, rank 0 alone called ``save_pretrained()`` between two barriers: the others waited for it at every save, an error
 there left them waiting for good, and optimizer, schedule, data position and generators were lost. Now each rank writes
-its own part in the background; a killed run goes on where it was; and each commit gets a ready PEFT folder.
+its own part in the background; a killed run goes on where it was; and each checkpoint has a ready PEFT folder in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dcpsvc
-from dcpsvc.integrations.peft import Folders
 
 
 class Batches:
@@ -70,7 +69,7 @@ def main() -> None:
     }  # fmt: skip
     with dcpsvc.Checkpointer(  # 1: instead of `if rank == 0: model.save_pretrained(...)`
         options.root, state, local=options.nvme, every=dcpsvc.Every(steps=options.every), keep=dcpsvc.Latest(2),
-        only="trainable", on_event=Folders(options.root), total_steps=options.steps,
+        only="trainable", adapter_folder="model", total_steps=options.steps,
     ) as ckpt:  # fmt: skip
         start = ckpt.resume()  # 2: where the last run was
         for step in range(start + 1, options.steps + 1):

@@ -48,6 +48,7 @@ stages                  stage shard ack upload commit retain, discover restore; 
                         retain is the only way anything is deleted, by a job and by ``dcpsvc gc``
 contribution, outcomes  what one rank does for it: what goes wrong becomes a value, and all get one error
 carrying, lateness      a rank's files on their way; whom the others waited for
+adapters                the folder of PEFT, if asked for, put together of all ranks' shards
 catalog, retention      what is known to be committed; the round of deletions after each commit
 annotating              metrics and pins that the job adds later
 ======================  =================================================================================

@@ -8,10 +8,11 @@ from dcpsvc import fence
 from dcpsvc.errors import FencedError, RankFailure
 from dcpsvc.recovery import known_shard
 from dcpsvc.stages import upload
+from dcpsvc.storage import wholefile
 
 if TYPE_CHECKING:
     from dcpsvc.catalog import Catalog
-    from dcpsvc.format.manifest import ShardRecord
+    from dcpsvc.format.manifest import Manifest, ShardRecord
     from dcpsvc.ranks.job import Job
     from dcpsvc.settling import OpenRun
     from dcpsvc.storage.cargo import Carried
@@ -30,13 +31,16 @@ class Carrier:
         self._job, self._run, self._catalog = job, run, catalog
         self._committed: upload.Known | None = None
 
-    def carry(self, record: ShardRecord, layout: Any, image: memoryview | None) -> Carried | RankFailure:
+    def carry(self, manifest: Manifest, layout: Any, image: memoryview | None) -> Carried | RankFailure:
         """To the run root, unless that has another owner by now. Raises what :func:`upload.upload_shard` does."""
         epoch, remote = self._run.settled.epoch, self._run.remote
+        record = manifest.shards[self._job.rank]
         if self._job.coordinates and (theirs := fence.successor(remote, epoch)):
             return RankFailure(self._job.rank, "upload", FencedError.__name__, fence.replaced(epoch, theirs))
         carried = upload.upload_shard(remote, record, self._run.local_path / record.path, self._known(), image)
         if self._job.coordinates:
+            for file in manifest.adapter.files if manifest.adapter else ():
+                wholefile.put(remote, file, self._run.local_path / file.path)
             upload.put_layout(remote, layout)
         return carried
 

@@ -66,6 +66,8 @@ class Checkpointer:
     def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
         self._options = Options.of(options)
         self._state = AppState(state, self._options.only)
+        if self._options.adapter_folder is not None:
+            self._state.check_module(self._options.adapter_folder)
         self._record = provenance.record(
             map(bare, state.values()), world_size=world_size(), config=self._options.config
         )

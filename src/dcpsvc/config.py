@@ -144,8 +144,14 @@ class Options:
     travels with the checkpoints."""
 
     only: Literal["all", "trainable"] = "all"
-    """``trainable``: of modules only parameters that need a gradient, or did, are saved, and buffers: for adapters over
-    a frozen base, which the training script loads by itself. A fingerprint of the base is kept; resume compares it."""
+    """``trainable``: of modules only parameters that need a gradient, or did, are saved, and buffers that training
+    changes: for adapters over a frozen base, which the training script loads by itself. A fingerprint of the base is
+    kept; resume compares it."""
+
+    adapter_folder: str | None = None
+    """A module of the state, or a dotted beginning below it: each checkpoint has its adapters of PEFT as a ready
+    folder, too, which is part of it. Rank 0 puts it together before the first acknowledgement, in the memory of the
+    adapter's largest tensor. None: no folder."""
 
     config: Any = None
     """The run's configuration, JSON-like. Its hash is recorded with each checkpoint; a resume under another says

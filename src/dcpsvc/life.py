@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import outcomes
+from dcpsvc.adapters import Folders
 from dcpsvc.blueprint import Layouts
 from dcpsvc.carrying import Carrier
 from dcpsvc.contribution import Contribution
@@ -42,12 +43,14 @@ if TYPE_CHECKING:
     from dcpsvc.catalog import Catalog
     from dcpsvc.config import Options
     from dcpsvc.events import Events
+    from dcpsvc.format.adapter import AdapterFolder
     from dcpsvc.format.parts import Part
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
     from dcpsvc.settling import OpenRun
 
 T = TypeVar("T")
+_Record = ShardRecord | RankFailure
 
 
 class Life:
@@ -65,6 +68,12 @@ class Life:
         self._replaced_by = ""
         self._sync = Meeting(options.sync_timeout_s)
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
+        self._folders = self._asked_for(options.adapter_folder)
+
+    def _asked_for(self, component: str | None) -> Folders | None:
+        if component is None:
+            return None
+        return Folders(job=self._job, tiers=self._run, component=component, meeting=self._work, within=self._within)
 
     def known_layout(self, part: Part) -> str:
         """Digest of the layout that the ranks made when this rank brought this very part; empty if never."""
@@ -98,13 +107,12 @@ class Life:
         self._forget_previous(save)
         layout = self._mine.guarded(save, "plan", lambda: self._layout(save, agreement))
         record = self._mine.then(save, "write", layout, lambda _: self._write(save))
-        records = self._acknowledged(save, "local", record)
-        manifest = self._mine.then(
-            save, "ack", records, lambda acks: self._commit_locally(save, agreement, acks.records, layout)
-        )
+        record, folder = self._folder(save, record, layout)
+        acks = self._acknowledged(save, "local", record, folder)
+        manifest = self._mine.then(save, "ack", acks, lambda a: self._commit_locally(save, agreement, a, layout))
         record = self._mine.then(save, "upload", manifest, lambda found: self._upload(save, found, layout))
-        records = self._acknowledged(save, "remote", record)
-        manifest = self._mine.then(save, "ack", records, lambda acks: self._acked_remote(save, manifest, acks))
+        acks = self._acknowledged(save, "remote", record)
+        manifest = self._mine.then(save, "ack", acks, lambda found: self._acked_remote(save, manifest, found))
         created = functools.partial(self._created, save, manifest)
         save.may_exist = isinstance(manifest, Manifest)
         published = commit.publish(
@@ -142,13 +150,23 @@ class Life:
         clock = self._job.rendezvous.clock
         return clock.bounded(work, self._options.upload_timeout_s, "a call to the store", given_up)
 
-    def _acknowledged(self, save: Save, phase: str, record: ShardRecord | RankFailure) -> ack.Acks | RankFailure:
+    def _folder(self, save: Save, record: _Record, layout: Any) -> tuple[_Record, AdapterFolder | None]:
+        """Of PEFT, if one is asked for: beside rank 0's shard, before anybody says that all is durable."""
+        if self._folders is None:
+            return record, None
+        make = functools.partial(self._folders.make, save.place, save.key, record, layout)
+        made = self._mine.tried(save, "adapter", make)
+        return (made, None) if isinstance(made, RankFailure) else (record, made)
+
+    def _acknowledged(
+        self, save: Save, phase: str, record: _Record, folder: AdapterFolder | None = None
+    ) -> ack.Acks | RankFailure:
         mine = record if isinstance(record, RankFailure) else self._mine.given_up(save, phase) or record
         times = save.pending.timings
         took = (times.stage_s, times.write_s, times.upload_s) if phase == "remote" else ()  # as in OWN
         values = save.replicas.said if phase == "local" and save.replicas is not None else {}
         acknowledge = functools.partial(
-            ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took, values=values
+            ack.acknowledge, self._job, save.place, phase, mine, self._work, took=took, values=values, adapter=folder
         )
         return self._mine.tried(save, "ack", acknowledge)
 
@@ -180,9 +198,7 @@ class Life:
         self._emit(Point.SHARD_WRITTEN, save, nbytes=record.nbytes, seconds=shard.seconds)
         return record
 
-    def _commit_locally(
-        self, save: Save, agreement: ack.Agreement, records: list[ShardRecord], layout: Any
-    ) -> Manifest:
+    def _commit_locally(self, save: Save, agreement: ack.Agreement, acks: ack.Acks, layout: Any) -> Manifest:
         """Every shard is durable on its node; each node notes it, with the bytes the run root will get."""
         stamp = agreement.stamp
         manifest = Manifest(
@@ -190,8 +206,9 @@ class Life:
             step=save.key.step,
             attempt=save.key.attempt,
             created=stamp["created"],
-            shards=tuple(records),
+            shards=tuple(acks.records),
             layout=LayoutRef(digest=digest(layout), nbytes=len(layout)),
+            adapter=acks.adapter,
             metrics={name: float(value) for name, value in stamp["metrics"].items()},
             versions=stamp["versions"],
         )
@@ -209,8 +226,7 @@ class Life:
         record = manifest.shards[self._job.rank]
         given_up = functools.partial(self._mine.why_given_up, save)
         image, save.image = save.image, None
-        carry = functools.partial(self._carrier.carry, record, layout, image)
-        carried = self._within(carry, given_up)  # one deadline for all of it
+        carried = self._within(lambda: self._carrier.carry(manifest, layout, image), given_up)  # one deadline for all
         if isinstance(carried, RankFailure):
             return carried
         save.pending.timings.upload_s = time.perf_counter() - began
@@ -246,7 +262,7 @@ class Life:
     def _forget_previous(self, save: Save) -> None:
         """Every rank has come to this meeting, so all have left those of the save before."""
         if self._job.coordinates and self._previous is not None:
-            for phase in ("plan", "compare", "room", "local", "remote", "commit", "clear", "retain"):
+            for phase in ("plan", "compare", "room", "folder", "local", "remote", "commit", "clear", "retain"):
                 self._job.rendezvous.forget(f"{self._previous.place}/{phase}")
         self._previous = save
 

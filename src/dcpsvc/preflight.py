@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dcpsvc import whereabouts
 from dcpsvc.format import shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
-from dcpsvc.format.keys import DATA, Attempt, attempt_of, rank_of
+from dcpsvc.format.keys import DATA, Attempt, attempt_below, writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -222,8 +222,8 @@ def free_up(
     Raises:
         StoreError: The disk says no; what was removed before is gone.
     """
-    shards = [(attempt_of(entry.key), rank_of(entry.key), entry) for entry in local.list(DATA)]
-    mine = [(attempt, entry) for attempt, of, entry in shards if attempt and of is not None and of % world_size == rank]
+    files = [(attempt_below(entry.key), writer_of(entry.key), entry) for entry in local.list(DATA)]
+    mine = [(attempt, entry) for attempt, of, entry in files if attempt and of is not None and of % world_size == rank]
     freed = 0
     for attempt, entry in sorted(mine):
         if attempt in uploaded and attempt not in keep:

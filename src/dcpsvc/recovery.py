@@ -26,12 +26,14 @@ from dcpsvc.format.keys import Attempt
 from dcpsvc.format.manifest import LayoutRef
 from dcpsvc.ranks.rendezvous import RefusalError
 from dcpsvc.stages import commit, discover, upload
+from dcpsvc.storage import wholefile
 from dcpsvc.storage.base import copies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dcpsvc.format.keys import Epoch
+    from dcpsvc.format.manifest import Manifest
     from dcpsvc.ranks.job import Job
     from dcpsvc.ranks.rendezvous import Meeting
     from dcpsvc.tiers import Tiers
@@ -155,8 +157,15 @@ class Recovery:
                 path = self._tiers.local_path / record.path
                 known = known_shard(self._tiers, Attempt(*plan["newest"]), record.rank) if plan["newest"] else None
                 upload.ensure_shard(self._tiers.remote, record, path, known)
+                self._carry_folder(manifest, record.rank)
         if plan["journal"] == self._job.rank:
             self._carry_layout(manifest.layout)
+
+    def _carry_folder(self, manifest: Manifest, rank: int) -> None:
+        """It lies beside rank 0's shard, and goes with it."""
+        if rank == 0 and manifest.adapter is not None:
+            for file in manifest.adapter.files:
+                wholefile.ensure(self._tiers.remote, file, self._tiers.local_path / file.path)
 
     def _carry_layout(self, reference: LayoutRef) -> None:
         """One that went or rotted here may be at the run root all the same: earlier checkpoints had it."""

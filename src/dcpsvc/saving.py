@@ -74,6 +74,7 @@ class Saver:
         self._tries: dict[int, int] = {}
         self._unwritten: list[tuple[DcpShard, int]] = []
         self._versions = versions
+        self._folder = claims.of_option("adapter folder", options.adapter_folder)
         self._staged_with = 0
         self._has_said_replanned = self._is_prepared = False
 
@@ -202,7 +203,7 @@ class Saver:
         self._is_prepared = True
         self._staging.look_back()
         collected = self._state.collect(self._job.rank, values=values)
-        said = claims.claims(collected)
+        said = claims.claims(collected) | self._folder
         blueprint = self._blueprint(collected)
         outline = self._outline(save, collected, blueprint)
         self._begin_shard(save, outline, blueprint, collected)

@@ -35,6 +35,7 @@ def files_of(space: Space, attempt: Attempt) -> list[str]:
     files = [found.layout.path, *(attempt.shard(rank) for rank in range(found.world_size))]
     if [shard.path for shard in found.shards] != files[1:]:
         raise TornError("it names the shards of another")
+    files += [file.path for file in found.adapter.files] if found.adapter else []
     for path in files:
         if path not in space.objects:
             raise TornError(f"{path} is not there")
@@ -49,5 +50,8 @@ def _check_bytes(space: Space, found: Manifest) -> None:
         whole = len(data) == shard.nbytes and digest.digest(table) == shard.digest
         if not whole or digest.table(memoryview(body)) != table:
             raise TornError(f"{shard.path} has not the bytes it says")
+    for file in found.adapter.files if found.adapter else ():
+        if digest.digest(space.objects[file.path]) != file.digest:
+            raise TornError(f"{file.path} has not the bytes it says")
     if digest.digest(space.objects[found.layout.path]) != found.layout.digest:
         raise TornError(f"{found.layout.path} has not the bytes it says")

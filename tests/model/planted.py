@@ -12,10 +12,13 @@ from dcpsvc.life import Life
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, Rendezvous
 from dcpsvc.save import Save
 from dcpsvc.stages import ack, commit, retain
+from dcpsvc.storage import wholefile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
+    from dcpsvc.format.adapter import AdapterFile
     from dcpsvc.format.epochs import Claim
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest
@@ -107,12 +110,17 @@ def _nobody_wins(store: Store, make: Callable[[int], Claim]) -> Claim:
     return mine
 
 
+def _left_here(store: Store, file: AdapterFile, path: Path) -> None:
+    """The folder of PEFT stays on the disk of the node, whatever the manifest says."""
+
+
 BUGS: dict[str, tuple[Any, str, Any]] = {
     "commit without acks": (ack, "acknowledge", _without_acks),
     "manifest before data": (Life, "_upload", _manifest_first),
     "stale barrier key": (Save, "place", property(_one_place)),
     "ack as an exception": (ack, "acknowledge", _raising_ack),
     "data deleted before the manifest": (retain, "finish_removal", _data_first),
+    "commit without its folder": (wholefile, "put", _left_here),
     "one rank decides on its own": (Rendezvous, "_read_verdict", _own_decision),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from dataclasses import replace
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dcpsvc.config import Options
 from dcpsvc.errors import DcpsvcError, FencedError, RankFailure, SaveError
 from dcpsvc.events import Event, Events, Point
-from dcpsvc.life import Life
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, Rendezvous
 from dcpsvc.saving import Saver
@@ -23,7 +23,7 @@ from dcpsvc.tiers import Tiers
 from tests.model import shard
 from tests.model.kernel import Killed
 from tests.model.limits import BEAT_S, LEAVE_LIMIT_S, LIVE_LIMIT_S, OPEN_LIMIT_S, SYNC_S, UPLOAD_S
-from tests.model.seams import Pulse, SimCatalog, SimRendezvous, SimResuming
+from tests.model.seams import Pulse, SimCatalog, SimLife, SimRendezvous, SimResuming
 from tests.model.stores import LocalStore, RemoteStore
 from tests.model.wires import MistakeError, SimClock, SimGroup, SimKeyValue
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dcpsvc.catalog import Catalog
+    from dcpsvc.life import Life
     from dcpsvc.save import Save
     from dcpsvc.storage.base import Store
     from tests.model.host import Host
@@ -85,13 +86,16 @@ class SimRank:
             run_id=tiers.run_id, remote=tiers.remote, local=tiers.local, local_path=tiers.local_path, settled=settled
         )
         options = Options(
-            sync_timeout_s=SYNC_S, upload_timeout_s=UPLOAD_S, keep=self.plan.keep, keep_local=self.plan.keep_local
-        )
+            sync_timeout_s=SYNC_S, upload_timeout_s=UPLOAD_S, keep=self.plan.keep, keep_local=self.plan.keep_local,
+            adapter_folder="model" if self._world.settings.has_folders else None,
+        )  # fmt: skip
         committed = {attempt.step: attempt for attempt in settled.committed}
         catalog = SimCatalog(committed, leftovers=set(settled.unfinished))
         catalog.tell = lambda attempt: self.ledger.believed(self.host, attempt)
         events = Events(rank=job.rank, observer=self._observe)
-        life = Life(job, run, options, events, catalog)
+        disk = self._world.disks[self.host.node.disk]
+        folders = functools.partial(shard.SimFolders, self.host, disk, job)
+        life: Life = SimLife(folders, job, run, options, events, catalog)
         state: Any = None  # it only names the attempts here
         saver = Saver(job, run, state, life, events, options=options, versions={})
         events.emit(Point.OPENED)

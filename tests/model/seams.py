@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcpsvc.catalog import Catalog
 from dcpsvc.errors import RankFailure
+from dcpsvc.life import Life
 from dcpsvc.ranks.rendezvous import Rendezvous
 from dcpsvc.resuming import Resuming
 from dcpsvc.stages import discover
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dcpsvc.ranks.rendezvous import Meeting
     from dcpsvc.state.drift import Terms
     from tests.model.host import Host
+    from tests.model.shard import SimFolders
     from tests.model.wires import KeyValueServer
 
 
@@ -75,6 +77,17 @@ class SimCatalog(Catalog):
     def add(self, found: Manifest) -> None:
         self.tell(found.key)
         super().add(found)
+
+
+class SimLife(Life):
+    """Whose folders of PEFT, if any are asked for, are made without a model."""
+
+    def __init__(self, folders: Callable[[Meeting], SimFolders], *given: Any) -> None:
+        self._sim_folders = folders
+        super().__init__(*given)
+
+    def _asked_for(self, component: str | None) -> Any:
+        return None if component is None else self._sim_folders(self._work)
 
 
 class SimResuming(Resuming):

@@ -75,6 +75,7 @@ class Settings:
         world_size: Of most starts.
         most_starts: Before the last one, in which nothing goes wrong.
         changes_structure: The state changes its structure now and then.
+        has_folders: A folder of PEFT is part of each checkpoint.
         splits: How likely a start is followed by the next one while it still runs.
         ambush: Where the coordinator is held up while the next start begins; empty: nowhere.
         ambush_after: At which of its visits there.
@@ -110,6 +111,7 @@ class Settings:
     raids: float
     desertion: float
     fragile_store: bool
+    has_folders: bool
 
     @classmethod
     def draw(cls, source: random.Random, *, stale_listings: bool) -> Self:
@@ -146,6 +148,7 @@ class Settings:
             raids=choice((0.0, 0.0, 0.5)),
             desertion=choice((0.0, 0.5) if ambush else (0.0, 0.0, 0.0, 0.3)),
             fragile_store=chance() < 0.3,
+            has_folders=chance() < 0.3,
         )
 
     @property

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from dcpsvc.format import digest, parts, shardfile
+from dcpsvc.errors import RankFailure
+from dcpsvc.format import digest, parts, peft, shardfile
+from dcpsvc.format.adapter import AdapterFile, AdapterFolder
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.preflight import DiskNeed
 from dcpsvc.stages import ack
@@ -15,6 +17,8 @@ from dcpsvc.stages import ack
 if TYPE_CHECKING:
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.parts import Part
+    from dcpsvc.ranks.job import Job
+    from dcpsvc.ranks.rendezvous import Meeting
     from tests.model.host import Host
     from tests.model.kernel import Task
     from tests.model.stores import Space
@@ -82,6 +86,33 @@ class SimShard:
 
     def _store(self, data: bytes) -> None:
         self._disk.change(self._key, data, self._host)
+
+
+class SimFolders:
+    """As :class:`dcpsvc.adapters.Folders`: after a meeting rank 0 writes files of some bytes beside its shard."""
+
+    def __init__(self, host: Host, disk: Space, job: Job, meeting: Meeting) -> None:
+        self._host, self._disk, self._job, self._meeting = host, disk, job, meeting
+
+    def make(self, place: str, attempt: Attempt, mine: ShardRecord | RankFailure, layout: Any) -> AdapterFolder | None:
+        del layout
+        message = mine if isinstance(mine, RankFailure) else ""
+        self._job.meet(f"{place}/folder", message, lambda _: None, self._meeting)
+        if not self._job.coordinates:
+            return None
+        files = tuple(self._write(attempt, name) for name in (peft.CONFIG, peft.MODEL))
+        return AdapterFolder(component="model", files=files)
+
+    def _write(self, attempt: Attempt, name: str) -> AdapterFile:
+        key, data = f"{attempt.adapter}{name}", f"{name} of {attempt} of {self._host.process.name}".encode()
+        fault = self._host.faults.strike("shard", "folder.write")
+        if fault in {"crash", "freeze"}:
+            self._host.fall(fault, "folder.write", lambda: self._disk.change(key, data, self._host), 0.01)
+        elif fault in {"refused", "full", "memory"}:
+            raise OSError(errno.EIO if fault == "refused" else errno.ENOSPC, "simulated: the disk said no")
+        self._host.kernel.wait(self._host.kernel.random.random() * 0.05 * self._host.process.slowness)
+        self._disk.change(key, data, self._host)
+        return AdapterFile(path=key, nbytes=len(data), digest=digest.digest(data))
 
 
 class Roomless(DiskNeed):

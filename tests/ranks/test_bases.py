@@ -129,3 +129,71 @@ def test_what_was_saved_sharded_is_loaded_over_the_same_base_in_one_process(tmp_
     before = factor(model)
     assert dcpsvc.load(tmp_path / "run", {"model": model}, only="trainable") == 2
     assert factor(model) != before
+
+
+# --- its buffers --------------------------------------------------------------------------------------
+
+
+class Buffered(Adapted):
+    """In train mode: a table that stays, running statistics, and a mean that follows what this rank sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(6.0))
+        self.inner = nn.Module()
+        self.inner.register_buffer("mean", torch.zeros(6))
+        self.norm = nn.BatchNorm1d(6).requires_grad_(requires_grad=False)
+
+    def forward(self, x):
+        self.inner.mean.lerp_(x.detach().mean(0), 0.1)
+        return super().forward(self.norm(x - self.inner.mean + self.table))
+
+
+def go_on(rank, world, root, kind, until):
+    """Losses behind the step that was resumed."""
+    torch.manual_seed(0)
+    model = Buffered()
+    wrapped = (
+        DistributedDataParallel(model) if kind == "DDP" else fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    )
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    with checkpointer(root, {"model": wrapped, "optim": optimizer}, only="trainable", save_last=False) as ckpt:
+        for step in range(ckpt.resume() + 1, until + 1):
+            torch.manual_seed(100 * step + (rank if kind == "DDP" else 0))
+            loss = wrapped(torch.randn(4, 6)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()).hex())
+            if step in {3, until}:
+                ckpt.save(step).wait()
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_of_a_frozen_base_in_train_mode_what_forward_changes_is_stored_and_ranks_go_on_bit_for_bit(tmp_path, kind):
+    whole = values(run_ranks(2, go_on, tmp_path / "straight", kind, 6))
+    values(run_ranks(2, go_on, tmp_path / "run", kind, 3))
+    after = values(run_ranks(2, go_on, tmp_path / "run", kind, 6))
+    assert [losses[3:] for losses in whole] == after
+    names = {name for name in dcpsvc.storage_reader(tmp_path / "run", 6).layout.names() if name.startswith("model.")}
+    running = {f"model.norm.{name}" for name in ("num_batches_tracked", "running_mean", "running_var")}
+    assert names == {"model.factor.weight", "model.inner.mean"} | running
+
+
+def change_one(rank, world, root):
+    """Each rank writes to another buffer."""
+    model = Buffered()
+    with checkpointer(root, {"model": model}, only="trainable", save_last=False) as ckpt:
+        if not ckpt.resume():
+            (model.inner.mean if rank == 0 else model.table).add_(1)
+            ckpt.save(1).wait()
+    return model.inner.mean.tolist(), model.table.tolist()
+
+
+def test_of_buffers_that_are_not_the_same_everywhere_those_that_rank_0_has_changed_are_stored(tmp_path):
+    values(run_ranks(2, change_one, tmp_path / "run"))
+    names = dcpsvc.storage_reader(tmp_path / "run", 1).layout.names()
+    assert {name for name in names if "norm" not in name} == {"model.factor.weight", "model.inner.mean"}
+    assert values(run_ranks(2, change_one, tmp_path / "run")) == [([1.0] * 6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])] * 2

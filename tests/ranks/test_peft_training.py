@@ -42,8 +42,6 @@ class Outer(nn.Module):
 
 
 def job(rank, world, root, wrap):
-    from dcpsvc.integrations.peft import Folders
-
     model = Outer()
     if wrap == "FSDP2":
         model = fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
@@ -51,7 +49,7 @@ def job(rank, world, root, wrap):
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.1)
     torch.manual_seed(10 + rank)  # dropout and data are this rank's
     state = {"model": trained, "optim": optimizer, "rng": dcpsvc.Rng(), "own": dcpsvc.PerRank({"rank": rank})}
-    return state, checkpointer(root, state, only="trainable", save_last=False, on_event=Folders(root))
+    return state, checkpointer(root, state, only="trainable", save_last=False, adapter_folder="model")
 
 
 def slices(state):

@@ -144,6 +144,104 @@ def test_only_must_be_something_there_is(tmp_path: Path) -> None:
         dcpsvc.Checkpointer(tmp_path / "root", training(), local=tmp_path / "local", only="adapter")
 
 
+# --- buffers ----------------------------------------------------------------------------------------
+
+
+class Still(nn.Module):
+    """Parts of a frozen base whose buffers stay, are written to while training, are replaced, and are for nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(1000.0))
+        self.register_buffer("cache", torch.zeros(8), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache += 1
+        return x + self.table[:8]
+
+
+class Moving(nn.Module):
+    """A codebook that follows what it sees, with no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = self.mean * 0.9 + x.detach().mean(0) * 0.1
+            self.seen += 1
+        return x - self.mean
+
+
+class WithBuffers(Adapted):
+    """The frozen base, with a BatchNorm in train mode, and more of that kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still, self.moving = Still(), Moving()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.moving(self.still(x)))
+
+
+def buffered() -> dict[str, Any]:
+    model = WithBuffers()
+    return {"model": model, "optim": AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)}
+
+
+RUNNING = [f"model.base.1.{name}" for name in ("num_batches_tracked", "running_mean", "running_var")]
+
+
+def test_buffers_that_training_changes_are_stored_and_the_rest_is_not_and_it_goes_on_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    state = buffered()
+    with dcpsvc.Checkpointer(tmp_path / "root", state, local=tmp_path / "local", only="trainable") as ckpt:
+        ckpt.save(1).wait(30)
+        assert names(tmp_path) == [*RUNNING, "model.down", "model.up"]
+        steps(state)
+        ckpt.save(2).wait(30)
+    assert names(tmp_path) == [*RUNNING, "model.down", "model.moving.mean", "model.moving.seen", "model.up"]
+    fresh = buffered()
+    assert resume_adapter(tmp_path, fresh) == 2
+    assert everything(steps(fresh)) == everything(steps(state))
+
+
+def test_a_buffer_that_an_earlier_life_has_changed_is_stored_by_one_that_does_not(tmp_path: Path) -> None:
+    state = buffered()
+    with dcpsvc.Checkpointer(tmp_path / "root", state, local=tmp_path / "local", only="trainable") as ckpt:
+        steps(state)
+        ckpt.save(1).wait(30)
+    fresh = buffered()
+    with dcpsvc.Checkpointer(tmp_path / "root", fresh, local=tmp_path / "local", only="trainable") as ckpt:
+        ckpt.resume()
+        ckpt.save(2).wait(30)
+    again = buffered()
+    assert resume_adapter(tmp_path, again) == 2
+    assert everything(steps(again)) == everything(steps(state))
+
+
+def test_what_is_known_of_a_module_outlives_that_another_part_of_the_state_is_replaced(tmp_path: Path) -> None:
+    state = buffered() | {"epoch": 1}
+    with dcpsvc.Checkpointer(tmp_path / "root", state, local=tmp_path / "local", only="trainable") as ckpt:
+        ckpt.save(1).wait(30)
+        steps(state)
+        state["epoch"] = 2
+        ckpt.save(2).wait(30)
+    assert "model.moving.mean" in names(tmp_path)
+
+
+def test_a_base_with_another_buffer_is_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path, buffered())
+    fresh = buffered()
+    fresh["model"].still.table[999] += 1
+    with pytest.raises(RestoreFailedError, match=r"model\.__base__ +base"):
+        resume_adapter(tmp_path, fresh)
+    resume_adapter(tmp_path, fresh, skip=["model.__base__"])
+
+
 # --- with PEFT itself -------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ def test_a_missing_field_of_a_shard_is_named(name: str) -> None:
         ("layout", {"digest": "../../x", "nbytes": 1}), ("layout", {"digest": "01" * 16, "nbytes": -1}),
         ("layout", {"digest": "01" * 16, "nbytes": True}), ("layout", {"digest": "01" * 16, "nbytes": 1 << 50}),
         ("layout", {"digest": "AB" * 16, "nbytes": 1}), ("layout", {"digest": f"{'01' * 16}\n", "nbytes": 1}),
+        ("adapter", []), ("adapter", "x"), ("adapter", {}), ("adapter", False),
         ("metrics", None), ("metrics", []), ("metrics", {"loss": None}), ("metrics", {"loss": True}),
         ("metrics", {"loss": "low"}), ("metrics", {"loss": "Infinity"}),
         ("versions", None), ("versions", "2.11"),
@@ -73,6 +74,49 @@ def test_a_field_that_makes_no_sense_is_refused_with_the_file_named(name: str, v
 def test_a_shard_that_makes_no_sense_is_refused_with_the_file_named(name: str, value: Any) -> None:
     with pytest.raises(ManifestError) as caught:
         parsed(shard={name: value})
+    assert caught.value.path == PATH
+
+
+CONFIG = {"path": f"{SMALL.key.adapter}adapter_config.json", "nbytes": 7, "digest": "ab" * 16}
+MODEL = {"path": f"{SMALL.key.adapter}other/adapter_model.safetensors", "nbytes": 7, "digest": "ab" * 16}
+
+
+def test_the_files_of_an_adapter_folder_are_read_as_they_were_written() -> None:
+    found = parsed({"adapter": {"component": "model.inner", "files": [CONFIG, MODEL]}})
+    assert found.adapter is not None
+    assert [file.to_json() for file in found.adapter.files] == [CONFIG, MODEL]
+    assert found.nbytes == SMALL.nbytes + 14
+    assert set(found.sizes) - set(SMALL.sizes) == {CONFIG["path"], MODEL["path"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("path", "../../x"), ("path", "/etc/passwd"), ("path", SMALL.shards[0].path), ("path", PATH), ("path", None),
+        ("path", f"{SMALL.key.adapter}../../../run.json"), ("path", f"{SMALL.key.adapter}../adapter_config.json"),
+        ("path", f"{SMALL.key.adapter}a/b/adapter_config.json"), ("path", f"{SMALL.key.adapter}config.json"),
+        ("path", MODEL["path"].replace("0000007", "0000008")), ("path", f"{CONFIG['path']}\n"),
+        ("nbytes", True), ("nbytes", -1), ("nbytes", 1 << 60), ("nbytes", "7"), ("nbytes", None),
+        ("digest", ""), ("digest", "AB" * 16), ("digest", None),
+    ],
+)  # fmt: skip
+def test_a_file_of_an_adapter_folder_that_makes_no_sense_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ManifestError) as caught:
+        parsed({"adapter": {"component": "model", "files": [CONFIG | {name: value}]}})
+    assert caught.value.path == PATH
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        {"component": "model", "files": []}, {"component": "", "files": [CONFIG]}, {"component": "model"},
+        {"component": "model", "files": [MODEL, CONFIG]}, {"component": "model", "files": [CONFIG, CONFIG]},
+        {"component": "m" * 5000, "files": [CONFIG]}, {"files": [CONFIG]},
+    ],
+)  # fmt: skip
+def test_an_adapter_folder_that_makes_no_sense_is_refused(folder: dict[str, Any]) -> None:
+    with pytest.raises(ManifestError) as caught:
+        parsed({"adapter": folder})
     assert caught.value.path == PATH
 
 

@@ -8,7 +8,7 @@
     manifests/epochs/00000007.<token>.inherited.json  what was committed then
     layouts/<digest>.json
     data/step-000000000500.<attempt>/rank-00003.safetensors
-    data/step-000000000500.<attempt>/adapter/         a folder of PEFT, made of the shards after the commit
+    data/step-000000000500.<attempt>/adapter/adapter_model.safetensors  a folder of PEFT, made of the shards
     metrics/step-000000000500.<attempt>/00000001.<token>.json  numbers recorded after the commit
     pins/step-000000000500.<attempt>/<token>.json              it must stay
     pins/step-000000000500.<attempt>/<token>.until-001763690000.json  until then: somebody reads it
@@ -52,6 +52,9 @@ _NAME = rf"step-(?P<step>[0-9]{{12}})\.(?P<attempt>{_ATTEMPT})"
 _MANIFEST = re.compile(rf"{COMMITS}(?P<order>[0-9]{{12}})\.{_NAME}\.json")
 _TOMBSTONE = re.compile(rf"{TOMBSTONES}{_NAME}\.json")
 _SHARD = re.compile(rf"{DATA}{_NAME}/rank-(?P<rank>[0-9]{{5,}})\.safetensors")
+_ADAPTER = re.compile(
+    rf"{DATA}{_NAME}/adapter/(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?adapter_(?:config\.json|model\.safetensors)"
+)
 _FOLDER = re.compile(rf"{DATA}{_NAME}/")
 _LAYOUT = re.compile(rf"{LAYOUTS}(?P<digest>[0-9a-f]{{32}})\.json")
 _METRICS = re.compile(rf"{METRICS}{_NAME}/(?P<number>[0-9]{{8}})\.(?P<token>[0-9a-f]{{8}})\.json")
@@ -130,7 +133,7 @@ class Attempt(NamedTuple):
 
     @property
     def adapter(self) -> str:
-        """Prefix of the folder of PEFT that was made of it."""
+        """Prefix of its folder of PEFT."""
         return f"{self.data}adapter/"
 
     @property
@@ -220,6 +223,11 @@ def rank_of(key: str) -> int | None:
     return int(match["rank"]) if match else None
 
 
+def writer_of(key: str) -> int | None:
+    """The rank that wrote a file of a checkpoint: its shard, or rank 0 the folder of PEFT; None for other keys."""
+    return 0 if is_adapter_file(key) else rank_of(key)
+
+
 def attempt_below(key: str) -> Attempt | None:
     """The attempt in whose data folder a key lies, whatever the file is called; None elsewhere."""
     match = _FOLDER.match(key)
@@ -229,6 +237,11 @@ def attempt_below(key: str) -> Attempt | None:
 def is_shard(key: str) -> bool:
     """Whether a key names a shard of ours; nothing else may be read on a manifest's word."""
     return _SHARD.fullmatch(key) is not None
+
+
+def is_adapter_file(key: str) -> bool:
+    """Whether a key names a file of a checkpoint's folder of PEFT; nothing else of it is read on a manifest's word."""
+    return _ADAPTER.fullmatch(key) is not None
 
 
 def is_layout(key: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dcpsvc.errors import ManifestError
 from dcpsvc.format import keys, numbers
+from dcpsvc.format.adapter import AdapterFolder
 from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
 from dcpsvc.format.parse import Fields
 from dcpsvc.format.seal import check_seal, seal
@@ -93,6 +94,7 @@ class Manifest:
         created: UTC time of the commit, ISO 8601 with ``Z``.
         shards: One record a rank, in rank order, so ``len(shards)`` is the world size.
         layout: Where every tensor lies in the shards.
+        adapter: Its folder of PEFT; None if none was asked for.
         metrics: Numbers given with the save; finite, or as the strings ``nan``, ``inf``, ``-inf``.
         versions: Of dcpsvc, torch and python.
     """
@@ -103,6 +105,7 @@ class Manifest:
     created: str
     shards: tuple[ShardRecord, ...]
     layout: LayoutRef
+    adapter: AdapterFolder | None = None
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     versions: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -118,8 +121,14 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.nbytes for shard in self.shards)
+        """Bytes of all shards, and of the folder of PEFT."""
+        return sum(shard.nbytes for shard in self.shards) + (self.adapter.nbytes if self.adapter else 0)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of every file of its own, by key: all but the layout, which others share."""
+        shards = {shard.path: shard.nbytes for shard in self.shards}
+        return shards | ({file.path: file.nbytes for file in self.adapter.files} if self.adapter else {})
 
     def dumps(self) -> bytes:
         """The file's content."""
@@ -133,6 +142,7 @@ class Manifest:
                 "world_size": self.world_size,
                 "block_nbytes": BLOCK_NBYTES,
                 "layout": {"digest": self.layout.digest, "nbytes": self.layout.nbytes},
+                "adapter": None if self.adapter is None else self.adapter.to_json(),
                 "metrics": numbers.dump(self.metrics),
                 "versions": self.versions,
                 "shards": [shard.to_json() for shard in self.shards],
@@ -161,6 +171,7 @@ def loads(path: str, data: bytes) -> Manifest:
         created=fields.text("created", _is_time),
         shards=tuple(ShardRecord.from_fields(shard) for shard in fields.children("shards")),
         layout=LayoutRef(digest=layout.text("digest", _DIGEST.fullmatch), nbytes=layout.count("nbytes", 1 << 40)),
+        adapter=AdapterFolder.from_fields(adapter) if (adapter := fields.child_or_null("adapter")) else None,
         metrics=numbers.load(fields.child("metrics")),
         versions={name: str(value) for name, value in fields.child("versions").items()},
     )
@@ -175,6 +186,8 @@ def _check(fields: Fields, path: str, manifest: Manifest) -> None:
         raise fields.fail(f"shards are not one for each of {fields.get('world_size', int)} ranks, in order")
     if not manifest.shards:
         raise fields.fail("no shards")
+    if manifest.adapter and not all(file.path.startswith(manifest.key.adapter) for file in manifest.adapter.files):
+        raise fields.fail("its adapter folder is another checkpoint's")
 
 
 def _is_time(text: str) -> bool:

@@ -66,6 +66,10 @@ class Fields:
         """A field that is an object."""
         return Fields(self._path, self.get(name, dict), self._error)
 
+    def child_or_null(self, name: str) -> Fields | None:
+        """A field that is an object, or null."""
+        return None if name in self._values and self._values[name] is None else self.child(name)
+
     def children(self, name: str) -> list[Fields]:
         """A field that is a list of objects."""
         items: list[Any] = self.get(name, list)

@@ -16,6 +16,7 @@ import torch
 from dcpsvc import preflight
 from dcpsvc.errors import LayoutError, RankFailure, StateMismatchError, StoreFullError
 from dcpsvc.format import parts
+from dcpsvc.format.adapter import AdapterFolder
 from dcpsvc.format.manifest import ShardRecord
 from dcpsvc.format.parse import Fields, compact
 from dcpsvc.preflight import DiskNeed
@@ -162,10 +163,12 @@ class Acks(NamedTuple):
     Attributes:
         records: Of their shards.
         took: What each gave as ``took``.
+        adapter: The folder of PEFT beside one of the shards; None if there is none.
     """
 
     records: list[ShardRecord]
     took: list[tuple[float, ...]]
+    adapter: AdapterFolder | None = None
 
 
 def acknowledge(
@@ -177,6 +180,7 @@ def acknowledge(
     *,
     took: Sequence[float] = (),
     values: Claims = _NOTHING,
+    adapter: AdapterFolder | None = None,
 ) -> Acks:
     """Say "my shard is durable at this tier: here is my record", or why not; hear it from all. Uploader thread.
 
@@ -190,6 +194,7 @@ def acknowledge(
         meeting: Deadlines.
         took: Seconds to tell the others, a few; they travel as milliseconds.
         values: Hashes of what must be the same on all ranks.
+        adapter: The folder of PEFT that is durable beside this rank's shard.
 
     Raises:
         DisagreementError: A rank failed or is missing, or replicas differ: which, on which ranks.
@@ -200,10 +205,13 @@ def acknowledge(
         details = {name: values[name] for name in differ if name in values}
         job.meet(f"{place}/compare", details, functools.partial(_explain, "ack"), meeting)
     assert isinstance(mine, ShardRecord)  # noqa: S101 - a failure would have ended the meeting
-    message = mine.to_json() | {"ms": [round(seconds * 1000) for seconds in took]}
+    folder = None if adapter is None else adapter.to_json()
+    message = mine.to_json() | {"ms": [round(seconds * 1000) for seconds in took], "adapter": folder}
     said = job.group.all_gather(compact(message))
     fields = [Fields.parse(f"ack of rank {n}", data, LayoutError) for n, data in enumerate(said)]
-    return Acks([ShardRecord.from_fields(each) for each in fields], [_took(each) for each in fields])
+    folders = [AdapterFolder.from_fields(found) for each in fields if (found := each.child_or_null("adapter"))]
+    records, seconds = [ShardRecord.from_fields(each) for each in fields], [_took(each) for each in fields]
+    return Acks(records, seconds, next(iter(folders), None))
 
 
 def _took(fields: Fields) -> tuple[float, ...]:

@@ -49,7 +49,7 @@ class Checkpoint:
         step: Training step.
         attempt: Which try.
         created: When the ranks agreed to save it, UTC; None where nothing tells.
-        nbytes: Bytes of its shards.
+        nbytes: Bytes of its files.
         world_size: Ranks that wrote it; None where nothing tells.
         metrics: Numbers given with the save, and those recorded later, which count where both name one.
         state: ``committed``, or ``incomplete``: it is no checkpoint and is never resumed from.
@@ -140,7 +140,7 @@ def check_files(store: Store, found: Manifest) -> None:
 
 
 def check_shards(store: Store, found: Manifest) -> None:
-    """As :func:`check_files`, of the shards: one LIST of the attempt."""
+    """As :func:`check_files`, of all but the layout: one LIST of the attempt."""
     _check_sizes(found, {entry.key: entry.nbytes for entry in store.list(found.key.data)})
 
 
@@ -212,7 +212,7 @@ def look(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS
 
 
 def _sizes(store: Store) -> tuple[dict[str, int], dict[str, int]]:
-    """What is stored of shards, and of layouts."""
+    """What is stored of shards and what lies beside them, and of layouts."""
     data, layouts = (store.list(prefix) for prefix in (keys.DATA, keys.LAYOUTS))
     return {entry.key: entry.nbytes for entry in data}, {entry.key: entry.nbytes for entry in layouts}
 
@@ -272,11 +272,11 @@ def _describe(store: Store, attempt: Attempt, sizes: dict[str, int], layouts: di
 
 
 def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:
-    for shard in found.shards:
-        if shard.path not in sizes:
-            raise CorruptShardError(shard.path, "the file is missing")
-        if sizes[shard.path] != shard.nbytes:
-            raise CorruptShardError(shard.path, f"has {sizes[shard.path]} bytes, the manifest says {shard.nbytes}")
+    for path, nbytes in found.sizes.items():
+        if path not in sizes:
+            raise CorruptShardError(path, "the file is missing")
+        if sizes[path] != nbytes:
+            raise CorruptShardError(path, f"has {sizes[path]} bytes, the manifest says {nbytes}")
 
 
 def _without_manifest(store: Store, sizes: dict[str, int], manifests: set[Attempt]) -> list[Checkpoint]:

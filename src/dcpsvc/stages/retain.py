@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from dcpsvc import sidefiles
 from dcpsvc.errors import FormatError, StoreNotFoundError, StoreObjectError
 from dcpsvc.format import manifest
-from dcpsvc.format.keys import DATA, MANIFESTS, Attempt, Epoch, attempt_below, attempt_of, rank_of
+from dcpsvc.format.keys import DATA, MANIFESTS, Attempt, Epoch, attempt_below, attempt_of, writer_of
 from dcpsvc.format.parse import compact
 from dcpsvc.storage.base import is_there
 
@@ -183,7 +183,7 @@ def trim_local(store: Store, *, rank: int, world_size: int, keep: int, newest: A
     """
     mine: dict[Attempt, list[str]] = defaultdict(list)
     for entry in store.list(DATA):
-        attempt, shard_rank = attempt_of(entry.key), rank_of(entry.key)
+        attempt, shard_rank = attempt_below(entry.key), writer_of(entry.key)
         if attempt is not None and shard_rank is not None and shard_rank % world_size == rank:
             mine[attempt].append(entry.key)
     for attempt in sorted(mine, key=lambda one: (one.step, one.epoch))[:-keep]:
@@ -196,4 +196,7 @@ def trim_local(store: Store, *, rank: int, world_size: int, keep: int, newest: A
 def remove_local(store: Store, attempt: Attempt, rank: int) -> None:
     """Delete this rank's part of a checkpoint from its node's local tier."""
     store.delete(attempt.manifest)
+    if rank == 0:  # before its shard, by which whoever comes next sees that something is left
+        for entry in store.list(attempt.adapter):
+            store.delete(entry.key)
     store.delete(attempt.shard(rank))

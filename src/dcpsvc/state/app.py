@@ -49,6 +49,17 @@ class AppState:
         self._known: tuple[tuple[tuple[str, int], ...], dict[str, Component]] = ((), {})
         self.components()
 
+    def check_module(self, name: str) -> None:
+        """That a name, or what is before its first dot, is a module's.
+
+        Raises:
+            ConfigError: It is not.
+        """
+        component = name.split(".", 1)[0]
+        if not _is_module(self._state.get(component)):
+            there = ", ".join(name for name, value in self._state.items() if _is_module(value)) or "none"
+            raise ConfigError(f"adapter_folder={name!r}: the state has no such module; there are: {there}")
+
     @property
     def mapping(self) -> MutableMapping[str, Any]:
         """What the user gave, with what loading put into it."""
@@ -61,9 +72,16 @@ class AppState:
             self._known = (identity, self._make_components())
         return self._known[1]
 
+    def _module(self, name: str, value: Any) -> ModuleComponent:
+        """The one there was, if it is of the same: it knows what of the module has changed."""
+        known = self._known[1].get(name)
+        if isinstance(known, ModuleComponent) and known.given is value:
+            return known
+        return ModuleComponent(name, value, self._only)
+
     def _make_components(self) -> dict[str, Component]:
         _check_claimed_once(self._state)
-        modules = {name: ModuleComponent(name, v, self._only) for name, v in self._state.items() if _is_module(v)}
+        modules = {name: self._module(name, v) for name, v in self._state.items() if _is_module(v)}
         found: dict[str, Component] = dict(modules)
         for name, value in self._state.items():
             if isinstance(bare(value), Optimizer):

@@ -43,6 +43,11 @@ def claims(collected: Collected) -> Claims:
     return said
 
 
+def of_option(name: str, value: str | None) -> Claims:
+    """That this rank was given an option, whose name has a blank and so is no component's."""
+    return {} if value is None else {name: {name: value}}
+
+
 def component_of(key: str) -> str:
     """The name in the user's mapping that a key belongs to."""
     return key.split(".", 1)[0].split("@", 1)[0]

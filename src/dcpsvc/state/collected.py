@@ -123,11 +123,17 @@ class Collected:
         if isinstance(tensor, DTensor | Ragged):
             sharing = Sharing.SHARDED
         self._put(key, tensor, sharing, writes=True, owner=owner, validate=validate)
-        if stored is not None:
-            self.items[key] = replace(self.items[key], dtype=name_of(stored, key))
+        self._store_as(key, stored)
 
     def add_part(
-        self, key: str, tensor: torch.Tensor, holder: int, *, owner: int | None = None, alike: Shape = ()
+        self,
+        key: str,
+        tensor: torch.Tensor,
+        holder: int,
+        *,
+        owner: int | None = None,
+        alike: Shape = (),
+        stored: torch.dtype | None = None,
     ) -> None:
         """Take a tensor in that only some ranks know of: those that hold a part of it, or all of it.
 
@@ -137,9 +143,11 @@ class Collected:
             holder: Whose value counts, where nobody holds the same; of DTensors, whose mesh.
             owner: ``id`` of the optimizer that alone changes it.
             alike: The ranks that hold the same, if it is no DTensor.
+            stored: The dtype in the file, where it is another one.
         """
         writes = self.rank in (alike or (holder,))
         self._put(key, tensor, Sharing.PER_RANK, holder=holder, writes=writes, owner=owner, alike=alike)
+        self._store_as(key, stored)
 
     def add_value(self, key: str, tensor: torch.Tensor, alike: Shape) -> None:
         """Take a tensor in that a rank has, or that some have alike.
@@ -152,6 +160,10 @@ class Collected:
         if isinstance(tensor, DTensor | Ragged):
             raise UnsupportedStateError(key, "a sharded tensor is shared by ranks and cannot be the value of one")
         self._put(key, tensor, Sharing.PER_RANK, writes=True, owner=None, alike=alike)
+
+    def _store_as(self, key: str, dtype: torch.dtype | None) -> None:
+        if dtype is not None:
+            self.items[key] = replace(self.items[key], dtype=name_of(dtype, key))
 
     def _put(
         self,

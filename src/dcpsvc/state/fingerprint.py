@@ -45,6 +45,10 @@ class Sums(NamedTuple):
     counted: int
     whole: int
 
+    def plus(self, counted: int) -> Sums:
+        """With more that only this rank counts."""
+        return Sums((self.counted + counted) % _MODULUS, self.whole)
+
 
 class Said(NamedTuple):
     """What one rank tells the others about a module's base.
@@ -86,6 +90,12 @@ def sums(tensors: Iterable[tuple[str, torch.Tensor]], rank: int, holder: int | N
             whole += found if replicated else 0
             counted += found if not replicated or rank == 0 else 0
     return Sums(counted % _MODULUS, whole % _MODULUS)
+
+
+def of(name: str, tensor: torch.Tensor) -> int | None:
+    """Of one tensor, of which this rank has all. None if it has no values yet."""
+    found = sums([(name, tensor)], 0, 0)
+    return None if found is None else found.counted
 
 
 def versions(by_rank: Sequence[Mapping[str, Sequence[object]]]) -> dict[str, str]:

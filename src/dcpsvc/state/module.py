@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents, fingerprint, fsdp1, meta, origin
+from dcpsvc.state import documents, fsdp1, meta, origin
+from dcpsvc.state.base import Base, source
+from dcpsvc.state.buffers import Buffers
 from dcpsvc.state.collected import Collected, Sharing
-from dcpsvc.state.fingerprint import BASE, Said, Sums
+from dcpsvc.state.fingerprint import BASE
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, own_name
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.wrappers import Names, unwrap
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from dcpsvc.state.sharing import Validate
 
@@ -39,15 +42,17 @@ class ModuleComponent:
         part: The declaration that this is only a part of the model; None if it is all of it.
         validate: How replicas are compared.
         dtype: In which floating-point tensors are stored; None: their own.
-        only: ``trainable`` leaves out parameters that need no gradient; buffers and all others are saved.
+        only: ``trainable`` leaves out parameters that need no gradient, and buffers that training does not change.
+        given: As it stands in the state.
     """
 
     def __init__(self, name: str, given: Any, only: Only = "all") -> None:
-        self.name, self.module = name, unwrap(bare(given))
+        self.name, self.module, self.given = name, unwrap(bare(given)), given
         self.only, self._names = only, Names(self.module)
+        self._buffers = Buffers(self.module, self._names) if only == "trainable" else None
         self._trained: set[str] = set()
-        self._base: tuple[list[tuple[str, int, int]], dict[str, str], Sums | None] | None = None
         self.part = given if isinstance(given, Part) else None
+        self._base = None if self._buffers is None else Base(self.module, self._buffers, self.part)
         self.dtype = given.dtype if isinstance(given, Cast) else None
         self.validate: Validate = given.validate if isinstance(given, Replicated) else "hash"
         self.sharded = fsdp1.Sharded(name, self.module, self._names)
@@ -71,21 +76,22 @@ class ModuleComponent:
 
     def collect(self, into: Collected) -> None:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
-        about = documents.encode(self._about(into), self.name, _NoTensors(self.name))
+        buffers = self._needed(into.rank)
+        about = documents.encode(self._about(into, buffers), self.name, _NoTensors(self.name))
         if self.part is None:
             into.documents[self.name] = about
         else:
             into.own_documents[own_name(self.name, into.rank)] = about
         first_names: dict[int, str] = {}
         own = self._own()
-        for key, value in self._kept(self._state(), own).items():
+        for key, value in self._kept(self._state(), buffers).items():
             if not isinstance(value, torch.Tensor):
                 self._collect_value(into, key, value)
             elif id(value) not in own and not key.endswith(_EXTRA):
                 raise UnsupportedStateError(
                     key, "its state_dict() gives a copy here, not the parameter or buffer itself"
                 )
-            elif self.part is None and (first := first_names.setdefault(id(value), key)) != key:
+            elif not self._alone(value) and (first := first_names.setdefault(id(value), key)) != key:
                 into.aliases[key] = first  # in a part it is stored twice: other ranks know nothing of this alias
             else:
                 self._collect_tensor(into, key, value)
@@ -93,17 +99,20 @@ class ModuleComponent:
     def wants(self, saved: Saved) -> list[Want]:
         """Every tensor of the module; names must be the same on both sides."""
         mine = {key: value for key, value in self._state().items() if isinstance(value, torch.Tensor)}
-        if self.only == "trainable":
+        needed: set[str] = set()
+        if self._buffers is not None:
             saved_too = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
             self._trained |= {key for key in saved_too if _is_parameter(mine[key])}
-            self._check_base(saved)
+            self._buffers.keep({self._without_name(key) for key in saved_too})
+            needed = saved_too | self._with_name(self._buffers.always())
+            self._check_base(saved, saved_too)
         if self.part is None and saved.terms.strict:
             prefix = f"{saved.saved_name(self.name)}."
             theirs = {saved.terms.name_here(key): key for key in saved.layout.names() if key.startswith(prefix)}
             for key in sorted(theirs.keys() - mine.keys()):
                 if not saved.terms.skips(key):
                     saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
-        mine = self._kept(mine, self._own())
+        mine = self._kept(mine, needed)
         there = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
         tied = {id(mine[key]) for key in there}  # by one of its names it is there: others may know no ties
         wanted = {key: value for key, value in mine.items() if key in there or id(value) not in tied}
@@ -130,7 +139,7 @@ class ModuleComponent:
         tensors = [*self.module.buffers(), *(self.module.parameters() if parameters_too else ())]
         return [tensor._version for tensor in tensors]  # noqa: SLF001 - torch's only counter
 
-    def _kept(self, state: dict[str, Any], own: set[int]) -> dict[str, Any]:
+    def _kept(self, state: dict[str, Any], buffers: set[str]) -> dict[str, Any]:
         """What is saved of the module's state: all, or what training may change, or has before it was frozen."""
         if self.only == "all":
             return state
@@ -138,46 +147,61 @@ class ModuleComponent:
         return {
             key: value
             for key, value in state.items()
-            if key in self._trained or key.endswith(_EXTRA) or (id(value) in own and not _is_parameter(value))
+            if key in self._trained or key.endswith(_EXTRA) or (key in buffers and not _is_parameter(value))
         }
+
+    def _needed(self, rank: int) -> set[str]:
+        """Buffers that this rank saves, where not all are: those of which it has a part, and of others the holder."""
+        if self._buffers is None:
+            return set()
+        return self._with_name(self._buffers.needed() if rank == self._holder else self._buffers.cut())
+
+    @property
+    def _holder(self) -> int:
+        """Whose buffers count."""
+        return 0 if self.part is None else self.part.holder
+
+    def _alone(self, value: torch.Tensor) -> bool:
+        """Whether other ranks may know nothing of it: of a part of a model, or a buffer that its holder saves."""
+        return self.part is not None or (
+            self._buffers is not None and not _is_parameter(value) and not isinstance(value, DTensor)
+        )
+
+    def _with_name(self, names: Iterable[str]) -> set[str]:
+        return {f"{self.name}.{name}" for name in names}
+
+    def _without_name(self, key: str) -> str:
+        return key.removeprefix(f"{self.name}.")
 
     def _own(self) -> set[int]:
         return {id(tensor) for tensor in (*(p for _, p in self.named_parameters()), *self.module.buffers())}
 
-    def _about(self, into: Collected) -> dict[str, Any]:
+    def _about(self, into: Collected, buffers: set[str]) -> dict[str, Any]:
         about = origin.described(self.module, self._names)
-        if self.only == "trainable":
-            base, sums = self._fingerprint(into.rank)
-            into.bases[self.name] = self._said(base["name"], sums)
+        if self._base is not None:
+            saved = {self._without_name(key) for key in buffers}
+            base, sums = self._base.described(into.rank, self._frozen(), saved)
+            into.bases[self.name] = self._base.said(base["name"], sums)
             shared = sums is not None and self.part is None
             about["base"] = base | ({"whole": f"{sums.whole:016x}"} if shared and sums is not None else {})
         return about
 
-    def _said(self, name: str, sums: Sums | None) -> Said:
-        return Said(name, sums and sums.counted, None if sums is None or self.part is not None else sums.whole)
-
-    def _fingerprint(self, rank: int) -> tuple[dict[str, str], Sums | None]:
-        """Of the parameters that are not saved, taken anew only when they are others, or torch saw one written to."""
+    def _frozen(self) -> list[tuple[str, torch.Tensor]]:
+        """Parameters that are not saved, each once."""
         names = self.parameter_names()
         named = {names[id(parameter)]: parameter for _, parameter in self.named_parameters()}
-        frozen = [(n, p) for n, p in named.items() if not _is_trained(p) and f"{self.name}.{n}" not in self._trained]
-        seen = [(n, id(_origin(p)), _origin(p)._version) for n, p in frozen]  # noqa: SLF001 - torch's only counter
-        if self._base is None or self._base[0] != seen:
-            base = {"structure": origin.structure(frozen), "name": origin.base_name(self.module)}
-            holder = None if self.part is None else self.part.holder
-            self._base = (seen, base, fingerprint.sums(frozen, rank, holder))
-        return self._base[1:]
+        return [(n, p) for n, p in named.items() if not _is_trained(p) and f"{self.name}.{n}" not in self._trained]
 
-    def _check_base(self, saved: Saved) -> None:
+    def _check_base(self, saved: Saved, saved_too: set[str]) -> None:
         """An adapter over another base is of no use, and no shape would tell."""
         about = next(iter(saved.own_documents(self.name)), None) if self.part is not None else None
         about = about or saved.documents.get(saved.saved_name(self.name))
         theirs = about.get("base") if isinstance(about, dict) else None
         key = f"{self.name}.{BASE}"
-        if not theirs or saved.terms.skips(key):
+        if not theirs or saved.terms.skips(key) or self._base is None:
             return
-        mine, sums = self._fingerprint(saved.rank)
-        saved.bases[self.name] = self._said(saved.saved_name(self.name), sums)
+        mine, sums = self._base.described(saved.rank, self._frozen(), {self._without_name(key) for key in saved_too})
+        saved.bases[self.name] = self._base.said(saved.saved_name(self.name), sums)
         if theirs.get("structure") != mine["structure"]:
             texts = [f"{base.get('name') or 'unnamed'} (structure {base.get('structure')})" for base in (theirs, mine)]
             saved.drift.add(key, "base", *texts)
@@ -191,10 +215,11 @@ class ModuleComponent:
         return self.dtype if value.is_floating_point() else None
 
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
-        owner = into.owners.get(id(_origin(value)))
-        if self.part is not None:
-            alike = self.part.ranks if _is_parameter(value) else ()  # of buffers, the holder's count
-            into.add_part(key, value, self.part.holder, owner=owner, alike=alike)
+        owner = into.owners.get(id(source(value)))
+        if self._alone(value):
+            alike = self.part.ranks if self.part is not None and _is_parameter(value) else ()  # of buffers: the holder
+            stored = None if self.part is not None else self._stored(value)
+            into.add_part(key, value, self._holder, owner=owner, alike=alike, stored=stored)
         else:
             shared = Sharing.REPLICATED if _is_parameter(value) else Sharing.FIRST
             into.add(key, value, shared, owner=owner, validate=self.validate, stored=self._stored(value))
@@ -256,12 +281,7 @@ def _is_parameter(value: Any) -> bool:
 
 
 def _is_trained(parameter: torch.Tensor) -> bool:
-    return _origin(parameter).requires_grad
-
-
-def _origin(parameter: torch.Tensor) -> torch.Tensor:
-    """What training writes to."""
-    return parameter.origin if isinstance(parameter, Ragged) else parameter
+    return source(parameter).requires_grad
 
 
 def _no_tensor(name: str) -> torch.Tensor:

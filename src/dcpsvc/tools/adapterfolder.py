@@ -1,92 +1,70 @@
-"""The folder of PEFT beside a checkpoint's shards: proven by what its last file, ``files.json``, says of the others."""
+"""The folder of PEFT of a checkpoint, made anew out of its shards or copied: proven by the manifest either way."""
 
 from __future__ import annotations
 
-import re
+import contextlib
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import FormatError, StoreNotFoundError
-from dcpsvc.format.digest import digest
-from dcpsvc.format.parse import Fields
-from dcpsvc.format.seal import check_seal
+from dcpsvc.format import peft
+from dcpsvc.format.adapter import AdapterFolder
+from dcpsvc.format.safetensors import ordered
+from dcpsvc.storage import wholefile
+from dcpsvc.storage.wholefile import Writer
+from dcpsvc.tools.exporting import Tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from dcpsvc.format.adapter import AdapterFile
     from dcpsvc.format.keys import Attempt
+    from dcpsvc.format.layout import Layout
+    from dcpsvc.format.manifest import ShardRecord
     from dcpsvc.storage.base import Store
 
-LIST = "files.json"
-"""Written last: a folder without it is none yet."""
 
-_MAX_LIST_NBYTES = 1 << 20
-_MAX_NBYTES = 1 << 34
-_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/)?adapter_(config\.json|model\.safetensors)")
-"""Nothing else is read on the list's word; it cannot leave the folder."""
-_DIGEST = re.compile(r"[0-9a-f]{32}")
-
-
-def names(store: Store, attempt: Attempt) -> list[str]:
-    """The files of a checkpoint's folder, its list last; none if there is no folder.
+def remake(
+    target: Store, attempt: Attempt, records: Sequence[ShardRecord], layout: Layout, component: str
+) -> AdapterFolder:
+    """Write the folder that belongs to shards which are whole at ``target`` already.
 
     Raises:
-        FormatError: The list is damaged, or is another checkpoint's.
-        StoreError: The store did not answer.
+        ExportError: The module has no adapters of PEFT any more.
+        CorruptShardError: A shard is damaged, or the store does not give back what it was given.
+        StoreError: The store does not answer, or does not take it.
     """
-    found = _read_list(store, attempt)
-    return [*found, LIST] if found else []
+    source = Tensors(target, records, layout, component)
+    files: list[AdapterFile] = []
+    with tempfile.TemporaryDirectory(prefix="dcpsvc-") as scratch:
+        for adapter in peft.adapters(component, source.about(), source.entries(None)):
+            prefix = f"{attempt.adapter}{adapter.below}"
+            model = source.safetensors(ordered(adapter.entries))
+            files.append(_written(target, f"{prefix}{peft.CONFIG}", Path(scratch), [adapter.config]))
+            files.append(_written(target, f"{prefix}{peft.MODEL}", Path(scratch), model))
+    return AdapterFolder(component=component, files=tuple(sorted(files, key=lambda file: file.path)))
 
 
-def read(store: Store, attempt: Attempt, name: str) -> bytes:
-    """A file of the folder, proven.
+def copy(source: Store, file: AdapterFile, target: Store) -> None:
+    """One file to another run root, through a temporary one, unless it is there.
 
     Raises:
-        FormatError: It is not what the list says.
-        StoreError: The store did not answer.
+        CorruptShardError: It is damaged.
+        StoreError: A run root does not answer, or does not take it.
     """
-    if name == LIST:
-        return store.get(attempt.adapter + LIST, max_nbytes=_MAX_LIST_NBYTES)
-    nbytes, said = _read_list(store, attempt)[name]
-    key = attempt.adapter + name
-    try:
-        if (size := store.size(key)) != nbytes:
-            raise FormatError(key, f"has {size} bytes, {LIST} says {nbytes} ({store.url})")
-        data = store.get(key, max_nbytes=nbytes)
-    except StoreNotFoundError as err:
-        raise FormatError(key, f"the file is missing ({store.url})") from err
-    if digest(data) != said:
-        raise FormatError(key, f"its bytes do not match {LIST} ({store.url})")
-    return data
+    with tempfile.TemporaryDirectory(prefix="dcpsvc-") as scratch:
+        path = Path(scratch) / "file"
+        wholefile.bring(source, file, path)
+        wholefile.ensure(target, file, path)
 
 
-def problems(store: Store, attempt: Attempt) -> list[str]:
-    """What is wrong with it, a sentence for each file; none if nothing is, or there is no folder."""
-    found: list[str] = []
-    try:
-        listed = names(store, attempt)
-    except FormatError as err:
-        return [str(err)]
-    for name in listed:
-        try:
-            read(store, attempt, name)
-        except FormatError as err:
-            found.append(str(err))
-    return found
-
-
-def _read_list(store: Store, attempt: Attempt) -> dict[str, tuple[int, str]]:
-    key = attempt.adapter + LIST
-    try:
-        data = store.get(key, max_nbytes=_MAX_LIST_NBYTES)
-    except StoreNotFoundError:
-        return {}
-    fields = Fields.parse(key, data, FormatError)
-    check_seal(fields)
-    if (fields.get("step", int), fields.get("attempt", str)) != (attempt.step, attempt.attempt):
-        raise fields.fail("it is of another checkpoint")
-    files = fields.child("files")
-    if odd := next((name for name, _ in files.items() if not _NAME.fullmatch(name)), None):
-        raise fields.fail(f"it names {odd[:200]!r}, which is no file of such a folder")
-    named = {name: files.child(name) for name, _ in files.items()}
-    return {
-        name: (each.count("nbytes", _MAX_NBYTES), each.text("digest", _DIGEST.fullmatch))
-        for name, each in named.items()
-    }
+def _written(target: Store, key: str, scratch: Path, parts: Iterable[bytes | memoryview]) -> AdapterFile:
+    path = scratch / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Writer(path, key)) as writer:
+        for part in parts:
+            writer.write(part)
+        file = writer.finish()
+    wholefile.put(target, file, path)
+    path.unlink()
+    return file

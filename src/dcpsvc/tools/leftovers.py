@@ -210,11 +210,13 @@ class _Look:
                 yield Loose(entry.key, LAYOUT, why, entry.nbytes)
 
     def _orphans(self, staying: Collection[Seen]) -> Iterable[Loose]:
-        """Shards in the folder of a checkpoint that no manifest names."""
+        """Files of ours in the folder of a checkpoint that no manifest names."""
         whole = {seen.checkpoint.key for seen in staying if seen.manifest is not None}
-        named = {shard.path for seen in staying if seen.manifest is not None for shard in seen.manifest.shards}
+        named = {path for seen in staying if seen.manifest is not None for path in seen.manifest.sizes}
         for entry in self._store.list(keys.DATA):
-            if keys.is_shard(entry.key) and entry.key not in named and keys.attempt_of(entry.key) in whole:
+            if keys.writer_of(entry.key) is None or entry.key in named:
+                continue
+            if keys.attempt_below(entry.key) in whole:
                 yield from self._if_old(entry, ORPHAN, "no manifest names it")
         for entry in self._store.list(keys.LINEAGE):
             attempt = keys.lineage_of(entry.key)

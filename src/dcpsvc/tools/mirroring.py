@@ -38,7 +38,7 @@ class Copied:
     Attributes:
         step: Training step.
         attempt: Which try.
-        nbytes: Of its shards.
+        nbytes: Of its files.
         found_nbytes: Of it that lay there already, proven like the rest, or committed there.
         gone: It was deleted at its run root meanwhile: there is no copy.
     """
@@ -72,7 +72,7 @@ def copy(
     Raises:
         DestinationError: ``target`` holds another run, or a job has trained there.
         RunBusyError: A job lives there.
-        FormatError: A checkpoint, or its folder of PEFT, is damaged; what was copied stays for the next call.
+        FormatError: A checkpoint is damaged; what was copied stays for the next call.
         StoreError: A run root does not answer, or does not take it.
     """
     run_id = _take_identity(source, target)
@@ -141,6 +141,8 @@ class _Copies:
             layout = self._source.get(manifest.layout.path, max_nbytes=MAX_LAYOUT_NBYTES)
             upload.put_layout(self._target, layout)
             found_nbytes = self._shards(manifest.shards)
+            for file in manifest.adapter.files if manifest.adapter else ():
+                adapterfolder.copy(self._source, file, self._target)
             self._beside(manifest.key)
             self._target.put(manifest.key.manifest, manifest.dumps())
         return Copied(step=manifest.step, attempt=manifest.attempt, nbytes=manifest.nbytes, found_nbytes=found_nbytes)
@@ -167,15 +169,13 @@ class _Copies:
         return fetching.to_store(self._source, record, self._target, self._progress)
 
     def _beside(self, attempt: Attempt) -> None:
-        """Metrics and pins, but for leases, where it comes from, and its folder of PEFT, proven."""
+        """Metrics and pins, but for leases, and where it comes from."""
         there = {entry.key for prefix in (attempt.metrics, attempt.pins) for entry in self._target.list(prefix)}
         for key in (*_notes(self._source, attempt), attempt.lineage):
             if key not in there:
                 with contextlib.suppress(StoreNotFoundError):  # most checkpoints were written by training
                     limit = MAX_LINEAGE_NBYTES if key == attempt.lineage else MAX_NOTE_NBYTES
                     self._target.put(key, self._source.get(key, max_nbytes=limit))
-        for name in adapterfolder.names(self._source, attempt):
-            self._target.put(attempt.adapter + name, adapterfolder.read(self._source, attempt, name))
 
 
 def _notes(store: Store, attempt: Attempt) -> list[str]:

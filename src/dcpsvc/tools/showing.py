@@ -66,6 +66,7 @@ class Shown:
             "run_id": self.manifest.run_id,
             "versions": self.manifest.versions,
             "layout": self.manifest.layout.path,
+            "adapter": None if self.manifest.adapter is None else self.manifest.adapter.to_json(),
             "shards": [shard.to_json() for shard in self.manifest.shards],
             "tensors": tensors,
             "aliases": self.layout.aliases,

@@ -21,7 +21,7 @@ from dcpsvc.leases import held
 from dcpsvc.stages import discover, upload
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.shards import VerifiedShard
-from dcpsvc.tools import changes, owning
+from dcpsvc.tools import adapterfolder, changes, owning
 from dcpsvc.tools.transplant import without, write_shards
 
 if TYPE_CHECKING:
@@ -91,7 +91,15 @@ class Operation:
         if both := {setting.component for setting in self.settings} & {*self.drop}:
             raise StateError(min(both), "is to be changed and to be dropped")
         lines += [f"without {name}" for name in self.drop]
-        return _Plan(shards, documents, without(layout, self.drop), tuple(dict.fromkeys(lines)))
+        folder = self._folder()
+        if self.manifest.adapter is not None and folder is None:
+            lines.append(f"without the adapter folder, which was made of {self.manifest.adapter.component}")
+        return _Plan(shards, documents, without(layout, self.drop), tuple(dict.fromkeys(lines)), folder)
+
+    def _folder(self) -> str | None:
+        """What a folder of PEFT is made of in the new checkpoint, too; None: there is none."""
+        adapter = self.manifest.adapter
+        return None if adapter is None or changes.component(adapter.component) in self.drop else adapter.component
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,7 @@ class _Plan:
     documents: list[bytes]
     layout: Layout
     lines: tuple[str, ...]
+    folder: str | None
 
 
 def edit(operation: Operation, progress: Callable[[int], None], *, take_over: bool = False) -> Made:
@@ -165,6 +174,7 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
     try:
         with held(operation.source, source.key):
             records, layout = write_shards(plan.shards, plan.documents, plan.layout, target, attempt, progress=progress)
+            folder = adapterfolder.remake(target, attempt, records, layout, plan.folder) if plan.folder else None
             metrics = sidefiles.metrics_of(operation.source, source)
         manifest = replace(
             source,
@@ -173,6 +183,7 @@ def _commit(operation: Operation, plan: _Plan, target: Store, run_id: str, progr
             created=owning.utc_now(),
             shards=tuple(records),
             layout=upload.put_layout(target, layout.dumps()),
+            adapter=folder,
             metrics=metrics,
             versions=source.versions | {"dcpsvc": metadata.version("dcpsvc")},
         )

@@ -17,6 +17,7 @@ from dcpsvc.progress import ranges, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dcpsvc.format.adapter import AdapterFolder
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.tools.comparing import Difference
     from dcpsvc.tools.listing import Row
@@ -133,6 +134,8 @@ def print_checkpoint(shown: Shown, row: Row, pattern: str = "", dtype: str | Non
     """Facts, shards, and the tensors that :meth:`Shown.tensors` gives."""
     _print_facts(shown, row)
     _print_shards(shown.manifest)
+    if shown.manifest.adapter is not None:
+        _print_folder(shown.manifest.adapter)
     tensors = Table("tensor", "dtype", "shape", "size", "ranks", box=None, pad_edge=False)
     for key, tensor in shown.tensors(pattern, dtype).items():
         shape, ranks = str(list(tensor.shape)).replace("[", r"\["), ranges({chunk.rank for chunk in tensor.chunks})
@@ -173,6 +176,14 @@ def _print_shards(manifest: Manifest) -> None:
     out.print(shards)
     if (more := len(manifest.shards) - _SHARDS) > 0:
         out.print(f"... and {more} more shards; --json lists all", highlight=False)
+
+
+def _print_folder(adapter: AdapterFolder) -> None:
+    title = f"adapter folder of {escape(adapter.component)}"
+    folder = Table("size", "xxh3-128", title, box=None, pad_edge=False)
+    for file in adapter.files:
+        folder.add_row(size(file.nbytes), file.digest, file.path)
+    console().print(folder)
 
 
 def print_findings(findings: list[Finding]) -> None:

@@ -1,4 +1,4 @@
-"""Proving checkpoints: every byte of every shard against the manifest, and of a folder of PEFT against its list."""
+"""Proving checkpoints: every byte of every shard, and of the folder of PEFT, against the manifest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from dcpsvc.errors import FormatError, NoSuchStepError
 from dcpsvc.leases import held
 from dcpsvc.stages import discover
+from dcpsvc.storage import wholefile
 from dcpsvc.storage.base import is_there
 from dcpsvc.storage.shards import VerifiedShard
-from dcpsvc.tools import adapterfolder, showing
+from dcpsvc.tools import showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dcpsvc.format.adapter import AdapterFile
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest
     from dcpsvc.storage.base import Store
@@ -119,7 +121,8 @@ def _begin(
         return attempt, [], 0, str(err)
     shards = [VerifiedShard([store], record) for record in manifest.shards]
     begun = [threads.submit(_prove, manifest, shard, progress, journal) for shard in shards]
-    begun.append(threads.submit(_folder, store, attempt))
+    if manifest.adapter is not None:
+        begun += [threads.submit(_prove_file, store, file) for file in manifest.adapter.files]
     return attempt, begun, manifest.nbytes, ""
 
 
@@ -137,8 +140,13 @@ def _prove(
     return ""
 
 
-def _folder(store: Store, attempt: Attempt) -> str:
-    return "; ".join(adapterfolder.problems(store, attempt))
+def _prove_file(store: Store, file: AdapterFile) -> str:
+    """Likewise of a file of its folder of PEFT."""
+    try:
+        wholefile.prove(store, file)
+    except FormatError as err:
+        return str(err)
+    return ""
 
 
 def _go_on(manifest: Manifest, shard: VerifiedShard, progress: Callable[[int], None] | None, journal: Journal) -> None:
