@@ -18,7 +18,7 @@ from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
 from dcpsvc.state.optimview import View, owner_of, unwrapped
 from dcpsvc.state.ragged import Ragged
-from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
+from dcpsvc.state.saved import Saved, Want, copy_into, into, like, own_name
 from dcpsvc.state.sharing import Replicated, bare
 
 if TYPE_CHECKING:
@@ -88,15 +88,17 @@ class OptimizerComponent:
                 into.add_part(key, tensor, into.rank)
 
     def wants(self, saved: Saved) -> list[Want]:
-        """The saved state of each parameter, in the box this rank holds of that parameter."""
+        """The saved state of each parameter, in the box this rank holds of it; moments into those it has, if any."""
         meta.refuse(self._name, self._look().parameters)
         document = self._document(saved)
         self._check_groups(saved, document)
+        old = self._view.state
         wants = [
-            _want(saved, key, parameter)
+            want
             for parameter, entries in self._saved_state(saved, document)
             if self._fits(saved, document, parameter)
-            for key in documents.tensor_names(entries)
+            for name, value in entries.items()
+            for want in _wants(saved, value, parameter, old.get(parameter, {}).get(name))
         ]
         groups = documents.tensor_names(document["param_groups"])
         return wants + [saved.want_whole(key) for key in groups]
@@ -307,8 +309,12 @@ def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-def _want(saved: Saved, key: str, parameter: torch.Tensor) -> Want:
-    return saved.want_box(key, *local_chunk(parameter)) if _is_boxed(saved, key, parameter) else saved.want_whole(key)
+def _wants(saved: Saved, value: Any, parameter: torch.Tensor, old: Any) -> Iterator[Want]:
+    for key in documents.tensor_names(value):
+        boxed = _is_boxed(saved, key, parameter)
+        want = saved.want_box(key, *local_chunk(parameter)) if boxed else saved.want_whole(key)
+        in_place = boxed and isinstance(old, torch.Tensor) and documents.kind_of(value) == "$tensor"
+        yield into(want, old) if in_place else want
 
 
 def _is_boxed(saved: Saved, key: str, parameter: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError
+from dcpsvc.state import fresh
 from dcpsvc.state.collected import local_chunk
 from dcpsvc.state.drift import Drift, Terms, described
 from dcpsvc.state.dtypes import dtype_of
@@ -138,13 +139,7 @@ class Saved:
 
     def want_in_place(self, key: str, template: torch.Tensor, *, cast: bool = False) -> list[Want]:
         """Likewise, into the memory of ``template`` where that can be written to as it is."""
-        wants = self.want_like(key, template, cast=cast)
-        if isinstance(template, Ragged):
-            return wants
-        local = (template.to_local() if isinstance(template, DTensor) else template).detach()
-        if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
-            return wants
-        return [replace(want, out=local, live=True) if _fits(local, want.out) else want for want in wants]
+        return [into(want, template) for want in self.want_like(key, template, cast=cast)]
 
     def want_whole(self, key: str) -> Want:
         """Ask for a whole tensor, by its name in the checkpoint."""
@@ -153,7 +148,7 @@ class Saved:
 
     def want_box(self, key: str, offsets: Shape, sizes: Shape) -> Want:
         """Ask for a box of a tensor, by its name in the checkpoint."""
-        return Want(key, offsets, torch.empty(sizes, dtype=dtype_of(self.tensor(key).dtype), device="cpu"))
+        return Want(key, offsets, fresh.empty(sizes, dtype_of(self.tensor(key).dtype)))
 
 
 class Component(Protocol):
@@ -174,6 +169,16 @@ class Component(Protocol):
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over what was read; ``tensors`` are those asked for, verified."""
         ...
+
+
+def into(want: Want, template: torch.Tensor) -> Want:
+    """The same, into the memory of ``template`` where that can be written to as it is."""
+    if isinstance(template, Ragged):
+        return want
+    local = (template.to_local() if isinstance(template, DTensor) else template).detach()
+    if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
+        return want
+    return replace(want, out=local, live=True) if _fits(local, want.out) else want
 
 
 def _fits(here: torch.Tensor, wanted: torch.Tensor) -> bool:
