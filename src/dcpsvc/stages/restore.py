@@ -10,9 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from dcpsvc.progress import unseen
 from dcpsvc.reader import fill, plan, prove, read_again
-from dcpsvc.state import fresh
 from dcpsvc.state.saved import Want, copy_into, own_name
 from dcpsvc.storage.aside import Aside
 from dcpsvc.storage.fetch import FILES_AT_ONCE
@@ -21,8 +22,6 @@ from dcpsvc.storage.scatter import Needs
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
-
-    import torch
 
     from dcpsvc.progress import Watch
     from dcpsvc.reader import CheckpointReader
@@ -137,7 +136,7 @@ def _room(runs: Mapping[int, Sequence[Range]], folder: Path | None) -> tuple[dic
 
 def _waiting(want: Want) -> Want:
     """The same, into memory of its own."""
-    return Want(want.key, want.offsets, fresh.empty(want.out.shape, want.out.dtype))
+    return Want(want.key, want.offsets, torch.empty(want.out.shape, dtype=want.out.dtype, device="cpu"))
 
 
 def _joined(one: Mapping[int, Needs], other: Mapping[int, Needs]) -> dict[int, Needs]:

@@ -10,7 +10,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError
-from dcpsvc.state import fresh
 from dcpsvc.state.collected import local_chunk
 from dcpsvc.state.drift import Drift, Terms, described
 from dcpsvc.state.dtypes import dtype_of
@@ -148,7 +147,7 @@ class Saved:
 
     def want_box(self, key: str, offsets: Shape, sizes: Shape) -> Want:
         """Ask for a box of a tensor, by its name in the checkpoint."""
-        return Want(key, offsets, fresh.empty(sizes, dtype_of(self.tensor(key).dtype)))
+        return Want(key, offsets, torch.empty(sizes, dtype=dtype_of(self.tensor(key).dtype), device="cpu"))
 
 
 class Component(Protocol):
