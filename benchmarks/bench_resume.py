@@ -5,8 +5,9 @@
 dcpsvc proves every block and only then touches the model; the others load in place and prove nothing. Plain reads go to
 memory that is already there, as everybody else's do. Cold: the files' pages are dropped from the page cache before.
 Memory: peak beyond the model's own, in multiples of it. Then a model with Adam, each time in a new process:
-Checkpointer.resume() from the node's own disk, and how long it takes from the start of the process; over: peak of host
-memory beyond what model and optimizer need, in MiB.
+Checkpointer.resume() from the node's own disk, and how long it takes from the start of the process, imports and the
+making of the Checkpointer included; over: peak of host memory beyond what model and optimizer need, in MiB. What the
+proof before costs: benchmarks.bench_ceiling.
 Below, bytes fetched per byte needed when other ranks read a transformer than wrote it: each by itself, and from the run
 root when they share what they read. With --s3 the same from a real S3 server, beside downloads by obstore, boto3, the
 AWS CRT and DCP's FsspecReader; then model and Adam from there, by a node whose disk has nothing.
@@ -252,6 +253,7 @@ def draw(result, console):
                 continue
             numbers = f"{row['seconds']:8.3f}{row['x_ours']:8.2f}{row['gib_per_s']:8.2f}{row['memory']:10.2f}"
             over = f"{row['over_mib']:8.0f} MiB over" if "over_mib" in row else ""
+            over += f"{row['open_s'] * 1e3:8.0f} ms to open" if row.get("open_s", 0) > 1e-3 else ""
             over += f"{row['fetched']:8.3f} bytes fetched for each needed" if "fetched" in row else ""
             console.print(f"{row['system']:26}{numbers}{over}", highlight=False)
     console.print("\nbytes fetched per byte needed", highlight=False)

@@ -54,7 +54,7 @@ def rows_of(taken, key, ours):
         nbytes, over = runs[0]["nbytes"], statistics.median(run["over_nbytes"] for run in runs)
         rows.append({
             "system": system, "seconds": seconds, "x_ours": seconds / ours[key], "gib_per_s": nbytes / 2**30 / seconds,
-            "memory": over / nbytes, "over_mib": over / MIB,
+            "memory": over / nbytes, "over_mib": over / MIB, "open_s": statistics.median(run["open_s"] for run in runs),
         })  # fmt: skip
     return rows
 

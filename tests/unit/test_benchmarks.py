@@ -75,6 +75,22 @@ def test_the_resume_benchmark_reads_warm_and_cold_and_counts_what_it_fetches(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_ceiling_benchmark_reads_the_same_files_in_each_way_and_says_what_the_proof_costs(tmp_path):
+    result = run("bench_ceiling", "--mib", "32", "--rounds", "1", "--dir", str(tmp_path))
+    for setting in ("warm", "cold"):
+        rows = {row["system"]: row for row in result["settings"][setting]}
+        touched = {"plain read", "read and hash", "hash", "hash, then read", "hash, then read and hash"}
+        new = {"plain read, new memory", "read and hash, new memory", "read and hash, new huge pages"}
+        assert rows.keys() == touched | new | {"dcpsvc", "DCP load"}
+        assert all(row["seconds"] > 0 and row["x_plain"] > 0 for row in rows.values())
+        assert rows["plain read"]["x_plain"] == rows["plain read, new memory"]["x_plain"] == 1
+    assert result["facts"]["threads"] >= 1
+    assert result["facts"].keys() >= FACTS
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_export_benchmark_measures_time_and_memory_beside_loading_and_saving(tmp_path):
     result = run("bench_export", "--mib", "32", "--rounds", "1", "--dir", str(tmp_path))

@@ -68,7 +68,7 @@ class OptimizerComponent:
             self._add_own(into, holder, tensors, others)
 
     def wants(self, saved: Saved) -> list[Want]:
-        """The saved state of each parameter, in the box this rank holds of that parameter."""
+        """The saved state of each parameter, in the box this rank holds of it; moments into those it has, if any."""
         meta.refuse(self._name, self._look().parameters)
         return self._as_saved(saved).wants(is_shared=self._holder(saved.rank) is None)
 

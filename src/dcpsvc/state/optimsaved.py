@@ -16,7 +16,7 @@ from dcpsvc.errors import StateMismatchError
 from dcpsvc.state import documents
 from dcpsvc.state.collected import local_chunk
 from dcpsvc.state.ragged import Ragged
-from dcpsvc.state.saved import copy_into, like
+from dcpsvc.state.saved import copy_into, into, like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +42,7 @@ class SavedOptimizer:
         self._document = whole if whole is not None else self._merged()
 
     def wants(self, *, is_shared: bool) -> list[Want]:
-        """The saved state of each parameter, in the box this rank holds of that parameter.
+        """The saved state of each parameter, in the box this rank holds of it; moments into those it has, if any.
 
         Args:
             is_shared: Every rank here has the same parameters.
@@ -51,11 +51,13 @@ class SavedOptimizer:
             StateMismatchError: It has another number of parameter groups.
         """
         self._check_groups(is_shared=is_shared)
+        old = self._view.state
         wants = [
-            _want(self._saved, key, parameter)
+            want
             for parameter, entries in self._entries()
             if self._fits(parameter)
-            for key in documents.tensor_names(entries)
+            for name, value in entries.items()
+            for want in _wants(self._saved, value, parameter, old.get(parameter, {}).get(name))
         ]
         groups = documents.tensor_names(self._document["param_groups"])
         return wants + [self._saved.want_whole(key) for key in groups]
@@ -176,8 +178,12 @@ def _writers(saved: Saved, names: list[str], prefix: str) -> Iterator[int]:
                 yield chunk.rank
 
 
-def _want(saved: Saved, key: str, parameter: torch.Tensor) -> Want:
-    return saved.want_box(key, *local_chunk(parameter)) if _is_boxed(saved, key, parameter) else saved.want_whole(key)
+def _wants(saved: Saved, value: Any, parameter: torch.Tensor, old: Any) -> Iterator[Want]:
+    for key in documents.tensor_names(value):
+        boxed = _is_boxed(saved, key, parameter)
+        want = saved.want_box(key, *local_chunk(parameter)) if boxed else saved.want_whole(key)
+        in_place = boxed and isinstance(old, torch.Tensor) and documents.kind_of(value) == "$tensor"
+        yield into(want, old) if in_place else want
 
 
 def _is_boxed(saved: Saved, key: str, parameter: torch.Tensor) -> bool:

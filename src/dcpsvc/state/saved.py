@@ -138,13 +138,7 @@ class Saved:
 
     def want_in_place(self, key: str, template: torch.Tensor, *, cast: bool = False) -> list[Want]:
         """Likewise, into the memory of ``template`` where that can be written to as it is."""
-        wants = self.want_like(key, template, cast=cast)
-        if isinstance(template, Ragged):
-            return wants
-        local = (template.to_local() if isinstance(template, DTensor) else template).detach()
-        if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
-            return wants
-        return [replace(want, out=local, live=True) if _fits(local, want.out) else want for want in wants]
+        return [into(want, template) for want in self.want_like(key, template, cast=cast)]
 
     def want_whole(self, key: str) -> Want:
         """Ask for a whole tensor, by its name in the checkpoint."""
@@ -174,6 +168,16 @@ class Component(Protocol):
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over what was read; ``tensors`` are those asked for, verified."""
         ...
+
+
+def into(want: Want, template: torch.Tensor) -> Want:
+    """The same, into the memory of ``template`` where that can be written to as it is."""
+    if isinstance(template, Ragged):
+        return want
+    local = (template.to_local() if isinstance(template, DTensor) else template).detach()
+    if type(local) is not torch.Tensor or local.device.type != "cpu" or not local.is_contiguous():
+        return want
+    return replace(want, out=local, live=True) if _fits(local, want.out) else want
 
 
 def _fits(here: torch.Tensor, wanted: torch.Tensor) -> bool:
