@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
-from dcpsvc.state.optimview import View, owner_of, unwrapped
+from dcpsvc.state.optimview import View, unwrapped
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
 from dcpsvc.state.sharing import Replicated, bare
@@ -47,7 +47,7 @@ class OptimizerComponent:
 
     def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
         self._name, self._modules = name, modules
-        self._optimizer: Optimizer = unwrapped(bare(given))
+        self._optimizers: list[Optimizer] = unwrapped(bare(given))
         self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._found: tuple[Saved | None, Any] = (None, None)
         self._look()
@@ -57,8 +57,8 @@ class OptimizerComponent:
         tensors: dict[torch.Tensor, dict[str, torch.Tensor]] = {}  # step() alone changes them
         others: dict[str, torch.Tensor] = {}
         view = self._look()
-        names, state, known = self._names(), view.state, view.known
-        if strange := [key for key in view.inner.state if id(key) not in known]:
+        names, state = self._names(), view.state
+        if strange := view.strange:
             raise UnsupportedStateError(f"{self._name}.state", f"an entry under {strange[0]!r:.80}, not a parameter")
         holder = self._holder(into.rank)
         own = self._name if holder is None else own_name(self._name, into.rank)
@@ -74,8 +74,9 @@ class OptimizerComponent:
             ],
         }
         (into.documents if holder is None else into.own_documents)[own] = document
-        owner, validate, alike = owner_of(self._optimizer), self._validate(), self._alike()
+        owners, validate, alike = view.owners, self._validate(), self._alike()
         for parameter, key, tensor in ((p, key, tensor) for p in begun for key, tensor in tensors[p].items()):
+            owner = owners[id(parameter)]
             if holder is None:
                 into.add(key, tensor, Sharing.REPLICATED, owner=owner, validate=validate)
             else:
@@ -169,12 +170,12 @@ class OptimizerComponent:
         members = [member for component in self._modules for member in component.sharded.members]
         self._by_module = [(component, component.parameter_names()) for component in self._modules]
         self._named: dict[int, str] | None = None
-        self._view = View(self._name, self._optimizer, members)
+        self._view = View(self._name, self._optimizers, members)
         return self._view
 
     def _holder(self, rank: int) -> int | None:
         """None: every rank has the same parameters. Else whose values count for those this rank has."""
-        if self._view.inner is not self._optimizer:
+        if self._view.is_divided:
             return rank
         parts = [component.part for component in self._own_modules() if component.part is not None]
         if parts:
@@ -184,7 +185,7 @@ class OptimizerComponent:
     def _alike(self) -> tuple[int, ...]:
         """The ranks that hold the same part of the model."""
         parts = [component.part for component in self._own_modules() if component.part is not None]
-        return parts[0].ranks if parts and self._view.inner is self._optimizer else ()
+        return parts[0].ranks if parts and not self._view.is_divided else ()
 
     def _validate(self) -> Validate:
         if self._declared is not None:
