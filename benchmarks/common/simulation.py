@@ -32,7 +32,7 @@ BODY_NBYTES = 16
 EPOCH = Epoch(1, "deadbeef")
 STAMP = {"created": "2026-01-31T23:59:59.000Z", "metrics": {"loss": 1.5}, "versions": {"torch": "2.13.0"}}
 TIERS = ("local", "remote")
-TOOK = {"ms": [1500, 12000, 90000]}
+BESIDE = {"ms": [1500, 12000, 90000], "adapter": None}
 STEADY = ("plan again", "agree", *(f"ack {tier}" for tier in TIERS), "manifest", "commit")
 
 
@@ -83,7 +83,7 @@ class Simulation:
         self.store = MemoryStore(f"scale-{ranks}-{tensors}")
         self.store.create(EPOCH.claim, Claim(epoch=EPOCH, host="here", pid=1, created=STAMP["created"]).dumps())
         self.records = [self._record(rank) for rank in range(ranks)]
-        self.group = Records([compact(record.to_json() | TOOK) for record in self.records])
+        self.group = Records([compact(record.to_json() | BESIDE) for record in self.records])
 
     def run(self):
         blueprints = Blueprints(0, self.ranks)

@@ -42,6 +42,7 @@ def export_dcp(
     *,
     attempt: str | None = None,
     component: str = "",
+    flat: bool = False,
     dtype: str | None = None,
     progress: Callable[[int], None] = lambda _: None,
     batch_nbytes: int = _BATCH_NBYTES,
@@ -53,7 +54,9 @@ def export_dcp(
         step: Of a commit.
         directory: Empty, not there, or one that the same export began.
         attempt: Which of the step; None: the newest.
-        component: Only its tensors, by their names in the module, as torchtitan calls them.
+        component: Only its tensors, by their names in the module.
+        flat: As torchtitan lays a whole checkpoint out: the tensors of ``component``, or of ``model``, by their names
+            in the module, and beside them everything else, with hyper-parameters by the name of each parameter.
         dtype: Floating-point tensors are cast to it.
         progress: Called with the bytes just read, or found.
         batch_nbytes: What is read at once; a kill loses no more.
@@ -66,10 +69,12 @@ def export_dcp(
     shown = show(store, step, attempt)
     reader = CheckpointReader(shown.manifest, shown.layout, [store])
     about = {"run_id": shown.manifest.run_id, "step": step, "attempt": shown.manifest.attempt, "format": "dcp"}
-    keys = [key for key in shown.layout.names() if not component or key.startswith(f"{component}.")]
+    component = component or ("model" if flat else "")
+    keys = [key for key in shown.layout.names() if key.startswith(f"{component}." if component else "")]
     if component and not keys:
         raise ExportError(f"{store.url} step {step}", f"no tensors below {component!r}")
-    folder = Folder(directory, about | {"component": component, "dtype": dtype})
+    keys = shown.layout.names() if flat else keys
+    folder = Folder(directory, about | {"component": component, "dtype": dtype, "flat": flat})
     if not folder.has(".metadata"):
         with held(store, shown.manifest.key):
             scratch = folder.path / _SCRATCH
@@ -77,10 +82,10 @@ def export_dcp(
             state: dict[str, Any] = {
                 key: found[shown.layout.aliases.get(key, key)] for key in keys
             }  # DCP knows no ties
+            if flat or not component:
+                state |= _values(reader, state, _by_parameter if flat else documents.leaves)
             if component:
-                state = {key.removeprefix(f"{component}."): tensor for key, tensor in state.items()}
-            else:
-                state |= _values(reader, state)
+                state = {key.removeprefix(f"{component}."): value for key, value in state.items()}
             _write_dcp(folder.path, state, shown.manifest.attempt)
             del state, found
     _finish(folder)
@@ -155,11 +160,28 @@ def _finish(folder: Folder) -> None:
     folder.finish()
 
 
-def _values(reader: CheckpointReader, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _values(
+    reader: CheckpointReader, tensors: dict[str, torch.Tensor], flattened: Callable[[Any, str], dict[str, Any]]
+) -> dict[str, Any]:
     """JSON values by their dotted names, as DCP would have flattened them; the tensors in them stand by themselves."""
     found: dict[str, Any] = {}
     for name, document in reader.documents(*range(reader.manifest.world_size)).items():
-        for path, leaf in documents.leaves(document, name).items():
+        for path, leaf in flattened(document, name).items():
             if path not in tensors:
                 found[path] = documents.decode(leaf, path, tensors.__getitem__)
     return found
+
+
+def _by_parameter(document: Any, name: str) -> dict[str, Any]:
+    """As ``flatten_optimizer_state_dict=True`` has an optimizer, with its groups by parameter; other leaves as ever."""
+    if not (isinstance(document, dict) and document.keys() >= {"state", "shapes", "param_groups"}):
+        return documents.leaves(document, name)
+    optimizer = name.partition("@")[0]  # of ranks with different parameters each has a part of it
+    values = {
+        f"{optimizer}.param_groups.{parameter}.{key}": value
+        for group in document["param_groups"]
+        for parameter in group["params"]
+        for key, value in group.items()
+        if key != "params"
+    }
+    return values | documents.leaves(document["state"], f"{optimizer}.state")

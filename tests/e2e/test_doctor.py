@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import dcpsvc
+from tests.e2e.jobs import TORCHRUN
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-TORCHRUN = (
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
-)  # fmt: skip
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -5,35 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
 import dcpsvc
-
-BOUND_S = 60
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
-
-SCRIPT = """
-import sys, time
-import torch
-import torch.distributed as dist
-import dcpsvc
-
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 1))
-optimizer = torch.optim.AdamW(model.parameters())
-with dcpsvc.Checkpointer(sys.argv[1], {"model": model, "optim": optimizer}, local=sys.argv[1] + "-local") as ckpt:
-    for step in range(ckpt.resume() + 1, 10**9):  # until it is stopped
-        model(torch.randn(4, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        time.sleep(0.02)
-        if ckpt.step(step).should_stop:
-            break
-dist.destroy_process_group()
-"""
+from tests.e2e.jobs import BOUND_S, live_job
 
 
 def call(*arguments):
@@ -47,28 +23,16 @@ def document(*arguments):
     return json.loads(done.stdout)
 
 
+def has_stepped(root):
+    done = call("status", root, "--json")
+    return done.returncode == 0 and json.loads(done.stdout)[0]["step"] is not None
+
+
 @pytest.fixture
-def job(tmp_path, monkeypatch):
-    """A job of two ranks that has made its first step."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    (tmp_path / "train.py").write_text(SCRIPT)
-    root = tmp_path / "run"
-    command = [*TORCHRUN, "--nproc-per-node=2", str(tmp_path / "train.py"), str(root)]
-    with (
-        (tmp_path / "output").open("w+b") as output,
-        subprocess.Popen(command, stdout=output, stderr=output) as process,
-    ):
-        try:
-            deadline = time.monotonic() + BOUND_S
-            while (done := call("status", root, "--json")).returncode or json.loads(done.stdout)[0]["step"] is None:
-                assert process.poll() is None, (tmp_path / "output").read_text()
-                assert time.monotonic() < deadline, done.stderr
-                time.sleep(0.1)
-            yield root, process
-        finally:
-            process.terminate()
-            process.wait(BOUND_S)
+def job(tmp_path):
+    """A job that saves only when it is asked to."""
+    with live_job(tmp_path, has_stepped, saves=False) as process:
+        yield tmp_path / "run", process
 
 
 @pytest.mark.slow

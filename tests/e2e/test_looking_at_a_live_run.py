@@ -15,6 +15,7 @@ from dcpsvc.cli import cli
 from dcpsvc.errors import DcpsvcError, NoSuchStepError
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
+from tests.e2e.jobs import BOUND_S, live_job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,47 +23,15 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
-BOUND_S, LOOKED_S = 60, 15
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
-SCRIPT = """
-import sys
-import torch, torch.distributed as dist
-import dcpsvc
-
-dist.init_process_group("gloo")
-state = {"model": torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(512, 512))}
-root = sys.argv[1]
-with dcpsvc.Checkpointer(root, state, local=root + "-local", keep=dcpsvc.Latest(2), run_log=True) as ckpt:
-    for step in range(1, 10**9):
-        ckpt.save(step, metrics={"loss": 1 / step})
-        if ckpt.step(step).should_stop:
-            break
-dist.destroy_process_group()
-"""
+LOOKED_S = 15
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch) -> Iterator[Path]:
-    """The run of two ranks that save at every step and keep two; it has deleted some."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    (tmp_path / "train.py").write_text(SCRIPT)
-    root = tmp_path / "run"
-    command = [*TORCHRUN, "--nproc-per-node=2", str(tmp_path / "train.py"), str(root)]
-    with (
-        (tmp_path / "output").open("w+b") as output,
-        subprocess.Popen(command, stdout=output, stderr=output) as process,
-    ):
-        try:
-            deadline = time.monotonic() + BOUND_S
-            while newest(root) < 5:
-                assert process.poll() is None, (tmp_path / "output").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "output").read_text()
-            yield root
-            assert process.poll() is None, (tmp_path / "output").read_text()
-        finally:
-            process.terminate()
-            process.wait(BOUND_S)
+def root(tmp_path: Path) -> Iterator[Path]:
+    """The run of a job that saves at every step and keeps two; it has deleted some."""
+    with live_job(tmp_path, lambda root: newest(root) >= 5, saves=True) as process:
+        yield tmp_path / "run"
+        assert process.poll() is None, (tmp_path / "output").read_text()
 
 
 def newest(root: Path) -> int:

@@ -1,13 +1,13 @@
-"""R27: a Hugging Face Trainer under torchrun, killed: its best checkpoint stays, and is loaded at the end."""
+"""R27 R32: a Hugging Face Trainer under torchrun, killed: it goes on in the data, and its best stays and is loaded."""
 
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 import dcpsvc
+from tests.e2e.jobs import ENVIRONMENT, TORCHRUN
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -36,12 +36,13 @@ class Samples(torch.utils.data.Dataset):
 class Ours(Checkpointed, transformers.Trainer):
     checkpoint_root = folder / "root"
     checkpoint_options = {"local": folder / "local", "save_last": False}
-    weights = {}
+    weights, seen = {}, []
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == until:
             self._checkpointer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
+        self.seen.append((self.state.global_step, args[1]["input_ids"].tolist()))
         return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
@@ -62,7 +63,7 @@ given = transformers.TrainingArguments(
 )
 made = Ours(model=transformers.GPT2LMHeadModel(config), args=given, train_dataset=Samples(), eval_dataset=Samples())
 made.train(resume_from_checkpoint=True)
-told = {"weights": made.weights, "last": digest(made.model), "best": made.state.best_global_step}
+told = {"seen": made.seen, "weights": made.weights, "last": digest(made.model), "best": made.state.best_global_step}
 told |= {"metric": made.state.best_metric, "wrapped": type(made.model_wrapped).__name__}
 (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
 """
@@ -71,29 +72,40 @@ told |= {"metric": made.state.best_metric, "wrapped": type(made.model_wrapped)._
 def train(folder, until=-1):
     folder.mkdir(exist_ok=True)
     (folder / "trainer.py").write_text(TRAINER)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    start += ["--nproc-per-node", "2", str(folder / "trainer.py"), str(folder), str(until)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    start = [*TORCHRUN, str(folder / "trainer.py"), str(folder), str(until)]
+    environment = os.environ | ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def told(folder):
+    done = train(folder)
+    assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_the_best_of_two_ranks_under_torchrun_outlives_a_kill_and_is_loaded_at_the_end(tmp_path):
-    done = train(tmp_path / "straight")
-    assert done.returncode == 0, done.stderr[-4000:]
-    expected = told(tmp_path / "straight")
-    assert train(tmp_path / "run", until=8).returncode != 0
-    assert not list((tmp_path / "run").glob("*.json"))
-    done = train(tmp_path / "run")
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = told(tmp_path / "run")
-    for one, straight in zip(found, expected, strict=True):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all, what each rank tells of a run without a break, and of one that was killed after step 8."""
+    folder = tmp_path_factory.mktemp("trainer")
+    assert train(folder / "run", until=8).returncode != 0
+    assert not list((folder / "run").glob("*.json"))
+    return folder, told(folder / "straight"), told(folder / "run")
+
+
+def test_a_trainer_of_two_ranks_killed_goes_on_inside_the_epoch(runs):
+    _, straight, resumed = runs
+    for one, other in zip(resumed, straight, strict=True):
+        assert one["seen"] == [each for each in other["seen"] if each[0] >= 6]
+        assert one["weights"] == {step: other["weights"][step] for step in ("9", "12")}
         assert one["wrapped"] == "DistributedDataParallel"
+    assert resumed[0]["weights"] == resumed[1]["weights"]
+    assert resumed[0]["seen"] != resumed[1]["seen"]  # each rank its own data
+
+
+def test_the_best_of_two_ranks_under_torchrun_outlives_a_kill_and_is_loaded_at_the_end(runs):
+    folder, straight, resumed = runs
+    for one in (*straight, *resumed):
         assert (one["best"], one["metric"]) == (6, 0.9)
-        assert one["last"] == straight["last"] == straight["weights"]["6"] != straight["weights"]["12"]
-        assert one["weights"] == {step: straight["weights"][step] for step in ("9", "12")}
-    for folder in ("straight", "run"):
-        assert [each.step for each in dcpsvc.list_checkpoints(tmp_path / folder / "root")] == [6, 12]
+        assert one["last"] == straight[0]["weights"]["6"] != straight[0]["weights"]["12"]
+    for name in ("straight", "run"):
+        assert [each.step for each in dcpsvc.list_checkpoints(folder / name / "root")] == [6, 12]

@@ -124,67 +124,6 @@ def test_a_loader_of_accelerate_that_cannot_tell_where_it_is_is_refused_with_the
     assert "use_stateful_dataloader=True" in outcome.raised.text
 
 
-# --- transformers ---------------------------------------------------------------------------------------
-
-
-def trained_by_transformers(root, until):
-    import transformers
-
-    from dcpsvc.integrations.transformers import Checkpointed
-
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # it has joined
-
-    class Samples(torch.utils.data.Dataset):
-        def __len__(self):
-            return 64
-
-        def __getitem__(self, index):
-            ids = torch.randint(16, (6,), generator=torch.Generator().manual_seed(index))
-            return {"input_ids": ids, "labels": ids}
-
-    class Ours(Checkpointed, transformers.Trainer):
-        checkpoint_root = root
-        checkpoint_options = {"local": root.parent / "local", "save_last": False}  # noqa: RUF012 - read only
-        seen = []  # noqa: RUF012
-
-        def training_step(self, *args, **kwargs):
-            if self.state.global_step == until:
-                self._checkpointer.wait()
-                die()
-            self.seen.append((self.state.global_step, args[1]["input_ids"].tolist()))
-            return super().training_step(*args, **kwargs)
-
-    transformers.set_seed(0)
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
-    given = transformers.TrainingArguments(
-        output_dir=str(root.parent / "out"), max_steps=12, per_device_train_batch_size=2, save_steps=3, use_cpu=True,
-        logging_steps=3, report_to=[], disable_tqdm=True, learning_rate=1e-2, ddp_backend="gloo",
-    )  # fmt: skip
-    made = Ours(model=transformers.GPT2LMHeadModel(config), args=given, train_dataset=Samples())
-    made.train(resume_from_checkpoint=True)
-    weights = {name: tensor.sum().item().hex() for name, tensor in made.model.state_dict().items()}
-    wrapped = type(made.model_wrapped).__name__
-    return [(step, ids) for step, ids in made.seen if step >= 6], weights, wrapped
-
-
-def transformers_straight(rank, world, root):
-    root.parent.mkdir(exist_ok=True)
-    return trained_by_transformers(root / "root", None)
-
-
-def transformers_killed(rank, world, root):
-    trained_by_transformers(root / "root", 8)
-
-
-@needs("transformers", "accelerate")
-def test_a_trainer_of_two_ranks_killed_goes_on_inside_the_epoch(tmp_path):
-    straight, resumed = alone(tmp_path, transformers_straight, transformers_killed, transformers_straight)
-    assert resumed == straight
-    assert straight[0][1] == straight[1][1]
-    assert straight[0][0] != straight[1][0]
-    assert {wrapped for _, _, wrapped in straight} == {"DistributedDataParallel"}
-
-
 # --- lightning ------------------------------------------------------------------------------------------
 
 
@@ -300,8 +239,16 @@ class TitanLoader:
         self.at = pickle.loads(state[f"dp_rank_{self.rank}"])["at"]  # noqa: S301 - its own
 
 
-class TitanContainer:
-    """Optimizers, or schedules, of several parts of a model as one."""
+class TitanOptimizers(torch.optim.Optimizer):
+    """Those of several parts of a model as one, which has no state of its own."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+        super().__init__([p for each in optimizers for group in each.param_groups for p in group["params"]], {})
+
+
+class TitanSchedules:
+    """Likewise."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -325,7 +272,7 @@ def titan(rank, world, root):
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1 / (1 + step)) for each in optimizers]
     train = TitanState()
     state = {
-        "model": model, "optim0": optimizers[0], "optim1": optimizers[1], "lr": TitanContainer(schedules),
+        "model": model, "optim": TitanOptimizers(optimizers), "lr": TitanSchedules(schedules),
         "loader": dcpsvc.PerRank(TitanLoader(rank)), "train_state": train,
     }  # fmt: skip
     return (

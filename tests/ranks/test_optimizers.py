@@ -111,6 +111,7 @@ class Run:
         if self.what == "average":
             self.state["ema"].update_parameters(self.model)
             seen.append(float(self.state["ema"](x, with_part=True).detach().square().mean()).hex())
+            seen.append(int(self.state["ema"].n_averaged))
         return seen
 
 

@@ -196,8 +196,8 @@ class Rots(MemoryStore):
 def test_a_good_store_passes(tmp_path):
     for good in (store(), PosixStore(tmp_path / "root")):
         assert place.permissions(good, "a").verdict == "ok"
-        assert place.listings(good, "a").verdict == "ok"
-        assert place.conditional_create(good, "a").verdict == "ok"
+        assert place.listings(good, "b").verdict == "ok"
+        assert place.conditional_create(good, "c").verdict == "ok"
         assert good.list("") == []
 
 

@@ -176,6 +176,14 @@ def test_plain_dcp_loads_the_directory(tmp_path: Path) -> None:
     assert into["sched"]["last"] == 3
 
 
+def test_flat_is_refused_where_there_is_but_one_layout(tmp_path: Path) -> None:
+    saved(tmp_path)
+    result = run(tmp_path / "root", 7, tmp_path / "out", "--format", "torch", "--flat")
+    assert result.exit_code == 2
+    assert "--flat is of --format dcp" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_torch_file_is_the_state_dict_with_its_ties(tmp_path: Path) -> None:
     expected = saved(tmp_path)["model"].state_dict()
     assert run(tmp_path / "root", 7, tmp_path / "out", "--format", "torch").exit_code == 0

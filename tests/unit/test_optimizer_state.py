@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 from dcpsvc.errors import RestoreFailedError
 from tests.unit.one_process import resume, save, told
-from tests.unit.training import OPTIMIZERS, Net, everything, seed, train, training
+from tests.unit.training import OPTIMIZERS, Container, Net, everything, seed, train, training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,3 +142,18 @@ def test_two_optimizers_of_one_model_keep_their_own_state(tmp_path: Path) -> Non
     save(tmp_path, saved)
     resume(tmp_path, fresh)
     assert everything(fresh) == everything(saved)
+
+
+def test_optimizers_in_a_container_come_back_with_their_state_and_hyper_parameters(tmp_path: Path) -> None:
+    def contained() -> dict[str, Any]:
+        model = Net()
+        return {"model": model, "optim": Container([model.hidden, model.out])}
+
+    saved, fresh = contained(), contained()
+    saved["model"](torch.ones(4, 4)).sum().backward()
+    saved["optim"].step()
+    saved["optim"].optimizers[1].param_groups[0]["lr"] = 0.025
+    save(tmp_path, saved)
+    resume(tmp_path, fresh)
+    assert told(fresh["optim"].state_dict()) == told(saved["optim"].state_dict())
+    assert [len(each.state) for each in fresh["optim"].optimizers] == [2, 2]

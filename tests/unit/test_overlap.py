@@ -18,6 +18,7 @@ from torch import nn
 from dcpsvc import Checkpointer, copying
 from dcpsvc.errors import ConfigError, SaveFailedError
 from tests.unit.one_process import resume, told
+from tests.unit.training import Container
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,6 +91,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw, one by one": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "two groups": lambda model: torch.optim.AdamW([{"params": [p], "lr": 0.1} for p in model.parameters()]),
+    "two in a container": lambda model: Container([model.first, model.second]),
 }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     LinearLR,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -64,6 +63,21 @@ class Net(nn.Module):
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         return self.out(self.drop(self.norm(self.hidden(batch)).relu()))
+
+
+class Container(Optimizer):
+    """An optimizer for each part of a model, stepped as one: what it is given is all the state it has of its own."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        self.optimizers = [AdamW(part.parameters(), lr=0.1) for part in parts]
+        super().__init__([p for each in self.optimizers for p in each.param_groups[0]["params"]], {"lr": 0.1})
+
+    def step(self) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): optimizer.state_dict() for number, optimizer in enumerate(self.optimizers)}
 
 
 def seed(number: int) -> None:

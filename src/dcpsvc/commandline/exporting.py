@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     "--component",
     help="The module, or a dotted beginning below it; else model; of dcp: only its tensors, as it calls them.",
 )
+@click.option(
+    "--flat",
+    is_flag=True,
+    help="Of dcp, as torchtitan lays it out: the module's tensors as it calls them, and all else beside them.",
+)
 @click.option("--dtype", type=click.Choice(_FLOATS), help="Cast floating-point tensors.")
 @click.option(
     "--max-shard-mib", type=click.IntRange(min=1), default=5120, show_default=True, help="Largest file of hf, in MiB."
@@ -45,6 +50,7 @@ def export_command(
     attempt: str | None,
     kind: str,
     component: str | None,
+    flat: bool,
     dtype: str | None,
     max_shard_mib: int,
     options: tuple[str, ...],
@@ -58,10 +64,12 @@ def export_command(
     Examples:
       dcpsvc export s3://bucket/runs/exp42 latest ./model --format hf --dtype BF16
     """
+    if flat and kind != "dcp":
+        raise click.UsageError("--flat is of --format dcp")
     store = open_store(root, options)
     found = pick(store, step, attempt)
     try:
-        nbytes = _export(store, found, Path(directory), kind, component, dtype, max_shard_mib, quiet=as_json)
+        nbytes = _export(store, found, Path(directory), kind, component, dtype, max_shard_mib, flat=flat, quiet=as_json)
     except OSError as err:
         raise from_os_error("export", directory, err) from err
     if as_json:
@@ -80,6 +88,7 @@ def _export(
     dtype: str | None,
     max_mib: int,
     *,
+    flat: bool,
     quiet: bool,
 ) -> int:
     """Says how many bytes lie in the directory then."""
@@ -91,7 +100,7 @@ def _export(
         total = sum(tensor.nbytes for tensor in showing.layout_of(store, found).tensors.values())
         with progress.shown("exported", total, quiet=quiet) as advance:
             conversion.export_dcp(
-                store, found.step, directory, attempt=found.attempt, component=component or "", dtype=dtype,
+                store, found.step, directory, attempt=found.attempt, component=component or "", flat=flat, dtype=dtype,
                 progress=advance,
             )  # fmt: skip
     else:

@@ -157,7 +157,8 @@ class AppState:
 
     def optimizers(self) -> list[Optimizer]:
         """Every optimizer of the state."""
-        return [unwrapped(target) for value in self._state.values() if isinstance(target := bare(value), Optimizer)]
+        given = [target for value in self._state.values() if isinstance(target := bare(value), Optimizer)]
+        return [each for one in given for each in unwrapped(one)]
 
     def versions(self) -> tuple[int, ...]:
         """Changes when a module was written to other than by an optimizer of the state."""

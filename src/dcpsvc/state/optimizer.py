@@ -13,7 +13,7 @@ from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.optimnames import Names
 from dcpsvc.state.optimsaved import SavedOptimizer
-from dcpsvc.state.optimview import View, owner_of, unwrapped
+from dcpsvc.state.optimview import View, unwrapped
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import own_name
 from dcpsvc.state.sharing import Replicated, bare
@@ -48,7 +48,7 @@ class OptimizerComponent:
 
     def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
         self._name, self._modules = name, modules
-        self._optimizer: Optimizer = unwrapped(bare(given))
+        self._optimizers: list[Optimizer] = unwrapped(bare(given))
         self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._look()
 
@@ -81,7 +81,7 @@ class OptimizerComponent:
 
     def _look(self) -> View:
         members = [member for component in self._modules for member in component.sharded.members]
-        self._view = View(self._name, self._optimizer, members)
+        self._view = View(self._name, self._optimizers, members)
         self._names = Names(self._name, self._view, self._modules)
         self._found: tuple[Saved, SavedOptimizer] | None = None
         return self._view
@@ -95,8 +95,8 @@ class OptimizerComponent:
     def _document(self, own: str, tensors: dict[torch.Tensor, Tensors], others: Tensors) -> Any:
         """What is no tensor; those of each parameter, and of the groups, are left in the arguments."""
         view, names = self._view, self._names.by_id
-        state, known = view.state, view.known
-        if strange := [key for key in view.inner.state if id(key) not in known]:
+        state = view.state
+        if strange := view.strange:
             raise UnsupportedStateError(f"{self._name}.state", f"an entry under {strange[0]!r:.80}, not a parameter")
         begun = {p: names[id(p)] for p in view.parameters if p in state}
         return {
@@ -114,25 +114,25 @@ class OptimizerComponent:
 
     def _add_shared(self, into: Collected, tensors: dict[torch.Tensor, Tensors], others: Tensors) -> None:
         """Every rank has the same parameters."""
-        owner, validate = owner_of(self._optimizer), self._validate()
-        for entries in tensors.values():
+        owners, validate = self._view.owners, self._validate()
+        for parameter, entries in tensors.items():
             for key, tensor in entries.items():
-                into.add(key, tensor, Sharing.REPLICATED, owner=owner, validate=validate)
+                into.add(key, tensor, Sharing.REPLICATED, owner=owners[id(parameter)], validate=validate)
         for key, tensor in others.items():
             into.add(key, tensor, Sharing.REPLICATED, validate=validate)
 
     def _add_own(self, into: Collected, holder: int, tensors: dict[torch.Tensor, Tensors], others: Tensors) -> None:
-        owner, alike = owner_of(self._optimizer), self._alike()
+        owners, alike = self._view.owners, self._alike()
         for parameter, entries in tensors.items():
             for key, tensor in entries.items():
                 of, sharers = _sharers(parameter, tensor, holder, alike)
-                into.add_part(key, tensor, of, owner=owner, alike=sharers)
+                into.add_part(key, tensor, of, owner=owners[id(parameter)], alike=sharers)
         for key, tensor in others.items():
             into.add_part(key, tensor, into.rank)
 
     def _holder(self, rank: int) -> int | None:
         """None: every rank has the same parameters. Else whose values count for those this rank has."""
-        if self._view.inner is not self._optimizer:
+        if self._view.is_divided:
             return rank
         parts = [component.part for component in self._names.modules() if component.part is not None]
         if parts:
@@ -142,7 +142,7 @@ class OptimizerComponent:
     def _alike(self) -> tuple[int, ...]:
         """The ranks that hold the same part of the model."""
         parts = [component.part for component in self._names.modules() if component.part is not None]
-        return parts[0].ranks if parts and self._view.inner is self._optimizer else ()
+        return parts[0].ranks if parts and not self._view.is_divided else ()
 
     def _validate(self) -> Validate:
         if self._declared is not None:

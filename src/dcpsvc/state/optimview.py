@@ -1,6 +1,7 @@
 """An optimizer as the checkpoint knows it: over the model's parameters, whatever it was given in their place.
 
-A ZeroRedundancyOptimizer keeps another inside; FSDP1 gives pieces of parameters, or flat ones of which those are parts.
+A ZeroRedundancyOptimizer keeps another inside, a container several, as torchtitan's does one for each part of a model;
+FSDP1 gives pieces of parameters, or flat ones of which those are parts.
 """
 
 from __future__ import annotations
@@ -29,46 +30,60 @@ _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 class View:
-    """One optimizer at one moment.
+    """One optimizer at one moment, or several that are one component.
 
     Args:
         name: Of the component, for errors.
-        optimizer: As the user gave it.
+        optimizers: As :func:`unwrapped` has them.
         members: What FSDP1 manages, in all modules of the state.
 
     Attributes:
-        inner: The one that has state and parameters of this rank.
         param_groups: With the model's parameters. Not to be written to.
         parameters: Of all groups.
+        is_divided: Each rank steps some of the parameters only, and has the state of those.
     """
 
-    def __init__(self, name: str, optimizer: Optimizer, members: Iterable[Member]) -> None:
-        self._name, self._optimizer = name, optimizer
-        self.inner: Optimizer = _inner(optimizer)
+    def __init__(self, name: str, optimizers: Sequence[Optimizer], members: Iterable[Member]) -> None:
+        self._name, self._outer = name, tuple(optimizers)
+        self._inner = tuple(map(_inner, optimizers))
+        self.is_divided = any(one is not other for one, other in zip(self._outer, self._inner, strict=True))
         self._members: dict[int, list[Member]] = defaultdict(list)
         for member in members:
             self._members[id(member.given)].append(member)
+        self._groups: list[dict[str, Any]] = [group for each in self._inner for group in each.param_groups]
         self.param_groups: list[dict[str, Any]] = [
             group | {"params": [part for given in group["params"] for part in self._parts(given)]}
-            for group in self.inner.param_groups
+            for group in self._groups
         ]
         self.parameters: list[torch.Tensor] = [p for group in self.param_groups for p in group["params"]]
 
     @property
     def is_own(self) -> bool:
         """Whether ranks have state of different parameters."""
-        return self.inner is not self._optimizer or any(isinstance(p, Ragged) for p in self.parameters)
+        return self.is_divided or any(isinstance(p, Ragged) for p in self.parameters)
 
     @property
-    def known(self) -> set[int]:
-        """``id`` of whatever state may be kept under."""
-        return {id(given) for group in self.inner.param_groups for given in group["params"]}
+    def strange(self) -> list[Any]:
+        """Whatever state is kept under that is no parameter."""
+        known = {id(given) for group in self._groups for given in group["params"]}
+        return [key for each in self._inner for key in each.state if id(key) not in known]
+
+    @property
+    def owners(self) -> dict[int, int | None]:
+        """By ``id`` of a parameter, who alone changes it; see :func:`owner_of`."""
+        return {
+            id(part): owner_of(outer)
+            for outer, inner in zip(self._outer, self._inner, strict=True)
+            for group in inner.param_groups
+            for given in group["params"]
+            for part in self._parts(given)
+        }
 
     @property
     def state(self) -> State:
         """What there is, by parameter, references only."""
         found: State = {}
-        for given, entries in self.inner.state.items():
+        for given, entries in ((p, entries) for each in self._inner for p, entries in each.state.items()):
             if id(given) not in self._members:
                 found[given] = entries
             for member in self._members.get(id(given), ()):
@@ -79,7 +94,7 @@ class View:
     def wanted(self) -> list[torch.Tensor]:
         """The parameters whose state this rank is to have: of the others it has no element."""
         found: list[torch.Tensor] = []
-        for group in self.inner.param_groups:
+        for group in self._groups:
             for given in group["params"]:
                 parts = self._parts(given)
                 here = [p for p in parts if not isinstance(p, Ragged) or p.local.numel()]
@@ -93,20 +108,22 @@ class View:
             StateMismatchError: Parameters that are one for the optimizer have counters that differ; nothing is changed.
         """
         new = {given: value for given, value in state.items() if not isinstance(given, Ragged)}
-        for given in (p for group in self.inner.param_groups for p in group["params"]):
+        for given in (p for group in self._groups for p in group["params"]):
             parts = [(m, state[m.ragged]) for m in self._members.get(id(given), ()) if m.ragged in state]
             if parts and fsdp1.is_flat(given):
                 new[given] = self._joined(given, parts)
             elif parts:
                 new[given] = {name: _uncut(parts[0][0], value) for name, value in parts[0][1].items()}
-        self.inner.state.clear()
-        self.inner.state.update(new)
+        for each in self._inner:
+            mine = [p for group in each.param_groups for p in group["params"]]
+            each.state.clear()
+            each.state.update({p: new[p] for p in mine if p in new})
 
     def set_hyperparameters(self, index: int, values: Mapping[str, Any]) -> None:
         """Of a group, in place."""
-        ours = (self.inner.param_groups, self._optimizer.param_groups, self.param_groups)
-        for groups in {id(each): each for each in ours}.values():
-            groups[index].update(values)
+        outer = [group for each in self._outer for group in each.param_groups]
+        for group in (self._groups[index], outer[index], self.param_groups[index]):
+            group.update(values)
 
     def _parts(self, given: torch.Tensor) -> list[torch.Tensor]:
         members = self._members.get(id(given))
@@ -127,12 +144,16 @@ class View:
         return joined
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer in what a library puts around it: the one whose hooks are called."""
-    found: Any = optimizer
-    while isinstance(inner := getattr(found, "optimizer", None), torch.optim.Optimizer):
-        found = inner
-    return found  # type: ignore[no-any-return]
+def unwrapped(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers in what a library puts around them: those whose hooks are called, and which have the state."""
+    inner = getattr(optimizer, "optimizer", None)
+    several = [inner] if inner is not None else getattr(optimizer, "optimizers", None)
+    if not isinstance(several, list | tuple) or not several:
+        return [optimizer]
+    found: list[Any] = list(several)
+    if not all(isinstance(each, torch.optim.Optimizer) for each in found):
+        return [optimizer]
+    return [each for one in found for each in unwrapped(one)]
 
 
 def owner_of(optimizer: Optimizer) -> int | None:
