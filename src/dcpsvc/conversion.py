@@ -157,7 +157,7 @@ def _values(reader: CheckpointReader, tensors: dict[str, torch.Tensor]) -> dict[
     """JSON values by their dotted names, as DCP would have flattened them; the tensors in them stand by themselves."""
     found: dict[str, Any] = {}
     for name, document in reader.documents(*range(reader.manifest.world_size)).items():
-        for path, leaf in documents.leaves(document, name).items():
+        for path, leaf in documents.values(document, name).items():
             if path not in tensors:
                 found[path] = documents.decode(leaf, path, tensors.__getitem__)
     return found

@@ -11,18 +11,18 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents, meta
+from dcpsvc.state import documents, meta, refill
 from dcpsvc.state.collected import Collected, Sharing, local_chunk
 from dcpsvc.state.optimview import View, owner_of, unwrapped
 from dcpsvc.state.ragged import Ragged
-from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
+from dcpsvc.state.saved import Saved, Want, like, own_name
 from dcpsvc.state.sharing import Replicated, bare
+from dcpsvc.state.standin import Entries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -50,6 +50,7 @@ class OptimizerComponent:
         self._optimizer: Optimizer = unwrapped(bare(given))
         self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._found: tuple[Saved | None, Any] = (None, None)
+        self._entries: Entries | None = None
         self._look()
 
     def collect(self, into: Collected) -> None:
@@ -89,24 +90,26 @@ class OptimizerComponent:
 
     def wants(self, saved: Saved) -> list[Want]:
         """The saved state of each parameter, in the box this rank holds of that parameter."""
-        meta.refuse(self._name, self._look().parameters)
+        here = self._entries = Entries(self._look())
+        meta.refuse(self._name, self._view.parameters)
         document = self._document(saved)
         self._check_groups(saved, document)
         wants = [
-            _want(saved, key, parameter)
+            want
             for parameter, entries in self._saved_state(saved, document)
             if self._fits(saved, document, parameter)
-            for key in documents.tensor_names(entries)
+            for name, value in entries.items()
+            for want in self._wanted(saved, here, parameter, name, value)
         ]
         groups = documents.tensor_names(document["param_groups"])
         return wants + [saved.want_whole(key) for key in groups]
 
     def apply(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace state and hyper-parameters; a parameter without saved state has none afterwards."""
-        document, view = self._document(saved), self._view
+        document, view, here = self._document(saved), self._view, self._entries or Entries(self._view)
         for index, (group, values) in enumerate(zip(view.param_groups, document["param_groups"], strict=True)):
             loaded = {
-                name: _decode(value, f"{self._name}.{name}", group.get(name), tensors.__getitem__)
+                name: refill.decoded(value, f"{self._name}.{name}", group.get(name), tensors.__getitem__)
                 for name, value in values.items()
                 if name != "params"
             }
@@ -115,11 +118,21 @@ class OptimizerComponent:
         new = {p: old[p] for p in view.parameters if p in old and saved.terms.skips(self._key(p))}
         for parameter, entries in self._saved_state(saved, document):
             beside, before = functools.partial(self._beside, saved, tensors, parameter), old.get(parameter, {})
+            if documents.wrapper_names(entries):
+                before = here.of(self._key(parameter), parameter)
             new[parameter] = {
-                name: _decode(value, f"{self._name}.{name}", before.get(name), beside)
+                name: refill.put(value[documents.WRAPPER], before[name], tensors, saved.rank)
+                if documents.wrapper_names(value)
+                else refill.decoded(value, f"{self._name}.{name}", before.get(name), beside)
                 for name, value in entries.items()
             }
         view.put(new)
+        self._entries = None
+
+    def _wanted(self, saved: Saved, here: Entries, parameter: torch.Tensor, name: str, value: Any) -> list[Want]:
+        key = f"{self._name}.state.{self._names()[id(parameter)]}.{name}"
+        found = here.wants(saved, key, parameter, value)
+        return [_want(saved, its, parameter) for its in documents.tensor_names(value)] if found is None else found
 
     def _document(self, saved: Saved) -> Any:
         """What was saved: by all ranks together, or by each for its own parameters, put together here."""
@@ -293,7 +306,13 @@ def _writers(saved: Saved, names: list[str], prefix: str) -> Iterator[int]:
 
 
 def _encode(prefix: str, values: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: documents.encode(value, f"{prefix}.{name}", tensors) for name, value in values.items()}
+    found = {name: documents.encode(value, f"{prefix}.{name}", tensors) for name, value in values.items()}
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor) and (within := documents.wrapper_names(found[name])):
+            raise UnsupportedStateError(
+                within[0], "a tensor made of others can be an entry, not in a list or dict of one"
+            )
+    return found
 
 
 def _merged_groups(known: list[Any], more: list[Any]) -> list[Any]:
@@ -314,21 +333,3 @@ def _want(saved: Saved, key: str, parameter: torch.Tensor) -> Want:
 def _is_boxed(saved: Saved, key: str, parameter: torch.Tensor) -> bool:
     """Moments have the parameter's shape, so they are sharded as it is; counters and the like are whole."""
     return parameter.dim() > 0 and saved.tensor(key).shape == tuple(parameter.shape)
-
-
-def _decode(value: Any, path: str, old: Any, loaded: Callable[[str], torch.Tensor]) -> Any:
-    """A saved value; a tensor goes into the old one where that fits, so captured graphs stay valid."""
-
-    def tensor(key: str) -> torch.Tensor:
-        new = loaded(key)
-        if (
-            not isinstance(old, torch.Tensor)
-            or isinstance(new, Ragged)
-            or old.dtype != new.dtype
-            or old.shape != new.shape
-        ):
-            return new
-        copy_into(old, new.to_local() if isinstance(new, DTensor) else new)
-        return old
-
-    return documents.decode(value, path, tensor)

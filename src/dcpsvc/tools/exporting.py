@@ -16,7 +16,7 @@ import numpy as np
 from dcpsvc.errors import ExportError
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.parse import compact, dump
-from dcpsvc.format.shardfile import FOREIGN
+from dcpsvc.format.shardfile import FOREIGN, INNER
 from dcpsvc.leases import held
 from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tools.casting import cast, result
@@ -92,6 +92,21 @@ class Source:
             if key.startswith(prefix)
         ]
 
+    def check_plain(self, entries: list[Entry]) -> None:
+        """Refuse what a library would not know: it would leave those tensors out, and the model as it was made.
+
+        Raises:
+            ExportError: Some are what is inside tensors of a class of their own, as quantized weights are.
+        """
+        made = {key for rank, one in self._shards.items() for key in one.documents().get(f"{INNER}@{rank}", {})}
+        for entry in entries if made else ():
+            outer = next(
+                (entry.key[:at] for at, mark in enumerate(entry.key) if mark in ".@" and entry.key[:at] in made), ""
+            )
+            if outer:
+                reason = "is made of others, which such a folder cannot say; --format torch or dcp gives those by name"
+                raise ExportError(outer, f"{reason}, or load it and export what it stands for")
+
     def about(self) -> dict[str, Any]:
         """What the module said about itself."""
         name = self.component.split(".", 1)[0]
@@ -134,10 +149,11 @@ def export_hf(
     """A folder for ``from_pretrained``: safetensors files of at most a size, their index, and ``config.json`` if kept.
 
     Raises:
-        ExportError: The directory holds something else.
+        ExportError: The directory holds something else, or a tensor of the module is made of others.
         CorruptShardError: The checkpoint is damaged; names the file.
     """
     entries = source.entries(dtype)
+    source.check_plain(entries)
     files = _divide(entries, max_shard_nbytes)
     about = {"format": "hf", "dtype": dtype, "max_shard_nbytes": max_shard_nbytes, "component": source.component}
     folder = Folder(directory, about | source.identity())
@@ -176,6 +192,7 @@ def export_peft(
         entries = _of_adapter(source.entries(dtype), place, adapter)
         if not entries:
             raise ExportError(source.component, f"the checkpoint holds no tensor of the adapter {adapter!r}")
+        source.check_plain(entries)
         with source.held():
             folder.write(f"{below}adapter_model.safetensors", _safetensors(source, entries, progress))
         folder.write(f"{below}adapter_config.json", [dump(config | {"inference_mode": True})])
