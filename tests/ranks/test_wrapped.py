@@ -140,8 +140,12 @@ def save_different(rank, world, root, what):
     state = {"frozen": Layer(scaled(1, note=f"of rank {rank}" if what == "context" else "rows"))}
     if what == "scale" and rank == 1:
         state["frozen"].weight.scale[2] *= 2
-    with checkpointer(root, state, save_last=False) as ckpt:
-        return raised_by(lambda: ckpt.save(1).wait())
+
+    def save():
+        with checkpointer(root, state, save_last=False) as ckpt:
+            ckpt.save(1).wait()
+
+    return raised_by(save)
 
 
 @pytest.mark.parametrize(("what", "key"), [("scale", "frozen.weight.scale"), ("context", "frozen.weight")])

@@ -77,7 +77,7 @@ def begun(name: str, optimizer: Optimizer, parameter: torch.Tensor) -> dict[str,
     devices = [] if parameter.is_cpu else [parameter.device]
     try:
         group = next(each for each in optimizer.param_groups if any(one is parameter for one in each["params"]))
-        zeros = torch.zeros_like(parameter.detach()).requires_grad_()
+        zeros = torch.nn.Parameter(torch.zeros_like(parameter.detach()))
         zeros.grad = torch.zeros_like(parameter.detach())
         aside = object.__new__(type(optimizer))
         aside.__dict__.update(optimizer.__dict__)
