@@ -231,7 +231,8 @@ class Collected:
         if isinstance(tensor, DTensor):
             _check_reduced(key, tensor)
             sharing = Sharing.PER_RANK
-            how = how | {"writes": True, "alike": meshes.alike(tensor.device_mesh, tensor.placements, self.rank)}
+            how["writes"] = True
+            how["alike"] = meshes.alike(tensor.device_mesh, tensor.placements, self.rank)
         for name, part in inner.parts(key, tensor, self.rank).items():
             is_shared = isinstance(part, DTensor) and sharing is not Sharing.PER_RANK
             self._put(name, part, Sharing.SHARDED if is_shared else sharing, **how)
