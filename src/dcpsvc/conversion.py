@@ -83,7 +83,7 @@ def export_dcp(
                 key: found[shown.layout.aliases.get(key, key)] for key in keys
             }  # DCP knows no ties
             if flat or not component:
-                state |= _values(reader, state, _by_parameter if flat else documents.leaves)
+                state |= _values(reader, state, _by_parameter if flat else documents.values)
             if component:
                 state = {key.removeprefix(f"{component}."): value for key, value in state.items()}
             _write_dcp(folder.path, state, shown.manifest.attempt)
@@ -175,7 +175,7 @@ def _values(
 def _by_parameter(document: Any, name: str) -> dict[str, Any]:
     """As ``flatten_optimizer_state_dict=True`` has an optimizer, with its groups by parameter; other leaves as ever."""
     if not (isinstance(document, dict) and document.keys() >= {"state", "shapes", "param_groups"}):
-        return documents.leaves(document, name)
+        return documents.values(document, name)
     optimizer = name.partition("@")[0]  # of ranks with different parameters each has a part of it
     values = {
         f"{optimizer}.param_groups.{parameter}.{key}": value
@@ -184,4 +184,4 @@ def _by_parameter(document: Any, name: str) -> dict[str, Any]:
         for key, value in group.items()
         if key != "params"
     }
-    return values | documents.leaves(document["state"], f"{optimizer}.state")
+    return values | documents.values(document["state"], f"{optimizer}.state")

@@ -149,7 +149,7 @@ class CheckpointReader(StorageReader):
             if tensor is not None:
                 found[name] = tensor_metadata(tensor, tensor.chunks)
         for name, document in self._all_documents().items():
-            found |= {path: BytesStorageMetadata() for path in documents.leaves(document, name) if path not in found}
+            found |= {path: BytesStorageMetadata() for path in documents.values(document, name) if path not in found}
         return Metadata(state_dict_metadata=found)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -227,7 +227,7 @@ class CheckpointReader(StorageReader):
 
     def _value(self, path: str) -> io.BytesIO:
         for name, document in self._all_documents().items():
-            found = documents.leaves(document, name)
+            found = documents.values(document, name)
             if path in found:
                 buffer = io.BytesIO()
                 torch.save(documents.decode(found[path], path, self._whole_tensor), buffer)

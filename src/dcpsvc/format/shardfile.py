@@ -46,6 +46,9 @@ FOREIGN = {
 }  # fmt: skip
 """What not every safetensors reader knows, and as what the header gives it: real and imaginary part, or bytes."""
 
+INNER = "__inner__"
+"""Names the JSON document that tells what tensors a rank has stored as those inside them. No component is called so."""
+
 _PREFIX_NBYTES = 8
 _ALIGNED_NBYTES = 16
 _SLACK_NBYTES = 640

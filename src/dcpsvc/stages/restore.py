@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from dcpsvc.format.shardfile import INNER
 from dcpsvc.progress import unseen
 from dcpsvc.reader import fill, plan, prove, read_again
 from dcpsvc.state.saved import Want, copy_into, own_name
@@ -152,7 +153,7 @@ def summary(saved: Saved, loaded: Mapping[str, Component], skipped: Sequence[str
     parts = [f"loaded: {', '.join(loaded)}"]
     if skipped:
         parts.append(f"skipped: {', '.join(skipped)}")
-    names = {name.split("@", 1)[0].split(".", 1)[0] for name in saved.documents}
+    names = {name.split("@", 1)[0].split(".", 1)[0] for name in saved.documents} - {INNER}
     if left := sorted(names - set(loaded) - set(skipped)):
         parts.append(f"in the checkpoint but not in the state: {', '.join(left)}")
     own = [name for name in loaded if own_name(saved.saved_name(name), saved.source_rank) in saved.documents]

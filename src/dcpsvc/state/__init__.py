@@ -7,6 +7,7 @@ optimview, optimnames      an optimizer over the model's parameters; what those 
 optimsaved                 an optimizer as a checkpoint has it
 rng, metrics               generators; metric objects of torchmetrics
 sharing                    declarations of how a value is spread over the ranks: ``PerRank``, ``Replicated``, ...
+inner, refill, standin     tensors made of others; loading into them; what an optimizer would begin with
 base, buffers              of a checkpoint of an adapter: what it leaves out; which buffers it holds
 wrappers, origin, meta     what stands around a module; what it says of itself; modules without memory
 fsdp1, ragged, meshes      FSDP1; consecutive elements as if flat; who holds the same part of a DTensor

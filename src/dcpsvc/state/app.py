@@ -9,11 +9,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcpsvc.errors import ConfigError, SharingError
+from dcpsvc.format.shardfile import INNER
 from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
 from dcpsvc.state.module import ModuleComponent
 from dcpsvc.state.optimizer import OptimizerComponent
 from dcpsvc.state.optimview import owner_of, unwrapped
+from dcpsvc.state.saved import own_name
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.values import ValueComponent, is_stateful
 from dcpsvc.state.wrappers import Names, unwrap
@@ -102,6 +104,8 @@ class AppState:
         for component in self.components().values():
             if values is None or not isinstance(component, ValueComponent):
                 component.collect(collected)
+        if collected.wrappers:
+            collected.own_documents[own_name(INNER, rank)] = collected.wrappers
         return collected
 
     def collect_values(self, rank: int, *, max_nbytes: int) -> Collected | None:

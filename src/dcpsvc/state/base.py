@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcpsvc.state import fingerprint, origin
+from dcpsvc.state import fingerprint, inner, origin
 from dcpsvc.state.fingerprint import Said, Sums
 from dcpsvc.state.ragged import Ragged
 
@@ -38,7 +38,7 @@ class Base:
 
         Taken anew only of what is another, or torch saw written to.
         """
-        seen = [(name, id(source(one)), source(one)._version) for name, one in frozen]  # noqa: SLF001 - torch's only counter
+        seen = [(name, id(source(one)), inner.version(source(one))) for name, one in frozen]
         if self._known is None or self._known[0] != seen:
             base = {"structure": origin.structure(frozen), "name": origin.base_name(self._module)}
             holder = None if self._part is None else self._part.holder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage] - what all of them have in common
 
-from dcpsvc.state import fingerprint
+from dcpsvc.state import fingerprint, inner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -117,8 +117,8 @@ class _Seen:
     """What torch tells of a tensor without reading it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor, self._version = weakref.ref(tensor), tensor._version  # noqa: SLF001 - torch's only counter
+        self._tensor, self._version = weakref.ref(tensor), inner.version(tensor)
 
     def is_past(self, tensor: torch.Tensor) -> bool:
         """Whether it is another one now, or was written to."""
-        return self._tensor() is not tensor or self._version != tensor._version  # noqa: SLF001 - as above
+        return self._tensor() is not tensor or self._version != inner.version(tensor)

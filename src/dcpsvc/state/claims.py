@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcpsvc.format.digest import digest
 from dcpsvc.format.parse import compact
+from dcpsvc.format.shardfile import INNER
 from dcpsvc.state import documents
 from dcpsvc.state.collected import Sharing
 
@@ -33,13 +34,16 @@ def claims(collected: Collected) -> Claims:
     for key, item in collected.items.items():
         if item.sharing is not Sharing.PER_RANK:
             said[component_of(key)][key] = item.claim
+    for key, text in collected.agreed.items():
+        said[component_of(key)][key] = text
     for key, of in collected.aliases.items():
         said[component_of(key)][key] = f"is {of}"
     for name, document in collected.documents.items():
         for path, leaf in documents.leaves(document, name).items():
             said[component_of(name)].setdefault(path, _text(leaf))  # a tensor has said more than its place already
-    for name in collected.own_documents:
-        said[component_of(name)][component_of(name)] = "per rank"
+    for name in map(component_of, collected.own_documents):
+        if name != INNER:  # ranks that have parts of a model may have none
+            said[name][name] = "per rank"
     return said
 
 

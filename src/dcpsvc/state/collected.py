@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dcpsvc.errors import StateError, UnsupportedStateError
-from dcpsvc.state import meshes
+from dcpsvc.state import inner, meshes
 from dcpsvc.state.dtypes import name_of
 from dcpsvc.state.ragged import Ragged
 
@@ -78,6 +76,16 @@ class Item:
         return f"{self.dtype}{list(self.shape)} {self.sharing}{' in full' if self.validate == 'full' else ''}"
 
 
+class _How(TypedDict):
+    """As the parameters of :meth:`Collected._put`."""
+
+    holder: int
+    writes: bool
+    owner: int | None
+    validate: Validate
+    alike: Shape
+
+
 @dataclass(slots=True)
 class Collected:
     """What one rank would save now.
@@ -90,6 +98,8 @@ class Collected:
         own_documents: JSON values of this rank alone; the names carry the rank.
         owners: ``id`` of each parameter that exactly one optimizer changes, and of that optimizer.
         bases: What this rank says about what of the modules is not saved, by component.
+        wrappers: Of each tensor that is stored as those inside it, what it is.
+        agreed: What of that every rank must say, by key.
     """
 
     rank: int
@@ -99,6 +109,8 @@ class Collected:
     own_documents: dict[str, Any] = field(default_factory=dict[str, Any])
     owners: dict[int, int] = field(default_factory=dict[int, int])
     bases: dict[str, Any] = field(default_factory=dict[str, Any])
+    wrappers: dict[str, Any] = field(default_factory=dict[str, Any])
+    agreed: dict[str, str] = field(default_factory=dict[str, str])
 
     def add(
         self,
@@ -162,8 +174,20 @@ class Collected:
         self._put(key, tensor, Sharing.PER_RANK, writes=True, owner=None, alike=alike)
 
     def _store_as(self, key: str, dtype: torch.dtype | None) -> None:
-        if dtype is not None:
+        if dtype is not None and key in self.items:
             self.items[key] = replace(self.items[key], dtype=name_of(dtype, key))
+
+    def add_alias(self, key: str, tensor: torch.Tensor, of: str) -> bool:
+        """Give a tensor a further name; False: it has none but its own, for other ranks would not know of that."""
+        if not inner.is_wrapper(tensor):
+            self.aliases[key] = of
+            return True
+        if of not in self.wrappers or isinstance(tensor, DTensor):
+            return False
+        self.wrappers[key] = self.wrappers[of]
+        names = zip(*(inner.parts(name, tensor, self.rank) for name in (key, of)), strict=True)
+        self.aliases |= dict(names)
+        return True
 
     def _put(
         self,
@@ -177,8 +201,12 @@ class Collected:
         validate: Validate = "hash",
         alike: Shape = (),
     ) -> None:
-        if key in self.items or key in self.aliases:
+        if key in self.items or key in self.aliases or key in self.wrappers:
             raise StateError(key, "two tensors of the state would have this name")
+        if inner.is_wrapper(tensor):
+            how: _How = {"holder": holder, "writes": writes, "owner": owner, "validate": validate, "alike": alike}
+            self._put_parts(key, tensor, sharing, how)
+            return
         offsets, _ = local_chunk(tensor)
         local = origin = tensor
         compared: Shape = ()
@@ -193,6 +221,9 @@ class Collected:
                 local = tensor.to_local()
         elif isinstance(tensor, Ragged):
             local, origin = tensor.local, tensor.origin
+            if inner.is_wrapper(local):
+                reason = f"a {type(local).__name__} cannot be stored of what FSDP1 has flattened"
+                raise UnsupportedStateError(key, f"{reason}; use fully_shard (FSDP2)")
             offsets, writes = (tensor.begin,), tensor.holders.count(holder)
             alike = tensor.holders.alike
         _check_storable(key, local)
@@ -203,11 +234,28 @@ class Collected:
             local.detach(), dtype, shape, offsets, sharing, writes, origin, owner, validate, alike, compared
         )
 
+    def _put_parts(self, key: str, tensor: torch.Tensor, sharing: Sharing, how: _How) -> None:
+        """What is inside, each as the outer one would be; of a DTensor, as values of those that hold the same part."""
+        _check_storable(key, tensor)
+        found = self.wrappers[key] = inner.record(key, tensor)
+        if sharing is not Sharing.PER_RANK:
+            self.agreed[key] = inner.claim(found)
+        if isinstance(tensor, DTensor):
+            _check_reduced(key, tensor)
+            sharing = Sharing.PER_RANK
+            how["writes"] = True
+            how["alike"] = meshes.alike(tensor.device_mesh, tensor.placements, self.rank)
+        for name, part in inner.parts(key, tensor, self.rank).items():
+            is_shared = isinstance(part, DTensor) and sharing is not Sharing.PER_RANK
+            self._put(name, part, Sharing.SHARDED if is_shared else sharing, **how)
+
     def copy(self) -> Collected:
         """The same, to be added to without this one changing."""
-        return Collected(
+        found = Collected(
             self.rank, dict(self.items), dict(self.aliases), dict(self.documents), dict(self.own_documents)
         )
+        found.wrappers, found.agreed = dict(self.wrappers), dict(self.agreed)
+        return found
 
     def detach(self) -> None:
         """Replace every reference by a copy."""
@@ -240,10 +288,6 @@ def _check_storable(key: str, tensor: torch.Tensor) -> None:
     if tensor.is_quantized:
         reason = "a quantized tensor of torch.ao cannot be stored; store its int_repr(), scale and zero point"
         raise UnsupportedStateError(key, reason)
-    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, AsyncCollectiveTensor):
-        parts = ", ".join(tensor.__tensor_flatten__()[0])
-        reason = f"a {type(tensor).__name__} is made of several tensors ({parts}) and cannot be stored as one"
-        raise UnsupportedStateError(key, f"{reason}; register them as buffers, or keep the weights it was made of")
     if tensor.layout is not torch.strided:
         raise UnsupportedStateError(key, f"tensor layout {tensor.layout} cannot be stored; make it dense")
 

@@ -14,9 +14,13 @@ import numpy as np
 import torch
 
 from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
+from dcpsvc.state import inner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+WRAPPER = "$wrapper"
+"""Stands for a tensor that is stored as those inside it."""
 
 _PLAIN = (str, int, bool, type(None))
 _MAX_DEPTH = 200
@@ -46,7 +50,7 @@ def encode(value: Any, key: str, tensors: dict[str, torch.Tensor], _depth: int =
     if kind in _PLAIN:
         return value
     if isinstance(value, torch.Tensor):
-        return {"$tensor": _add(key, value.detach(), tensors)}
+        return _encode_tensor(value, key, tensors)
     if encoder := _ENCODERS.get(kind):
         return encoder(value)
     if kind in {np.ndarray, np.memmap} or isinstance(value, np.generic):
@@ -88,14 +92,12 @@ def decode(document: Any, path: str, tensor: Callable[[str], torch.Tensor]) -> A
 
 def tensor_names(document: Any) -> list[str]:
     """Names of the tensors a document refers to."""
-    if isinstance(document, list):
-        return [name for item in document for name in tensor_names(item)]
-    if not isinstance(document, dict):
-        return []
-    names: list[str] = []
-    for tag, content in document.items():
-        names += [content] if tag in {"$tensor", "$ndarray", "$scalar"} else tensor_names(content)
-    return names
+    return _names(document, {"$tensor", "$ndarray", "$scalar"})
+
+
+def wrapper_names(document: Any) -> list[str]:
+    """Names of the tensors a document refers to that are stored as those inside them."""
+    return _names(document, {WRAPPER})
 
 
 def kind_of(document: Any) -> str:
@@ -103,8 +105,8 @@ def kind_of(document: Any) -> str:
     if not isinstance(document, dict):
         return "value"
     tag = next(iter(document), "")
-    if tag == "$tensor":
-        return tag
+    if tag in {"$tensor", WRAPPER}:
+        return "$tensor"
     return "dict" if tag in {"$dict", "$counter"} or not tag.startswith("$") else "value"
 
 
@@ -118,11 +120,33 @@ def leaves(document: Any, path: str) -> dict[str, Any]:
     return {path: document}
 
 
+def values(document: Any, path: str) -> dict[str, Any]:
+    """Likewise, without what is stored as other tensors, of which nothing can be made here."""
+    return {name: leaf for name, leaf in leaves(document, path).items() if not wrapper_names(leaf)}
+
+
+def _names(document: Any, tags: set[str]) -> list[str]:
+    if isinstance(document, list):
+        return [name for item in document for name in _names(item, tags)]
+    if not isinstance(document, dict):
+        return []
+    names: list[str] = []
+    for tag, content in document.items():
+        names += [content] if tag in tags else _names(content, tags)
+    return names
+
+
 def _add(key: str, tensor: torch.Tensor, tensors: dict[str, torch.Tensor]) -> str:
     if key in tensors:
         raise StateError(key, "two tensors of the state would have this name")
     tensors[key] = tensor
     return key
+
+
+def _encode_tensor(value: torch.Tensor, key: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if inner.is_wrapper(value):  # detached, it would not be the one that is changed
+        return {WRAPPER: _add(key, value, tensors)}
+    return {"$tensor": _add(key, value.detach(), tensors)}
 
 
 def _encode_float(value: float) -> Any:
@@ -164,7 +188,7 @@ _ENCODERS: dict[type, Callable[[Any], Any]] = {
 
 def _decode_tag(tag: str, content: Any, path: str, tensor: Callable[[str], torch.Tensor]) -> Any:
     match tag:
-        case "$tensor":
+        case "$tensor" | "$wrapper":
             return tensor(content)
         case "$ndarray":
             return tensor(content).numpy()

@@ -14,13 +14,12 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import UnsupportedStateError
-from dcpsvc.state import ragged
+from dcpsvc.state import inner, ragged
 from dcpsvc.state.collected import Collected, Item, Sharing
 from dcpsvc.state.drift import Drift
-from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 BASE = "__base__"
 """Stands for all that is not saved of a module, in a table of differences and in ``skip``."""
@@ -73,9 +72,11 @@ def sums(tensors: Iterable[tuple[str, torch.Tensor]], rank: int, holder: int | N
         holder: Of a part that only some ranks hold: which of them counts it.
     """
     counted = whole = 0
-    for name, tensor in (part for pair in tensors for part in _parts(*pair)):
+    for name, tensor in (part for pair in tensors for part in _parts(*pair, rank)):
         if tensor.is_meta:
             return None
+        if inner.is_wrapper(tensor):
+            continue  # how what is inside is sharded is not known: its shape has to do
         collected = Collected(rank)
         with contextlib.suppress(UnsupportedStateError):  # its shape has to do
             if holder is None:
@@ -141,14 +142,11 @@ def _total(said: Iterable[Said]) -> int | None:
     return total % _MODULUS
 
 
-def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _parts(name: str, tensor: torch.Tensor, rank: int) -> Iterable[tuple[str, torch.Tensor]]:
     """The tensor, or those that a wrapper (a quantized weight) is made of."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None or isinstance(tensor, DTensor | Ragged):
-        yield name, tensor
-        return
-    for inner in flatten()[0]:
-        yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
+    if isinstance(tensor, DTensor) or not inner.is_wrapper(tensor):
+        return [(name, tensor)]
+    return inner.parts(name, tensor, rank).items()
 
 
 def _sum(name: str, item: Item) -> int:

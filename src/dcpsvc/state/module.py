@@ -9,13 +9,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents, fsdp1, meta, origin
+from dcpsvc.state import documents, fsdp1, inner, meta, origin, refill
 from dcpsvc.state.base import Base, source
 from dcpsvc.state.buffers import Buffers
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.fingerprint import BASE
 from dcpsvc.state.ragged import Ragged
-from dcpsvc.state.saved import Saved, Want, copy_into, own_name
+from dcpsvc.state.saved import Saved, Want, own_name
 from dcpsvc.state.sharing import Cast, Part, Replicated, bare
 from dcpsvc.state.wrappers import Names, unwrap
 
@@ -91,9 +91,7 @@ class ModuleComponent:
                 raise UnsupportedStateError(
                     key, "its state_dict() gives a copy here, not the parameter or buffer itself"
                 )
-            elif not self._alone(value) and (first := first_names.setdefault(id(value), key)) != key:
-                into.aliases[key] = first  # in a part it is stored twice: other ranks know nothing of this alias
-            else:
+            elif self._alone(value) or not self._is_tied(into, key, value, first_names):
                 self._collect_tensor(into, key, value)
 
     def wants(self, saved: Saved) -> list[Want]:
@@ -101,7 +99,7 @@ class ModuleComponent:
         mine = {key: value for key, value in self._state().items() if isinstance(value, torch.Tensor)}
         needed: set[str] = set()
         if self._buffers is not None:
-            saved_too = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
+            saved_too = {key for key, value in mine.items() if refill.has(saved, key, value)}
             self._trained |= {key for key in saved_too if _is_parameter(mine[key])}
             self._buffers.keep({self._without_name(key) for key in saved_too})
             needed = saved_too | self._with_name(self._buffers.always())
@@ -110,10 +108,10 @@ class ModuleComponent:
             prefix = f"{saved.saved_name(self.name)}."
             theirs = {saved.terms.name_here(key): key for key in saved.layout.names() if key.startswith(prefix)}
             for key in sorted(theirs.keys() - mine.keys()):
-                if not saved.terms.skips(key):
+                if not saved.terms.skips(key) and not _is_inside(key, mine):
                     saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
         mine = self._kept(mine, needed)
-        there = {key for key in mine if saved.layout.find(saved.saved_name(key)) is not None}
+        there = {key for key, value in mine.items() if refill.has(saved, key, value)}
         tied = {id(mine[key]) for key in there}  # by one of its names it is there: others may know no ties
         wanted = {key: value for key, value in mine.items() if key in there or id(value) not in tied}
         return [want for key, value in wanted.items() for want in self._wanted(saved, key, value)]
@@ -122,22 +120,23 @@ class ModuleComponent:
         """Overwrite in place, so optimizers keep their parameters; what is on the meta device gets memory."""
         self.sharded.reshard()
         for key, value in self._state().items():
-            loaded = tensors.get(saved.saved_name(key)) if not saved.terms.skips(key) else None
-            if loaded is None:
+            if not isinstance(value, torch.Tensor) or saved.terms.skips(key):
                 continue
-            if key.endswith(_EXTRA):
+            theirs = saved.saved_name(key)
+            loaded = tensors.get(theirs)
+            if loaded is not None and key.endswith(_EXTRA):
                 self._with_extra_state(key).set_extra_state(loaded.to(value.device))
-            elif value.device.type == "meta":
+            elif loaded is not None and value.device.type == "meta":
                 meta.assign(self.module, value, loaded)
             else:
-                copy_into(value, loaded)
+                refill.put(theirs, value, tensors, saved.rank)
         for key, document in self._extra_states(saved).items():
             self._with_extra_state(key).set_extra_state(documents.decode(document, key, _no_tensor))
 
     def versions(self, *, parameters_too: bool) -> list[int]:
         """Changes when a buffer, or a parameter, was written to."""
         tensors = [*self.module.buffers(), *(self.module.parameters() if parameters_too else ())]
-        return [tensor._version for tensor in tensors]  # noqa: SLF001 - torch's only counter
+        return [inner.version(tensor) for tensor in tensors]
 
     def _kept(self, state: dict[str, Any], buffers: set[str]) -> dict[str, Any]:
         """What is saved of the module's state: all, or what training may change, or has before it was frozen."""
@@ -209,10 +208,15 @@ class ModuleComponent:
     def _wanted(self, saved: Saved, key: str, value: torch.Tensor) -> list[Want]:
         if key.endswith(_EXTRA):
             return saved.want_like(key, value)
-        return saved.want_in_place(key, value, cast=self._stored(value) is not None)
+        return refill.wants(saved, key, value, cast=self._stored(value) is not None)
 
     def _stored(self, value: torch.Tensor) -> torch.dtype | None:
-        return self.dtype if value.is_floating_point() else None
+        return self.dtype if value.is_floating_point() and not inner.is_wrapper(value) else None
+
+    def _is_tied(self, into: Collected, key: str, value: torch.Tensor, first_names: dict[int, str]) -> bool:
+        """Whether it is stored under its first name. Not in a part: other ranks know nothing of this alias."""
+        first = first_names.setdefault(id(value), key)
+        return first != key and into.add_alias(key, value, first)
 
     def _collect_tensor(self, into: Collected, key: str, value: torch.Tensor) -> None:
         owner = into.owners.get(id(source(value)))
@@ -274,6 +278,11 @@ class _NoTensors(dict[str, torch.Tensor]):
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedStateError(name, f"a tensor inside the extra state {self._key}; register it as a buffer")
+
+
+def _is_inside(key: str, state: Mapping[str, Any]) -> bool:
+    """Whether a saved name is that of something inside a tensor of the state, which says itself what does not fit."""
+    return any(mark in ".@" and key[:at] in state for at, mark in enumerate(key))
 
 
 def _is_parameter(value: Any) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dcpsvc.errors import UnsupportedStateError
 from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing
@@ -21,7 +23,6 @@ from dcpsvc.state.sharing import Replicated, bare
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch.optim import Optimizer
 
     from dcpsvc.state.module import ModuleComponent
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _NOBODY = -1
 
-Tensors = dict[str, "torch.Tensor"]
+Tensors = dict[str, torch.Tensor]
 
 
 class OptimizerComponent:
@@ -165,7 +166,12 @@ def _sharers(
 
 
 def _encode(prefix: str, values: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: documents.encode(value, f"{prefix}.{name}", tensors) for name, value in values.items()}
+    found = {name: documents.encode(value, f"{prefix}.{name}", tensors) for name, value in values.items()}
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor) and (within := documents.wrapper_names(found[name])):
+            reason = "a tensor made of others can be an entry, not in a list or dict of one"
+            raise UnsupportedStateError(within[0], reason)
+    return found
 
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,16 +10,15 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError
-from dcpsvc.state import documents
+from dcpsvc.state import documents, refill
 from dcpsvc.state.collected import local_chunk
-from dcpsvc.state.ragged import Ragged
-from dcpsvc.state.saved import copy_into, into, like
+from dcpsvc.state.saved import into, like
+from dcpsvc.state.standin import Entries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from dcpsvc.state.optimnames import Names
     from dcpsvc.state.optimview import State, View
@@ -40,6 +39,7 @@ class SavedOptimizer:
         self._saved, self._component, self._view, self._names = saved, component, view, names
         whole = saved.documents.get(saved.saved_name(component))
         self._document = whole if whole is not None else self._merged()
+        self._there: Entries | None = None
 
     def wants(self, *, is_shared: bool) -> list[Want]:
         """The saved state of each parameter, in the box this rank holds of it; moments into those it has, if any.
@@ -51,13 +51,14 @@ class SavedOptimizer:
             StateMismatchError: It has another number of parameter groups.
         """
         self._check_groups(is_shared=is_shared)
-        old = self._view.state
+        old, there = self._view.state, Entries(self._view)
+        self._there = there
         wants = [
             want
             for parameter, entries in self._entries()
             if self._fits(parameter)
             for name, value in entries.items()
-            for want in _wants(self._saved, value, parameter, old.get(parameter, {}).get(name))
+            for want in self._wanted(there, parameter, name, value, old.get(parameter, {}).get(name))
         ]
         groups = documents.tensor_names(self._document["param_groups"])
         return wants + [self._saved.want_whole(key) for key in groups]
@@ -66,22 +67,32 @@ class SavedOptimizer:
         """Of each group, as they were."""
         for group, values in zip(self._view.param_groups, self._document["param_groups"], strict=True):
             yield {
-                name: _decode(value, f"{self._component}.{name}", group.get(name), tensors.__getitem__)
+                name: refill.decoded(value, f"{self._component}.{name}", group.get(name), tensors.__getitem__)
                 for name, value in values.items()
                 if name != "params"
             }
 
     def state(self, tensors: Mapping[str, torch.Tensor]) -> State:
         """All state from now on; of parameters that are skipped, what they have. Under the saved hyper-parameters."""
-        view, old = self._view, self._view.state
+        view, old, there = self._view, self._view.state, self._there or Entries(self._view)
+        self._there = None  # it holds the old state
         new = {p: old[p] for p in view.parameters if p in old and self._saved.terms.skips(self._names.key(p))}
         for parameter, entries in self._entries():
             beside, before = functools.partial(self._beside, tensors, parameter), old.get(parameter, {})
+            if documents.wrapper_names(entries):
+                before = there.of(self._names.key(parameter), parameter)
             new[parameter] = {
-                name: _decode(value, f"{self._component}.{name}", before.get(name), beside)
+                name: refill.put(value[documents.WRAPPER], before[name], tensors, self._saved.rank)
+                if documents.wrapper_names(value)
+                else refill.decoded(value, f"{self._component}.{name}", before.get(name), beside)
                 for name, value in entries.items()
             }
         return new
+
+    def _wanted(self, there: Entries, parameter: torch.Tensor, name: str, value: Any, old: Any) -> Iterable[Want]:
+        key = f"{self._component}.state.{self._names.by_id[id(parameter)]}.{name}"
+        found = there.wants(self._saved, key, parameter, value)
+        return _wants(self._saved, value, parameter, old) if found is None else found
 
     def _merged(self) -> Any:
         saved, merged = self._saved, _nothing()
@@ -189,21 +200,3 @@ def _wants(saved: Saved, value: Any, parameter: torch.Tensor, old: Any) -> Itera
 def _is_boxed(saved: Saved, key: str, parameter: torch.Tensor) -> bool:
     """Moments have the parameter's shape, so they are sharded as it is; counters and the like are whole."""
     return parameter.dim() > 0 and saved.tensor(key).shape == tuple(parameter.shape)
-
-
-def _decode(value: Any, path: str, old: Any, loaded: Callable[[str], torch.Tensor]) -> Any:
-    """A saved value; a tensor goes into the old one where that fits, so captured graphs stay valid."""
-
-    def tensor(key: str) -> torch.Tensor:
-        new = loaded(key)
-        if (
-            not isinstance(old, torch.Tensor)
-            or isinstance(new, Ragged)
-            or old.dtype != new.dtype
-            or old.shape != new.shape
-        ):
-            return new
-        copy_into(old, new.to_local() if isinstance(new, DTensor) else new)
-        return old
-
-    return documents.decode(value, path, tensor)

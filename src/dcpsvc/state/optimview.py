@@ -62,6 +62,11 @@ class View:
         """Whether ranks have state of different parameters."""
         return self.is_divided or any(isinstance(p, Ragged) for p in self.parameters)
 
+    def stepped(self, parameter: torch.Tensor) -> tuple[Optimizer, dict[str, Any]] | None:
+        """The optimizer, and its group, that was given a parameter; None: none was given this very one."""
+        pairs = ((each, group) for each in self._inner for group in each.param_groups)
+        return next((pair for pair in pairs if any(one is parameter for one in pair[1]["params"])), None)
+
     @property
     def strange(self) -> list[Any]:
         """Whatever state is kept under that is no parameter."""

@@ -10,13 +10,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError
+from dcpsvc.format.shardfile import INNER
 from dcpsvc.state.collected import local_chunk
 from dcpsvc.state.drift import Drift, Terms, described
 from dcpsvc.state.dtypes import dtype_of
 from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from dcpsvc.format.layout import Layout, Shape, Tensor
 
@@ -108,6 +109,23 @@ class Saved:
             return self.documents.get(own_name(name, rank))
         return self.documents_of(rank).get(own_name(name, rank))
 
+    def record(self, key: str, names: Iterable[str] = ()) -> dict[str, Any] | None:
+        """What a tensor was that is stored as those inside it; None if it is not.
+
+        Args:
+            key: In the checkpoint.
+            names: Of some inside, if they are known: who wrote them has written that down, too.
+
+        Raises:
+            StateMismatchError: That is malformed.
+        """
+        first = (next(iter(found.chunks), None) for name in names if (found := self.layout.find(name)))
+        for rank in dict.fromkeys([self.source_rank, *(chunk.rank for chunk in first if chunk)]):
+            of_rank = self.document_of(rank, INNER)
+            if isinstance(of_rank, dict) and key in of_rank:
+                return _checked(key, of_rank[key])
+        return None
+
     def want_like(self, key: str, template: torch.Tensor, *, saved_key: str = "", cast: bool = False) -> list[Want]:
         """Ask for what this rank holds of ``template``; where it differs in shape or dtype that is noted instead.
 
@@ -136,9 +154,9 @@ class Saved:
         found = self.tensor(saved_key)
         return f"{str(dtype_of(found.dtype)).removeprefix('torch.')}{list(found.shape)}"
 
-    def want_in_place(self, key: str, template: torch.Tensor, *, cast: bool = False) -> list[Want]:
+    def want_in_place(self, key: str, template: torch.Tensor, *, saved_key: str = "", cast: bool = False) -> list[Want]:
         """Likewise, into the memory of ``template`` where that can be written to as it is."""
-        return [into(want, template) for want in self.want_like(key, template, cast=cast)]
+        return [into(want, template) for want in self.want_like(key, template, saved_key=saved_key, cast=cast)]
 
     def want_whole(self, key: str) -> Want:
         """Ask for a whole tensor, by its name in the checkpoint."""
@@ -182,6 +200,13 @@ def into(want: Want, template: torch.Tensor) -> Want:
 
 def _fits(here: torch.Tensor, wanted: torch.Tensor) -> bool:
     return here.shape == wanted.shape and here.dtype == wanted.dtype
+
+
+def _checked(key: str, record: Any) -> dict[str, Any]:
+    kinds = {"class": str, "inner": dict, "dtype": str, "shape": list}
+    if not isinstance(record, dict) or any(not isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        raise StateMismatchError(key, f"the checkpoint says of it {record!r:.80}, which is not understood")
+    return record
 
 
 def own_name(component: str, rank: int) -> str:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dcpsvc.errors import StateMismatchError
-from dcpsvc.state import documents
+from dcpsvc.state import documents, inner, refill
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.metrics import check_kept
 from dcpsvc.state.rng import Rng
-from dcpsvc.state.saved import Saved, Want, copy_into, like, own_name
+from dcpsvc.state.saved import Saved, Want, copy_into, own_name
 from dcpsvc.state.sharing import Declared, OneRank, PerGroup, PerRank, Replicated, bare
 
 if TYPE_CHECKING:
@@ -85,7 +85,10 @@ class ValueComponent:
             case "reseed":
                 return []
             case resize if callable(resize):
-                names = [key for each in self._of_all(saved) for key in documents.tensor_names(each)]
+                values = self._of_all(saved)
+                if documents.wrapper_names(values):
+                    raise StateMismatchError(self._name, "holds tensors made of others: no function can be given those")
+                names = documents.tensor_names(values)
                 return [saved.want_whole(key) for key in names]
             case _:
                 return self._wanted(saved)
@@ -96,9 +99,12 @@ class ValueComponent:
             return []
         templates = self._templates(saved, document)
         found: list[Want] = []
-        for key in documents.tensor_names(document):
+        for key in documents.tensor_names(document) + (wrappers := documents.wrapper_names(document)):
+            here = saved.terms.name_here(key)
             if key in templates:
-                found += saved.want_like(saved.terms.name_here(key), templates[key], saved_key=key)
+                found += refill.wants(saved, here, templates[key], saved_key=key, live=False)
+            elif key in wrappers:
+                saved.drift.add(here, "kind", inner.told(saved.record(key) or inner.UNKNOWN), "no tensor")
             else:
                 found.append(saved.want_whole(key))
         return found
@@ -117,11 +123,15 @@ class ValueComponent:
         document = self._document(saved)
         if document is _ELSEWHERE:
             return
-        if isinstance(target, torch.Tensor):
-            copy_into(target, tensors[document["$tensor"]])
-            return
         templates = self._templates(saved, document)
-        self._take(documents.decode(document, self._name, lambda key: like(templates.get(key), tensors[key])))
+        if isinstance(target, torch.Tensor):
+            refill.put(next(iter(templates)), target, tensors, saved.rank)
+            return
+
+        def taken(key: str) -> torch.Tensor:
+            return refill.taken(templates.get(key), key, tensors, saved.rank)
+
+        self._take(documents.decode(document, self._name, taken))
         if isinstance(target, Rng) and saved.rank >= saved.world_size:
             target.reseed(saved.step, saved.rank)
 
@@ -195,11 +205,14 @@ class ValueComponent:
     def _templates(self, saved: Saved, document: Any) -> dict[str, torch.Tensor]:
         """The value's tensors as they are now, by the names they were saved under.
 
-        Only what must keep its kind: a tensor given as such, and DTensors. Others may change shape.
+        Only what must keep its kind: a tensor given as such, DTensors, and what is made of others. Others may change
+        shape.
         """
         target = bare(self._given)
+        names = documents.tensor_names(document) + documents.wrapper_names(document)
         if isinstance(target, torch.Tensor):
-            return {document["$tensor"]: target}
+            return {names[0]: target}
         now: dict[str, torch.Tensor] = {}
-        documents.encode(self._current(), saved.saved_name(self._name), now)
-        return {key: tensor for key, tensor in now.items() if hasattr(tensor, "device_mesh")}
+        component = names[0].split(".", 1)[0] if names else saved.saved_name(self._name)  # may carry a rank
+        documents.encode(self._current(), component, now)
+        return {key: t for key, t in now.items() if hasattr(t, "device_mesh") or inner.is_wrapper(t)}

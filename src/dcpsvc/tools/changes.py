@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _GROUPS = "param_groups"
-_TENSORS = ("$tensor", "$ndarray", "$scalar")
+_TENSORS = ("$tensor", "$ndarray", "$scalar", "$wrapper")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from dcpsvc.format import peft
 from dcpsvc.format.layout import ITEM_NBYTES
 from dcpsvc.format.parse import dump
 from dcpsvc.format.safetensors import head, ordered
+from dcpsvc.format.shardfile import INNER
 from dcpsvc.leases import held
 from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tools.casting import cast, result
@@ -55,6 +56,21 @@ class Tensors:
     def entries(self, dtype: str | None) -> list[Entry]:
         """Every tensor of the module once, by its name in the module; further names of a tied one are left out."""
         return [replace(one, dtype=result(one.dtype, dtype)) for one in peft.entries(self.layout, self.component)]
+
+    def check_plain(self, entries: list[Entry]) -> None:
+        """Refuse what a library would not know: it would leave those tensors out, and the model as it was made.
+
+        Raises:
+            ExportError: Some are what is inside tensors of a class of their own, as quantized weights are.
+        """
+        made = {key for rank, one in self._shards.items() for key in one.documents().get(f"{INNER}@{rank}", {})}
+        for entry in entries if made else ():
+            outer = next(
+                (entry.key[:at] for at, mark in enumerate(entry.key) if mark in ".@" and entry.key[:at] in made), ""
+            )
+            if outer:
+                reason = "is made of others, which such a folder cannot say; --format torch or dcp gives those by name"
+                raise ExportError(outer, f"{reason}, or load it and export what it stands for")
 
     def about(self) -> dict[str, Any]:
         """What the module said about itself."""
@@ -136,10 +152,11 @@ def export_hf(
     """A folder for ``from_pretrained``: safetensors files of at most a size, their index, and ``config.json`` if kept.
 
     Raises:
-        ExportError: The directory holds something else.
+        ExportError: The directory holds something else, or a tensor of the module is made of others.
         CorruptShardError: The checkpoint is damaged; names the file.
     """
     entries = source.entries(dtype)
+    source.check_plain(entries)
     files = _divide(entries, max_shard_nbytes)
     about = {"format": "hf", "dtype": dtype, "max_shard_nbytes": max_shard_nbytes, "component": source.component}
     folder = Folder(directory, about | source.identity())
@@ -174,6 +191,7 @@ def export_peft(
     adapters = peft.adapters(source.component, source.about(), source.entries(dtype))
     folder = Folder(directory, {"format": "peft", "dtype": dtype, "component": source.component} | source.identity())
     for adapter in adapters:
+        source.check_plain(adapter.entries)
         with source.held():
             folder.write(f"{adapter.below}{peft.MODEL}", source.safetensors(ordered(adapter.entries), progress))
         folder.write(f"{adapter.below}{peft.CONFIG}", [adapter.config])

@@ -1,0 +1,95 @@
+"""What an optimizer keeps of a parameter, as its first step makes it: for what can only be loaded into one like it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from dcpsvc.errors import StateMismatchError
+from dcpsvc.state import documents, inner, refill
+
+if TYPE_CHECKING:
+    from dcpsvc.state.optimview import View
+    from dcpsvc.state.saved import Saved, Want
+
+
+class Entries:
+    """The state of each parameter, or such as its optimizer would begin with.
+
+    Args:
+        view: Of the optimizer, as it is now.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view, self._state = view, view.state
+        self._begun: dict[torch.Tensor, dict[str, Any]] = {}
+
+    def of(self, name: str, parameter: torch.Tensor) -> dict[str, Any]:
+        """All entries of a parameter, by their names. Raises what :func:`begun` does.
+
+        Args:
+            name: For errors.
+            parameter: Of the optimizer.
+        """
+        if there := self._state.get(parameter):
+            return there
+        if parameter not in self._begun:
+            self._begun[parameter] = begun(name, self._view, parameter)
+        return self._begun[parameter]
+
+    def wants(self, saved: Saved, key: str, parameter: torch.Tensor, value: Any) -> list[Want] | None:
+        """What an entry needs that is made of other tensors, there or here; None if it is not.
+
+        Args:
+            saved: The checkpoint.
+            key: Of the entry, whose own name is the last in it.
+            parameter: Of the optimizer.
+            value: The document of the entry.
+        """
+        theirs = documents.wrapper_names(value)
+        known = self.of(key, parameter) if theirs else self._state.get(parameter, {})
+        here = known.get(key.rpartition(".")[2])
+        if isinstance(here, torch.Tensor) and (theirs or inner.is_wrapper(here)):
+            names = [*theirs, *documents.tensor_names(value)]
+            return [want for name in names for want in refill.wants(saved, key, here, saved_key=name)]
+        if theirs:
+            saved.drift.add(key, "kind", inner.told(saved.record(theirs[0]) or inner.UNKNOWN), "no tensor")
+        return [] if theirs else None
+
+
+def begun(name: str, view: View, parameter: torch.Tensor) -> dict[str, Any]:
+    """The entries, of no use but for their kinds: the step is done on zeros, by an optimizer of the same options.
+
+    Neither parameters, state and hooks of the optimizer nor generators are touched, and nothing is compiled for it.
+
+    Args:
+        name: Of the state, for errors.
+        view: Of the optimizer whose ``step()`` makes them.
+        parameter: Of it; the memory of another one, and of its gradient, is taken meanwhile.
+
+    Raises:
+        StateMismatchError: It cannot be done so.
+    """
+    devices = [] if parameter.is_cpu else [parameter.device]
+    if (found := view.stepped(parameter)) is None:
+        raise StateMismatchError(name, "was saved of a kind that an optimizer makes only of whole parameters")
+    try:
+        optimizer, group = found
+        zeros = torch.nn.Parameter(torch.zeros_like(parameter.detach()))
+        zeros.grad = torch.zeros_like(parameter.detach())
+        aside = object.__new__(type(optimizer))
+        aside.__dict__.update(optimizer.__dict__)
+        aside.__dict__.update(state=defaultdict(dict), param_groups=[group | {"params": [zeros]}])
+        step = cast("Any", type(optimizer).step)
+        bare = step.__wrapped__ if getattr(step, "hooked", False) else step
+        kind = parameter.device.type
+        with torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
+            bare(aside)
+        return cast("dict[str, Any]", aside.state[zeros])
+    except Exception as err:
+        reason = (
+            "was saved of a kind that only the optimizer can make, and it has none yet: call its step() once before"
+        )
+        raise StateMismatchError(name, f"{reason} ({type(err).__name__}: {err})") from err
