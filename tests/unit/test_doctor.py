@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dcpsvc.commandline.common import size_in_bytes, time_in_seconds
 from dcpsvc.doctor import machine, place, rehearsal, table
 from dcpsvc.doctor.findings import Finding, Verdict, merged, ok, worst
-from dcpsvc.doctor.forecast import Measured, best_interval_s, forecast, scaled
+from dcpsvc.doctor.forecast import Measured, best_interval_s, forecast
 from dcpsvc.errors import (
     DcpsvcError,
     StoreAccessError,
@@ -438,25 +438,3 @@ def test_a_run_root_that_takes_a_shard_and_never_answers_is_given_up_in_a_time_t
     finally:
         answer.set()
     assert "upload" in str(raised.value)
-
-
-def test_a_save_that_is_four_times_as_large_takes_what_the_rehearsal_predicts_within_a_factor_of_three(tmp_path):
-    def saved(name, nbytes):
-        (tmp_path / name).mkdir()
-        payload = torch.arange(nbytes // 8, dtype=torch.int64)
-        return rehearsal._save(PosixStore(tmp_path / name), tmp_path / f"{name}-local", payload, {}, timeout_s=20.0)
-
-    def off(number):
-        measured = Measured(ranks=1, load_s=1.0, **saved(f"rehearsed-{number}", 64 << 20))
-        real = saved(f"real-{number}", 256 << 20)
-        found = {
-            name: scaled(measured, name, real["shard_nbytes"]) / real[name]
-            for name in ("blocked_s", "local_s", "commit_s")
-        }
-        return {name: ratio for name, ratio in found.items() if not 1 / 3 < ratio < 3}
-
-    # Whoever else is busy here disturbs one of the two now and then, not each time.
-    wrong = [off(0)]
-    while all(wrong) and len(wrong) < 6:
-        wrong.append(off(len(wrong)))
-    assert not all(wrong), wrong
