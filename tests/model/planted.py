@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc import fence
+from dcpsvc import deletions, fence
 from dcpsvc.errors import RankFailure, RunBusyError
 from dcpsvc.format.keys import EPOCHS, epoch_of
 from dcpsvc.life import Life
@@ -127,7 +127,7 @@ BUGS: dict[str, tuple[Any, str, Any]] = {
 BUGS_OF_TWO_JOBS: dict[str, tuple[Any, str, Any]] = {
     "commit without a second look": (commit, "_confirm", _unconfirmed),
     "deletion without a look": (retain, "condemn", _unasked),
-    "tombstones not seen": (retain, "condemned", _blind),
+    "tombstones not seen": (deletions, "condemned", _blind),
     "any inheritance decides": (fence, "verdict", _any_inheritance),
     "nobody wins": (fence, "claim", _nobody_wins),
 }

@@ -171,5 +171,5 @@ def test_misuse_is_refused_with_a_typed_error_on_every_rank_and_breaks_nothing(t
 def test_a_place_without_a_run_is_an_error_and_is_not_made(tmp_path, call):
     error = raised_by(call, tmp_path / "no run")
 
-    assert error.type == "RootError"
+    assert error.type == "NoRunError"
     assert not Path(tmp_path / "no run").exists()

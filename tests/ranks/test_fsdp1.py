@@ -133,7 +133,7 @@ def save_trained(rank, world, root):
 def test_under_fsdp1_only_what_is_trained_is_saved_and_comes_back(tmp_path):
     assert values(run_ranks(2, save_trained, tmp_path / "run")) == [True, True]
     names = [name for name in dcpsvc.storage_reader(tmp_path / "run").layout.names() if name.startswith("model.")]
-    assert names == [f"model.{n}" for n in ("alone.bias", "alone.weight", "embed.weight", "head.weight", "scale")]
+    assert names == [f"model.{n}" for n in ("alone.bias", "alone.weight", "embed.weight", "head.weight")]
 
 
 def save_counters(rank, world, root):

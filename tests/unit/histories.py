@@ -150,7 +150,7 @@ class History(RuleBasedStateMachine):
         """By ``dcpsvc edit``, between two starts."""
         source = self.drawn(data, self.alive)
         operation = surgery.Operation(source=self.root, manifest=discover.read_manifest(self.root, source))
-        plan = surgery._Plan([None], [b"{}"], Layout({}, {}), ())  # type: ignore[list-item] - no tensors to read
+        plan = surgery._Plan([None], [b"{}"], Layout({}, {}), (), None)  # type: ignore[list-item] - no tensors to read
         made = surgery._commit(operation, plan, self.root, RUN_ID, lambda _: None).manifest.key
         self.note(made, self.losses[source], diverged=source in self.diverged)
         TALLY["edits"] += 1
