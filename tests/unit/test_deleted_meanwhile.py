@@ -95,6 +95,7 @@ READERS = {
     "export hf": lambda store, out: exporting.export_hf(exporting.Source(store, READ, "model"), out),
     "export torch": lambda store, out: conversion.export_torch(exporting.Source(store, READ, "model"), store, out),
     "export dcp": lambda store, out: conversion.export_dcp(store, READ, out),
+    "export peft": lambda store, out: exporting.export_peft(exporting.Source(store, READ, "model"), out),
     "diff": lambda store, _: comparing.compare(side(store, READ), side(store, 20)),
     "diff --values": lambda store, _: comparing.compare(side(store, 20), side(store, READ), lambda _: None),
     "edit": lambda store, _: surgery.Operation(
