@@ -308,6 +308,31 @@ def test_finding_out_what_an_optimizer_would_begin_with_changes_nothing(tmp_path
     assert not calls
 
 
+class Counting(Coarse):
+    """Keeps count of its steps beside its state, and its groups by another name."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.counts: dict[str, Any] = {"steps": [0], "seen": set(), "nested": ([0],)}
+        self.mine = self.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        assert self.mine is self.param_groups
+        self.counts["steps"][0] += 1
+        self.counts["nested"][0][0] += 1
+        self.counts["seen"].add("step")
+        self.counts["last"] = self.counts["steps"][0]
+        super().step(closure)
+
+
+def test_finding_out_does_not_count_where_an_optimizer_counts_beside_its_state(tmp_path: Path) -> None:
+    save(tmp_path, trained(1, 3, Counting))
+    fresh = trained(2, 0, Counting)
+    resume(tmp_path, fresh)
+    assert fresh["optim"].counts == {"steps": [0], "seen": set(), "nested": ([0],)}
+    assert len(fresh["optim"].state) == 1
+
+
 def test_states_of_another_kind_of_optimizer_are_refused_with_everything_untouched(tmp_path: Path) -> None:
     save(tmp_path, trained(1, 3))
     fresh = trained(2, 1, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
