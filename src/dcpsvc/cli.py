@@ -277,4 +277,6 @@ def _remedy(err: Exception) -> str:
     if isinstance(err, StoreError):
         text = remedies.remedy(err)
         return text and f"{text[0].upper()}{text[1:]}."
+    if isinstance(err, StepDeletedError) and not err.was_committed:  # a pin would not have helped, perhaps
+        return "dcpsvc ls ROOT shows what is there."
     return next((text for kind, text in _REMEDIES.items() if isinstance(err, kind)), "")

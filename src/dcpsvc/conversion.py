@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpsvc.errors import ExportError
+from dcpsvc.format.shardfile import of_components
 from dcpsvc.leases import held
 from dcpsvc.mapped import mapped
 from dcpsvc.reader import CheckpointReader
@@ -165,7 +166,7 @@ def _values(
 ) -> dict[str, Any]:
     """JSON values by their dotted names, as DCP would have flattened them; the tensors in them stand by themselves."""
     found: dict[str, Any] = {}
-    for name, document in reader.documents(*range(reader.manifest.world_size)).items():
+    for name, document in of_components(reader.documents(*range(reader.manifest.world_size))).items():
         for path, leaf in flattened(document, name).items():
             if path not in tensors:
                 found[path] = documents.decode(leaf, path, tensors.__getitem__)

@@ -37,16 +37,21 @@ def noticed(store: Store, *attempts: Attempt) -> Generator[None]:
         raise
 
 
-def error(store: Store, attempt: Attempt) -> StepDeletedError:
-    """What there is to say about a checkpoint that is there no more. Three requests."""
+def error(store: Store, attempt: Attempt, *, was_committed: bool = True) -> StepDeletedError:
+    """What there is to say about a checkpoint that is there no more. Three requests.
+
+    Args:
+        store: The run root.
+        attempt: The checkpoint.
+        was_committed: Somebody has seen its manifest; a mark alone may be that of a save which failed.
+    """
     left = sum(entry.nbytes for entry in store.list(attempt.data))
     steps = tuple(sorted({one.step for one in Listed(store).counting()}))
-    return StepDeletedError(
-        store.url, attempt.step, steps, attempt.attempt, is_there(store, attempt.tombstone), left_nbytes=left
-    )
+    marked = is_there(store, attempt.tombstone)
+    return StepDeletedError(store.url, attempt.step, steps, attempt.attempt, marked, left, was_committed)
 
 
 def condemned(store: Store) -> list[Attempt]:
-    """Attempts whose deletion somebody has begun, and perhaps broken off. One LIST."""
+    """Attempts whose deletion somebody has begun, and perhaps broken off; and saves that have failed. One LIST."""
     marked = (keys.attempt_of(entry.key) for entry in store.list(keys.TOMBSTONES))
     return [attempt for attempt in marked if attempt is not None]

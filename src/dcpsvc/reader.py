@@ -21,6 +21,7 @@ from torch.futures import Future
 from dcpsvc import preflight
 from dcpsvc.bands import bands
 from dcpsvc.errors import LayoutError, StateMismatchError
+from dcpsvc.format.shardfile import of_components
 from dcpsvc.progress import unseen
 from dcpsvc.state import boxes, dcp_quirks, documents
 from dcpsvc.state.loadplan import WantPlanner, tensor_metadata
@@ -200,7 +201,7 @@ class CheckpointReader(StorageReader):
 
     def _all_documents(self) -> dict[str, Any]:
         if self._documents is None:
-            self._documents = self.documents(*self.shards)
+            self._documents = of_components(self.documents(*self.shards))
         return self._documents
 
     def _check_places(self) -> None:

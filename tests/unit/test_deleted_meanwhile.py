@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import torch
 from click.testing import CliRunner
 
 import dcpsvc
-from dcpsvc import conversion
+from dcpsvc import conversion, deletions
+from dcpsvc.cli import _remedy as remedy_of
 from dcpsvc.cli import cli
 from dcpsvc.errors import CorruptShardError, NoSuchStepError, StepDeletedError
+from dcpsvc.format.keys import Attempt
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover, retain
 from dcpsvc.storage.open import open_store
@@ -92,6 +95,7 @@ READERS = {
     "export hf": lambda store, out: exporting.export_hf(exporting.Source(store, READ, "model"), out),
     "export torch": lambda store, out: conversion.export_torch(exporting.Source(store, READ, "model"), store, out),
     "export dcp": lambda store, out: conversion.export_dcp(store, READ, out),
+    "export peft": lambda store, out: exporting.export_peft(exporting.Source(store, READ, "model"), out),
     "diff": lambda store, _: comparing.compare(side(store, READ), side(store, 20)),
     "diff --values": lambda store, _: comparing.compare(side(store, 20), side(store, READ), lambda _: None),
     "edit": lambda store, _: surgery.Operation(
@@ -159,7 +163,8 @@ def test_a_step_whose_deletion_was_broken_off_is_told_as_that_by(arguments, root
     failed = CliRunner().invoke(cli, [places.get(one, one) for one in arguments]).exception
     assert isinstance(failed, StepDeletedError), failed
     assert "step 10" in str(failed)
-    assert "is being deleted by the policy of its job, or by dcpsvc gc; 12,345 bytes" in str(failed)
+    told = "was never committed, or is being deleted by the policy of its job, or by dcpsvc gc; 12,345 bytes"
+    assert told in str(failed)
     assert str(failed).endswith("committed steps: 20, 30")
     assert not (tmp_path / "out" / "manifests").exists()
 
@@ -170,13 +175,57 @@ def test_the_program_says_what_to_do_and_ends_with_1(root):
         [sys.executable, "-m", "dcpsvc", "show", str(root), "10"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "dcpsvc pin ROOT STEP" in done.stderr
+    assert "dcpsvc ls ROOT shows" in done.stderr
+    assert "pin" not in done.stderr
+
+
+def test_what_a_job_deletes_while_a_command_reads_it_is_told_with_the_remedy(root):
+    gone = attempt(root)
+    delete(root, all_of_it=False)
+    error = deletions.error(PosixStore(root), gone)
+    assert "(attempt 1-" in str(error)
+    assert " is being deleted by" in str(error)
+    assert "never committed" not in str(error)
+    assert "dcpsvc pin ROOT STEP" in remedy_of(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301 - our own
+
+
+def failed_save(root: Path, step: int = 40) -> Attempt:
+    """What is left at the run root of a save that failed in its upload: its mark, and no file."""
+    failed = Attempt(step, "1-00000000-9")
+    retain.condemn(PosixStore(root), failed, lambda: True)
+    return failed
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "export"])
+def test_a_save_that_failed_is_no_deletion(command, root, tmp_path):
+    failed_save(root)
+    more = [str(tmp_path / "out"), "--format", "hf"] if command == "export" else []
+    failed = CliRunner().invoke(cli, [command, str(root), "40", *more]).exception
+    assert type(failed) is NoSuchStepError, failed
+    assert str(failed).endswith("step 40 is not committed; committed steps: 10, 20, 30")
+
+
+def test_files_that_a_failed_save_left_are_not_told_as_a_deletion_alone(root):
+    PosixStore(root).put(failed_save(root).shard(0), b"-" * 99)
+    with pytest.raises(StepDeletedError, match=r"was never committed, or is being deleted .*; 99 bytes") as caught:
+        showing.find(open_root(root), 40)
+    assert not caught.value.was_committed
+    assert next(one.reason for one in discover.listing(PosixStore(root)) if one.step == 40).startswith("never comm")
+
+
+def test_the_mark_of_a_failed_attempt_does_not_hide_that_the_next_one_is_damaged(root):
+    failed_save(root, READ)
+    (root / attempt(root).shard(0)).unlink()
+    with pytest.raises(NoSuchStepError, match="the file is missing") as caught:
+        showing.find(open_root(root), READ)
+    assert type(caught.value) is NoSuchStepError
 
 
 def test_a_listing_says_of_what_is_left_that_it_is_being_deleted(root):
     delete(root, all_of_it=False)
     assert [(one.step, one.reason.partition(":")[0]) for one in discover.listing(PosixStore(root))] == [
-        (10, "being deleted"),
+        (10, "never committed, or being deleted"),
         (20, ""),
         (30, ""),
     ]

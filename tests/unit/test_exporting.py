@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +20,7 @@ from dcpsvc import Part
 from dcpsvc.commandline.exporting import export_command
 from dcpsvc.errors import CorruptShardError, ExportError, NoSuchStepError
 from dcpsvc.reading import open_root
+from dcpsvc.storage.posix import PosixStore
 from dcpsvc.tools import casting, exporting
 from dcpsvc.tools.exporting import Source
 from tests.unit.one_process import bits, save
@@ -258,6 +261,31 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path) -> None:
     with pytest.raises(NoSuchStepError, match="committed steps: 7"):
         run(tmp_path / "root", 8, tmp_path / "out", "--format", "hf")
     assert run(tmp_path / "root", "newest", tmp_path / "out", "--format", "hf").exit_code == 2
+
+
+class Counting(PosixStore):
+    """Has the ends of shards waited for until so many are being read."""
+
+    def __init__(self, root: Path, together: int) -> None:
+        super().__init__(root)
+        self.calls, self._together = 0, threading.Barrier(together)
+
+    def read(self, key: str, begin: int, end: int) -> bytes:
+        self.calls += 1
+        self._together.wait(30)
+        return super().read(key, begin, end)
+
+
+def test_what_ranks_say_is_read_once_and_side_by_side(tmp_path: Path) -> None:
+    saved(tmp_path)
+    found = source(tmp_path)
+    (record,) = found.manifest.shards
+    store = Counting(tmp_path / "root", 4)
+    tensors = exporting.Tensors(store, [replace(record, rank=rank) for rank in range(8)], found.layout, "model")
+    for _ in range(2):
+        tensors.check_plain(tensors.entries(None))
+        assert tensors.about() == found.about()
+    assert store.calls == 8
 
 
 def test_a_folder_of_safetensors_is_made_without_torch(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from dcpsvc.errors import RestoreFailedError
+import dcpsvc
+from dcpsvc.errors import RestoreFailedError, UnsupportedStateError
 from tests.unit.one_process import resume, save, told
 from tests.unit.training import OPTIMIZERS, Container, Net, everything, seed, train, training
 
@@ -142,6 +143,59 @@ def test_two_optimizers_of_one_model_keep_their_own_state(tmp_path: Path) -> Non
     save(tmp_path, saved)
     resume(tmp_path, fresh)
     assert everything(fresh) == everything(saved)
+
+
+class Around(torch.optim.Optimizer):
+    """What a library puts around an optimizer, with a state of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+
+
+class Lookahead(Around):
+    """Its slow weights follow the fast ones."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter].setdefault("slow", parameter.detach().clone()).lerp_(parameter.detach(), 0.5)
+
+
+class Joined(Around):
+    """Shows the state of the one inside in a dict of its own."""
+
+    state = property(lambda self: dict(self.optimizer.state), lambda self, _: None)
+
+
+def around(kind: Any) -> dict[str, Any]:
+    model = torch.nn.Linear(2, 2)
+    return {"model": model, "optim": kind(torch.optim.AdamW(model.parameters()))}
+
+
+@pytest.mark.parametrize("outer", [lambda one: one, Around])
+def test_a_container_with_state_of_its_own_is_refused_by_name_and_nothing_is_published(
+    tmp_path: Path, outer: Any
+) -> None:
+    state = around(lambda optimizer: outer(Lookahead(optimizer)))
+    state["model"](torch.ones(4, 2)).sum().backward()
+    state["optim"].step()
+    with pytest.raises(UnsupportedStateError, match="optim: Lookahead has state of its own"):
+        save(tmp_path, state)
+    assert dcpsvc.list_checkpoints(tmp_path / "root") == []
+
+
+@pytest.mark.parametrize("kind", [Around, Joined])
+def test_a_container_that_has_no_state_or_shows_that_of_others_is_saved_as_those(tmp_path: Path, kind: Any) -> None:
+    saved, fresh = around(kind), around(kind)
+    saved["model"](torch.ones(4, 2)).sum().backward()
+    saved["optim"].step()
+    save(tmp_path, saved)
+    resume(tmp_path, fresh)
+    assert told(fresh["optim"].optimizer.state_dict()) == told(saved["optim"].optimizer.state_dict())
 
 
 def test_optimizers_in_a_container_come_back_with_their_state_and_hyper_parameters(tmp_path: Path) -> None:

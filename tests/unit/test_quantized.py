@@ -9,9 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 import dcpsvc
 from dcpsvc import Cast, Checkpointer, PerRank, copying
+from dcpsvc.cli import cli
 from dcpsvc.commandline.exporting import export_command
 from dcpsvc.errors import (
     ExportError,
@@ -23,7 +25,10 @@ from dcpsvc.errors import (
     StructureMismatchError,
     UnsupportedStateError,
 )
+from dcpsvc.reading import open_root
 from dcpsvc.state import fingerprint
+from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.tools import comparing, showing
 from tests.unit.one_process import bits, resume, save
 from tests.unit.scaled import COLUMNS, ROWS, Coarse, Layer, Scaled, inside, scaled
 
@@ -303,6 +308,31 @@ def test_finding_out_what_an_optimizer_would_begin_with_changes_nothing(tmp_path
     assert not calls
 
 
+class Counting(Coarse):
+    """Keeps count of its steps beside its state, and its groups by another name."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.counts: dict[str, Any] = {"steps": [0], "seen": set(), "nested": ([0],)}
+        self.mine = self.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        assert self.mine is self.param_groups
+        self.counts["steps"][0] += 1
+        self.counts["nested"][0][0] += 1
+        self.counts["seen"].add("step")
+        self.counts["last"] = self.counts["steps"][0]
+        super().step(closure)
+
+
+def test_finding_out_does_not_count_where_an_optimizer_counts_beside_its_state(tmp_path: Path) -> None:
+    save(tmp_path, trained(1, 3, Counting))
+    fresh = trained(2, 0, Counting)
+    resume(tmp_path, fresh)
+    assert fresh["optim"].counts == {"steps": [0], "seen": set(), "nested": ([0],)}
+    assert len(fresh["optim"].state) == 1
+
+
 def test_states_of_another_kind_of_optimizer_are_refused_with_everything_untouched(tmp_path: Path) -> None:
     save(tmp_path, trained(1, 3))
     fresh = trained(2, 1, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
@@ -355,6 +385,36 @@ def test_exports_to_torch_and_dcp_give_what_is_inside_by_name(tmp_path: Path) ->
     torch.distributed.checkpoint.load(into, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert into["values.w.scale"].tolist() == inside(scaled(2))["scale"]
     assert into["values.n"] == 3
+
+
+@pytest.mark.parametrize("more", [(), ("--flat",)])
+def test_what_is_written_down_of_them_is_no_value_for_others(tmp_path: Path, more: tuple[str, ...]) -> None:
+    for step, note in ((7, "rows"), (8, "columns")):
+        save(tmp_path, {"model": Layer(scaled(1, note=note)), "n": 3}, step=step)
+    assert run(tmp_path / "root", 7, tmp_path / "dcp", "--format", "dcp", *more).exit_code == 0
+    written = FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
+    told = dcpsvc.storage_reader(tmp_path / "root").read_metadata().state_dict_metadata
+    assert "n" in written
+    assert "n" in told
+    assert not [name for name in [*written, *told] if "__inner__" in name]
+    store = open_root(tmp_path / "root")
+    sides = [comparing.Side(store, m, showing.layout_of(store, m)) for m in (showing.find(store, n) for n in (7, 8))]
+    assert not [path for path, *_ in comparing.compare(*sides).plain if "__inner__" in path]
+
+
+def test_what_is_written_down_of_them_goes_with_their_component_and_not_alone(tmp_path: Path) -> None:
+    save(tmp_path, {"model": Layer(scaled(1)), "values": {"w": scaled(2)}}, step=7)
+    edit = ["edit", str(tmp_path / "root"), "7", "--drop"]
+    refusal = CliRunner().invoke(cli, [*edit, "__inner__"]).exception
+    assert isinstance(refusal, StateError)
+    assert "no such component; there are: model, values" in str(refusal)
+    assert CliRunner().invoke(cli, [*edit, "model"], catch_exceptions=False).exit_code == 0
+    store = open_root(tmp_path / "root")
+    (record,) = showing.find(store, 7).shards
+    assert list(VerifiedShard([store], record).documents()["__inner__@0"]) == ["values.w"]
+    fresh = {"values": {"w": scaled(3)}}
+    resume(tmp_path, fresh)
+    assert inside(fresh["values"]["w"]) == inside(scaled(2))
 
 
 def test_an_export_to_hf_is_refused_by_key_with_the_remedy(tmp_path: Path) -> None:

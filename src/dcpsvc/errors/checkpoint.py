@@ -44,7 +44,8 @@ class StepDeletedError(NoSuchStepError):
     """The step is being deleted, or was deleted while it was read: by the policy of its job, or by ``dcpsvc gc``.
 
     Nothing is damaged. ``under_way``: the deletion has not come to its end, or was broken off. ``left_nbytes`` are what
-    is left of its files, of no use to anybody.
+    is left of its files, of no use to anybody. ``was_committed``: it is known to have been; else it may as well be what
+    a save that failed has left.
     """
 
     def __init__(
@@ -55,13 +56,16 @@ class StepDeletedError(NoSuchStepError):
         attempt: str,
         under_way: bool = False,  # noqa: FBT001, FBT002 - positional: that is how an error pickles
         left_nbytes: int = 0,
+        was_committed: bool = True,  # noqa: FBT001, FBT002 - likewise
     ) -> None:
         super().__init__(root, step, available)
         self.attempt, self.under_way, self.left_nbytes = attempt, under_way, left_nbytes
-        self.args = (root, step, available, attempt, under_way, left_nbytes)
+        self.was_committed = was_committed
+        self.args = (root, step, available, attempt, under_way, left_nbytes, was_committed)
 
     def __str__(self) -> str:
         what = "is being deleted" if self.under_way else "was deleted meanwhile"
+        what = what if self.was_committed else f"was never committed, or {what}"
         left = f"{self.left_nbytes:,} bytes of its files are left" if self.left_nbytes else "nothing of it is left"
         who = "by the policy of its job, or by dcpsvc gc"
         return f"{self.root}: step {self.step} (attempt {self.attempt}) {what} {who}; {left}; {self.intact}"

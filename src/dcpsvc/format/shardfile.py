@@ -234,6 +234,11 @@ def documents(path: str, data: bytes) -> dict[str, Any]:
     return parsed
 
 
+def of_components(documents: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are values of the state: without the records of what is inside tensors."""
+    return {name: value for name, value in documents.items() if name.partition("@")[0] != INNER}
+
+
 def _describe(names: Iterable[str], pieces: Iterable[Piece], begins: Iterable[int], sizes: Iterable[int]) -> bytes:
     return compact(
         {

@@ -37,7 +37,7 @@ READERS = 16
 """Small files that a listing reads at once."""
 
 _NEVER = "no manifest: it was never committed"
-_CONDEMNED = "being deleted: the rest goes with the next commit, or with dcpsvc gc"
+_CONDEMNED = "never committed, or being deleted: the rest goes with the next commit, or with dcpsvc gc"
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 

@@ -15,7 +15,7 @@ from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.optimnames import Names
 from dcpsvc.state.optimsaved import SavedOptimizer
-from dcpsvc.state.optimview import View, unwrapped
+from dcpsvc.state.optimview import View, refuse_own_state, unwrapped
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import own_name
 from dcpsvc.state.sharing import Replicated, bare
@@ -49,7 +49,8 @@ class OptimizerComponent:
 
     def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
         self._name, self._modules = name, modules
-        self._optimizers: list[Optimizer] = unwrapped(bare(given))
+        self._given: Optimizer = bare(given)
+        self._optimizers: list[Optimizer] = unwrapped(self._given)
         self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._look()
 
@@ -81,6 +82,7 @@ class OptimizerComponent:
         view.put(found.state(tensors))
 
     def _look(self) -> View:
+        refuse_own_state(self._name, self._given)
         members = [member for component in self._modules for member in component.sharded.members]
         self._view = View(self._name, self._optimizers, members)
         self._names = Names(self._name, self._view, self._modules)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from dcpsvc.errors import StateMismatchError
+from dcpsvc.errors import StateMismatchError, UnsupportedStateError
 from dcpsvc.state import fsdp1
 from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.optim import Optimizer
 
@@ -151,14 +152,37 @@ class View:
 
 def unwrapped(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers in what a library puts around them: those whose hooks are called, and which have the state."""
+    return [each for one in held for each in unwrapped(one)] if (held := _held(optimizer)) else [optimizer]
+
+
+def refuse_own_state(name: str, optimizer: Optimizer) -> None:
+    """What is put around optimizers is not saved, so that must be no state: the slow weights of a Lookahead, say.
+
+    Args:
+        name: Of the component, for errors.
+        optimizer: As it was given.
+
+    Raises:
+        UnsupportedStateError: It, or one that it holds, holds others and has state which is not theirs.
+    """
+    held = _held(optimizer)
+    for one in held:
+        refuse_own_state(name, one)
+    own = cast("Any", getattr(optimizer, "state", None))
+    if not held or not isinstance(own, Mapping) or any(own is one.state for one in held):
+        return
+    if any(all(one.state.get(key) is not entries for one in held) for key, entries in own.items()):
+        reason = "has state of its own beside the optimizers that it holds, which would not be saved"
+        raise UnsupportedStateError(
+            name, f"{type(optimizer).__name__} {reason}; give those it holds, and that state as a value of its own"
+        )
+
+
+def _held(optimizer: Optimizer) -> list[Optimizer]:
     inner = getattr(optimizer, "optimizer", None)
     several = [inner] if inner is not None else getattr(optimizer, "optimizers", None)
-    if not isinstance(several, list | tuple) or not several:
-        return [optimizer]
-    found: list[Any] = list(several)
-    if not all(isinstance(each, torch.optim.Optimizer) for each in found):
-        return [optimizer]
-    return [each for one in found for each in unwrapped(one)]
+    found: list[Any] = list(several) if isinstance(several, list | tuple) else []
+    return found if all(isinstance(each, torch.optim.Optimizer) for each in found) else []
 
 
 def owner_of(optimizer: Optimizer) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import copy
+from collections import OrderedDict, defaultdict, deque
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +14,10 @@ from dcpsvc.state import documents, inner, refill
 if TYPE_CHECKING:
     from dcpsvc.state.optimview import View
     from dcpsvc.state.saved import Saved, Want
+
+
+_DICTS = (dict, defaultdict, OrderedDict)
+_LISTS = (list, deque)
 
 
 class Entries:
@@ -62,7 +67,9 @@ class Entries:
 def begun(name: str, view: View, parameter: torch.Tensor) -> dict[str, Any]:
     """The entries, of no use but for their kinds: the step is done on zeros, by an optimizer of the same options.
 
-    Neither parameters, state and hooks of the optimizer nor generators are touched, and nothing is compiled for it.
+    Neither parameters, state, hooks, dicts and lists of the optimizer nor generators are touched, and nothing is
+    compiled for it. Tensors and objects that it keeps beside its state are the very same: a step that writes to them
+    does so here, too. A step with collectives fails or waits for other ranks: it is not for this.
 
     Args:
         name: Of the state, for errors.
@@ -80,8 +87,9 @@ def begun(name: str, view: View, parameter: torch.Tensor) -> dict[str, Any]:
         zeros = torch.nn.Parameter(torch.zeros_like(parameter.detach()))
         zeros.grad = torch.zeros_like(parameter.detach())
         aside = object.__new__(type(optimizer))
-        aside.__dict__.update(optimizer.__dict__)
-        aside.__dict__.update(state=defaultdict(dict), param_groups=[group | {"params": [zeros]}])
+        changed = {"state": defaultdict[Any, Any](dict), "param_groups": [group | {"params": [zeros]}]}
+        known = {id(optimizer.state): changed["state"], id(optimizer.param_groups): changed["param_groups"]}
+        aside.__dict__.update({name: _copied(value, known) for name, value in optimizer.__dict__.items()} | changed)
         step = cast("Any", type(optimizer).step)
         bare = step.__wrapped__ if getattr(step, "hooked", False) else step
         kind = parameter.device.type
@@ -93,3 +101,26 @@ def begun(name: str, view: View, parameter: torch.Tensor) -> dict[str, Any]:
             "was saved of a kind that only the optimizer can make, and it has none yet: call its step() once before"
         )
         raise StateMismatchError(name, f"{reason} ({type(err).__name__}: {err})") from err
+
+
+def _copied(value: Any, known: dict[int, Any]) -> Any:
+    """A plain container anew, with those in it, for a step may count there; anything else is itself.
+
+    Args:
+        value: What an optimizer keeps.
+        known: By ``id``, what stands for a container already.
+    """
+    if id(value) in known:
+        return known[id(value)]
+    if type(value) in _DICTS:
+        found = known[id(value)] = copy.copy(value)
+        found.update({key: _copied(item, known) for key, item in value.items()})
+        return found
+    if type(value) in _LISTS:
+        found = known[id(value)] = copy.copy(value)
+        for at, item in enumerate(value):
+            found[at] = _copied(item, known)
+        return found
+    if type(value) is tuple:
+        return tuple(_copied(item, known) for item in cast("tuple[Any, ...]", value))
+    return copy.copy(value) if type(value) is set else value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import StateError
+from dcpsvc.format.shardfile import of_components
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -70,6 +71,8 @@ def changed(
     """
     dropped = set(drop)
     kept = {name: copy.deepcopy(value) for name, value in documents.items() if component(name) not in dropped}
+    for name in kept.keys() - of_components(kept).keys():
+        kept[name] = {key: record for key, record in kept[name].items() if component(key) not in dropped}
     lines: list[str] = []
     for each in settings:
         for name in [name for name in kept if component(name) == each.component]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.deletions import noticed
+from dcpsvc.format.shardfile import of_components
 from dcpsvc.leases import held
 from dcpsvc.storage.shards import VerifiedShard
 from dcpsvc.tools import numbers
@@ -36,7 +37,7 @@ class Side:
         """The JSON values of all ranks, by dotted path."""
         flat: dict[str, Any] = {}
         for shard in self.shards:
-            for name, document in shard.documents().items():
+            for name, document in of_components(shard.documents()).items():
                 flat |= leaves(document, name)
         return flat
 

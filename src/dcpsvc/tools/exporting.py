@@ -18,14 +18,16 @@ from dcpsvc.format.parse import dump
 from dcpsvc.format.safetensors import head, ordered
 from dcpsvc.format.shardfile import INNER
 from dcpsvc.leases import held
+from dcpsvc.reading import at_once
 from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.storage.threads import each
 from dcpsvc.tools.casting import cast, result
 from dcpsvc.tools.folder import Folder
 from dcpsvc.tools.showing import show
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -52,6 +54,7 @@ class Tensors:
     def __init__(self, store: Store, records: Sequence[ShardRecord], layout: Layout, component: str) -> None:
         self.component, self.layout = component, layout
         self._shards = {record.rank: VerifiedShard([store], record) for record in records}
+        self._at_once, self._said = at_once(store), dict[int, dict[str, Any]]()
 
     def entries(self, dtype: str | None) -> list[Entry]:
         """Every tensor of the module once, by its name in the module; further names of a tied one are left out."""
@@ -63,7 +66,7 @@ class Tensors:
         Raises:
             ExportError: Some are what is inside tensors of a class of their own, as quantized weights are.
         """
-        made = {key for rank, one in self._shards.items() for key in one.documents().get(f"{INNER}@{rank}", {})}
+        made = {key for rank, said in self._documents(*self._shards) for key in said.get(f"{INNER}@{rank}", {})}
         for entry in entries if made else ():
             outer = next(
                 (entry.key[:at] for at, mark in enumerate(entry.key) if mark in ".@" and entry.key[:at] in made), ""
@@ -74,12 +77,11 @@ class Tensors:
 
     def about(self) -> dict[str, Any]:
         """What the module said about itself."""
-        name = self.component.split(".", 1)[0]
-        for rank, shard in self._shards.items():
-            documents = shard.documents()
-            found: dict[str, Any] = documents.get(name) or documents.get(f"{name}@{rank}") or {}
-            if found:
-                return found
+        for ranks in (list(self._shards)[:1], self._shards):  # mostly the first says it
+            for rank, said in self._documents(*ranks):
+                found: dict[str, Any] = said.get(self._name) or said.get(f"{self._name}@{rank}") or {}
+                if found:
+                    return found
         return {}
 
     def read(self, entry: Entry) -> NDArray[np.uint8]:
@@ -102,6 +104,20 @@ class Tensors:
         for entry in entries:
             yield self.read(entry).data
             progress(entry.tensor.nbytes)
+
+    @property
+    def _name(self) -> str:
+        return self.component.split(".", 1)[0]
+
+    def _documents(self, *ranks: int) -> Iterable[tuple[int, dict[str, Any]]]:
+        """What the shards of these ranks say of the module, and of tensors made of others. Each is read once."""
+        missing = [rank for rank in ranks if rank not in self._said]
+        self._said |= zip(missing, each(self._read_documents, missing, self._at_once), strict=True)
+        return ((rank, self._said[rank]) for rank in ranks)
+
+    def _read_documents(self, rank: int) -> dict[str, Any]:
+        names = {self._name, f"{self._name}@{rank}", f"{INNER}@{rank}"}
+        return {name: value for name, value in self._shards[rank].documents().items() if name in names}
 
     def _chunk(self, tensor: Tensor, chunk: Chunk) -> NDArray[np.uint8]:
         nbytes = chunk.numel * ITEM_NBYTES[tensor.dtype]
@@ -156,11 +172,12 @@ def export_hf(
         CorruptShardError: The checkpoint is damaged; names the file.
     """
     entries = source.entries(dtype)
-    source.check_plain(entries)
     files = _divide(entries, max_shard_nbytes)
     about = {"format": "hf", "dtype": dtype, "max_shard_nbytes": max_shard_nbytes, "component": source.component}
-    folder = Folder(directory, about | source.identity())
     with source.held():
+        source.check_plain(entries)
+        config = source.about().get("config")
+        folder = Folder(directory, about | source.identity())
         for name, part in files.items():
             if not folder.has(name):
                 folder.write(name, source.safetensors(ordered(part), progress))
@@ -170,7 +187,7 @@ def export_hf(
             "weight_map": {entry.name: name for name, part in files.items() for entry in part},
         }
         folder.write("model.safetensors.index.json", [dump(index)])
-    if config := source.about().get("config"):
+    if config:
         folder.write("config.json", [dump(config)])
     folder.finish()
 
@@ -188,13 +205,14 @@ def export_peft(
         ExportError: The module has no adapters of PEFT, or at several places; or the directory holds something else.
         CorruptShardError: The checkpoint is damaged; names the file.
     """
-    adapters = peft.adapters(source.component, source.about(), source.entries(dtype))
-    folder = Folder(directory, {"format": "peft", "dtype": dtype, "component": source.component} | source.identity())
-    for adapter in adapters:
-        source.check_plain(adapter.entries)
-        with source.held():
+    with source.held():
+        adapters = peft.adapters(source.component, source.about(), source.entries(dtype))
+        about = {"format": "peft", "dtype": dtype, "component": source.component}
+        folder = Folder(directory, about | source.identity())
+        for adapter in adapters:
+            source.check_plain(adapter.entries)
             folder.write(f"{adapter.below}{peft.MODEL}", source.safetensors(ordered(adapter.entries), progress))
-        folder.write(f"{adapter.below}{peft.CONFIG}", [adapter.config])
+            folder.write(f"{adapter.below}{peft.CONFIG}", [adapter.config])
     folder.finish()
 
 

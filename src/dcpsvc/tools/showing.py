@@ -119,7 +119,7 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
 
     Raises:
         NoSuchStepError: There is no such commit, or it is damaged.
-        StepDeletedError: It is being deleted.
+        StepDeletedError: It is being deleted, or, as that says, never was committed.
     """
     everything = discover.committed(store)
     wanted = [one for one in everything if one.step == step and attempt in {None, one.attempt}]
@@ -141,11 +141,18 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
 
 
 def check_not_deleted(store: Store, step: int, attempt: str | None, seen: Sequence[Attempt]) -> None:
-    """Raises StepDeletedError if a step is not there because somebody deletes it, or has since it was ``seen``."""
-    begun = (one for one in deletions.condemned(store) if one.step == step and attempt in {None, one.attempt})
-    for one in (*seen, *begun):
+    """Raises StepDeletedError if a step was ``seen`` and is deleted since, or files of it wait for being deleted.
+
+    Of those nothing tells whether they were ever committed. What was seen, and is there still, is something else.
+    """
+    for one in seen:
         if not is_there(store, one.manifest):
             raise deletions.error(store, one)
+    for one in () if seen else deletions.condemned(store):
+        if one.step != step or attempt not in {None, one.attempt} or is_there(store, one.manifest):
+            continue
+        if (found := deletions.error(store, one, was_committed=False)).left_nbytes:
+            raise found
 
 
 def _check_attempt(store: Store, everything: Sequence[Attempt], step: int, attempt: str | None) -> None:

@@ -17,6 +17,7 @@ from dcpsvc.errors import DestinationError, RunBusyError, StateError, StoreError
 from dcpsvc.format import keys, run
 from dcpsvc.format.lineage import Lineage
 from dcpsvc.format.parse import compact
+from dcpsvc.format.shardfile import of_components
 from dcpsvc.leases import held
 from dcpsvc.stages import discover, upload
 from dcpsvc.storage.conflict import holds
@@ -81,7 +82,7 @@ class Operation:
         documents: list[bytes] = []
         components = {changes.component(name) for name in layout.names()}
         for before in befores:
-            components |= {changes.component(name) for name in before}
+            components |= {changes.component(name) for name in of_components(before)}
             after, said = changes.changed(before, self.settings, self.drop)
             lines += said
             documents.append(compact(after))

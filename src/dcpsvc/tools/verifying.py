@@ -57,7 +57,7 @@ def commits(store: Store, step: int | None) -> list[Attempt]:
 
     Raises:
         NoSuchStepError: Nothing of that step was ever committed.
-        StepDeletedError: It is being deleted.
+        StepDeletedError: It is being deleted, or, as that says, never was committed.
     """
     everything = discover.committed(store)
     found = [attempt for attempt in everything if step in {None, attempt.step}]
