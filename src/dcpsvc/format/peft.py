@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+NONE = "has no adapters of PEFT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def _place(component: str, about: Mapping[str, Any]) -> tuple[str, dict[str, Any
     places: dict[str, Any] = about.get("peft", {})
     found = {path: adapters for path, adapters in places.items() if f"{path}.".startswith(f"{below}." if below else "")}
     if not places:
-        raise ExportError(component, "has no adapters of PEFT; --format hf writes it as it is")
+        raise ExportError(component, NONE)
     if len(found) != 1:
         there = ", ".join(f"{name}.{path}".rstrip(".") for path in places) or "none"
         raise ExportError(component, f"one model of PEFT is exported at a time, here there are: {there}")

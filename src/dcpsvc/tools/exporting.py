@@ -188,7 +188,10 @@ def export_peft(
         ExportError: The module has no adapters of PEFT, or at several places; or the directory holds something else.
         CorruptShardError: The checkpoint is damaged; names the file.
     """
-    adapters = peft.adapters(source.component, source.about(), source.entries(dtype))
+    about = source.about()
+    if not about.get("peft"):
+        raise ExportError(source.component, f"{peft.NONE}; --format hf writes it as it is")
+    adapters = peft.adapters(source.component, about, source.entries(dtype))
     folder = Folder(directory, {"format": "peft", "dtype": dtype, "component": source.component} | source.identity())
     for adapter in adapters:
         source.check_plain(adapter.entries)
