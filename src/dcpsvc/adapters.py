@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dcpsvc.errors import CorruptShardError, ExportError, RankFailure
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dcpsvc.tiers import Tiers
 
 T = TypeVar("T")
+logger = logging.getLogger("dcpsvc")
 
 
 class Within(Protocol):
@@ -56,6 +58,7 @@ class Folders:
         component: What it is made of.
         meeting: Deadlines.
         within: For everything that waits for a disk.
+        told: Adapters that are known to be left out.
     """
 
     job: Job
@@ -63,6 +66,7 @@ class Folders:
     component: str
     meeting: Meeting
     within: Within
+    told: set[str] = field(default_factory=set[str])
 
     def make(self, place: str, attempt: Attempt, mine: ShardRecord | RankFailure, layout: Any) -> AdapterFolder | None:
         """On rank 0 the folder, durable on its node's disk; None on the others.
@@ -86,7 +90,9 @@ class Folders:
         shard = VerifiedShard([self.tiers.local], _healthy(mine))
         files: list[AdapterFile] = []
         failures: list[Exception] = []
-        for adapter in peft.adapters(self.component, about, there):
+        adapters = peft.adapters(self.component, about, there)
+        self._tell(peft.left_out(self.component, about, adapters))
+        for adapter in adapters:
             arriving = self._exchange(shard, ordered(adapter.entries))
             if self.job.coordinates:
                 failures += _tried(functools.partial(self._put_together, attempt, adapter, arriving, files))
@@ -94,6 +100,16 @@ class Folders:
         if failures:
             raise failures[0]
         return AdapterFolder(component=self.component, files=_sorted(files)) if files else None
+
+    def _tell(self, left_out: Iterable[str]) -> None:
+        """Once of each, on one rank."""
+        new = sorted({*left_out} - self.told)
+        self.told.update(new)
+        if new and self.job.coordinates:
+            names = ", ".join(new)
+            logger.info(
+                "the folder of %s is made without the adapters %s: nothing of them is saved", self.component, names
+            )
 
     def _about(self, mine: ShardRecord | RankFailure) -> Any:
         """What the module says about its adapters, if it is this rank's shard that says so."""
