@@ -15,9 +15,11 @@ from dcpsvc.format import peft
 from dcpsvc.format.layout import Chunk, Tensor
 from dcpsvc.format.safetensors import Entry
 from dcpsvc.reading import open_root
-from dcpsvc.tools import exporting
+from dcpsvc.stages import discover
+from dcpsvc.tools import adapterfolder, exporting
 from dcpsvc.tools.exporting import Source
 from tests.unit.one_process import save
+from tests.unit.scaled import Layer, scaled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,3 +119,28 @@ def test_a_model_of_whose_adapters_nothing_is_saved_has_no_folder(tmp_path: Path
     model.bias = nn.Parameter(torch.zeros(2))
     with pytest.raises(SaveFailedError, match="holds no tensor of the adapters default, reference"):
         keeping(tmp_path, model, only="trainable")
+
+
+# --- tensors made of others ---------------------------------------------------------------------------
+
+
+def quantized() -> nn.Module:
+    model = Adapted("default")
+    model.base_model.lora_A["default"] = Layer(scaled(1))
+    return model
+
+
+def test_an_adapter_of_tensors_made_of_others_has_no_folder_and_is_named_by_key(tmp_path: Path) -> None:
+    with pytest.raises(SaveFailedError, match=r"model\.base_model\.lora_A\.default\.weight: is made of others"):
+        keeping(tmp_path, quantized())
+    assert not list((tmp_path / "root").glob("data/*/adapter/*"))
+
+
+def test_neither_is_a_folder_of_it_made_by_an_edit(tmp_path: Path) -> None:
+    save(tmp_path, {"model": quantized()})
+    store = open_root(tmp_path / "root")
+    (attempt,) = discover.committed(store)
+    shards, layout = discover.read_manifest(store, attempt).shards, dcpsvc.storage_reader(tmp_path / "root").layout
+    with pytest.raises(ExportError, match=r"model\.base_model\.lora_A\.default\.weight: is made of others"):
+        adapterfolder.remake(store, attempt, shards, layout, "model")
+    assert not list((tmp_path / "root").glob("data/*/adapter/*"))

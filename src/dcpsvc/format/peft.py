@@ -15,7 +15,7 @@ from dcpsvc.format.parse import dump
 from dcpsvc.format.safetensors import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from dcpsvc.format.layout import Layout
 
@@ -81,6 +81,20 @@ def left_out(component: str, about: Mapping[str, Any], found: Iterable[Adapter])
     """Names of the adapters that :func:`adapters` found no tensors of."""
     _, configs = _place(component, about)
     return sorted(configs.keys() - {adapter.name for adapter in found})
+
+
+def outer(entries: Iterable[Entry], made: Collection[str]) -> str:
+    """The first tensor made of others, as quantized weights are, that an entry is inside of; empty if there is none.
+
+    Args:
+        entries: Of an adapter.
+        made: Keys of such tensors.
+    """
+    for key in (entry.key for entry in entries) if made else ():
+        for at, mark in enumerate(key):
+            if mark in ".@" and key[:at] in made:
+                return key[:at]
+    return ""
 
 
 def misnamed(component: str, about: Mapping[str, Any]) -> list[str]:
