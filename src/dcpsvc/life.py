@@ -1,8 +1,8 @@
 """The life of one checkpoint, in order, on the uploader thread.
 
-stage (done by the training thread) -> plan -> shard -> ack -> upload -> ack -> commit -> retain. A failure on this
-rank becomes a value that is brought to the next meeting, so every rank hears of it; what the meeting says is
-the same error on every rank.
+stage (by the training thread) -> plan -> shard -> folder (if asked for) -> ack -> upload -> ack -> commit -> retain.
+A failure on this rank becomes a value that is brought to the next meeting, so every rank hears of it; what the
+meeting says is the same error on every rank.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Life:
     def _asked_for(self, component: str | None) -> Folders | None:
         if component is None:
             return None
-        return Folders(job=self._job, tiers=self._run, component=component, meeting=self._work, within=self._within)
+        return Folders(job=self._job, tiers=self._run, component=component, meeting=self._work, sync=self._sync)
 
     def known_layout(self, part: Part) -> str:
         """Digest of the layout that the ranks made when this rank brought this very part; empty if never."""

@@ -1,10 +1,12 @@
 """What belongs in a folder for ``PeftModel.from_pretrained``: which tensors, under which names, and the configuration.
 
-One adapter lies in the folder itself, or ``default`` of several; each other in a folder of its name below it.
+The adapter of a model that has one lies in the folder itself, or ``default`` of several; each other in a folder of its
+name below it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,16 @@ from dcpsvc.format.parse import dump
 from dcpsvc.format.safetensors import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from dcpsvc.format.layout import Layout
 
 MODEL = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+NONE = "has no adapters of PEFT"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""Of an adapter: it may become a directory, here or wherever a checkpoint is exported to."""
+REMEDY = "name it with letters, digits, '_' and '-'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +32,13 @@ class Adapter:
     """One adapter of a model.
 
     Attributes:
+        name: As PEFT has it.
         below: Where in the folder: empty, or a name and a slash.
         config: Bytes of its configuration.
         entries: Its tensors.
     """
 
+    name: str
     below: str
     config: bytes
     entries: list[Entry]
@@ -44,7 +52,7 @@ def entries(layout: Layout, component: str) -> list[Entry]:
 
 
 def adapters(component: str, about: Mapping[str, Any], there: Iterable[Entry]) -> list[Adapter]:
-    """What a folder holds.
+    """What a folder holds: each adapter of which there are tensors; one that is not trained may have none.
 
     Args:
         component: The module's name in the state, or a dotted beginning below it.
@@ -52,32 +60,67 @@ def adapters(component: str, about: Mapping[str, Any], there: Iterable[Entry]) -
         there: Its tensors; see :func:`entries`.
 
     Raises:
-        ExportError: The module has no adapters of PEFT, or at several places; or one of them has no tensor.
+        ExportError: The module has no adapters of PEFT, or at several places; none of them has a tensor; or one has a
+            name that could not be a directory.
     """
     place, configs = _place(component, about)
     known = list(there)
     found: list[Adapter] = []
     for name, config in sorted(configs.items()):
         below = "" if len(configs) == 1 or name == "default" else f"{name}/"
-        tensors = _of_adapter(known, place, name)
-        if not tensors:
-            raise ExportError(component, f"the checkpoint holds no tensor of the adapter {name!r}")
-        found.append(Adapter(below, dump(config | {"inference_mode": True}), tensors))
+        if not NAME.fullmatch(name):
+            raise ExportError(component, f"the adapter {name!r} would be a directory of that name; {REMEDY}")
+        if tensors := _of_adapter(known, place, name):
+            found.append(Adapter(name, below, dump(config | {"inference_mode": True}), tensors))
+    if not found:
+        raise ExportError(component, f"the checkpoint holds no tensor of the adapters {', '.join(sorted(configs))}")
     return found
+
+
+def left_out(component: str, about: Mapping[str, Any], found: Iterable[Adapter]) -> list[str]:
+    """Names of the adapters that :func:`adapters` found no tensors of."""
+    _, configs = _place(component, about)
+    return sorted(configs.keys() - {adapter.name for adapter in found})
+
+
+def outer(entries: Iterable[Entry], made: Collection[str]) -> str:
+    """The first tensor made of others, as quantized weights are, that an entry is inside of; empty if there is none.
+
+    Args:
+        entries: Of an adapter.
+        made: Keys of such tensors.
+    """
+    for key in (entry.key for entry in entries) if made else ():
+        for at, mark in enumerate(key):
+            if mark in ".@" and key[:at] in made:
+                return key[:at]
+    return ""
+
+
+def misnamed(component: str, about: Mapping[str, Any]) -> list[str]:
+    """Names of adapters, anywhere below a component, that could not be directories."""
+    return sorted(name for configs in _below(component, about).values() for name in configs if not NAME.fullmatch(name))
 
 
 def _place(component: str, about: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Where in the module PEFT's model is, and its adapters' configurations."""
     name, _, below = component.partition(".")
     places: dict[str, Any] = about.get("peft", {})
-    found = {path: adapters for path, adapters in places.items() if f"{path}.".startswith(f"{below}." if below else "")}
+    found = _below(component, about)
     if not places:
-        raise ExportError(component, "has no adapters of PEFT; --format hf writes it as it is")
+        raise ExportError(component, NONE)
     if len(found) != 1:
         there = ", ".join(f"{name}.{path}".rstrip(".") for path in places) or "none"
         raise ExportError(component, f"one model of PEFT is exported at a time, here there are: {there}")
     path, adapters = next(iter(found.items()))
     return path[len(below) :].lstrip("."), adapters
+
+
+def _below(component: str, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By the place of each wrapped model in the component, its adapters' configurations."""
+    below = component.partition(".")[2]
+    places: dict[str, dict[str, Any]] = about.get("peft", {})
+    return {path: found for path, found in places.items() if f"{path}.".startswith(f"{below}." if below else "")}
 
 
 def _of_adapter(there: Iterable[Entry], place: str, adapter: str) -> list[Entry]:

@@ -274,7 +274,9 @@ def _explain(phase: str, details: list[Any]) -> None:
 def _difference(phase: str, key: str, answers: dict[str, list[int]]) -> RankFailure:
     odd = min(answers.values(), key=len)
     text = "; ".join(f"{said} on ranks {tuple(ranks)}" for said, ranks in answers.items())
-    said = f"{key} is not the same on all ranks: {text}; {_remedy(answers)}"
+    said = f"{key} is not the same on all ranks: {text}"
+    if not claims.is_option(key):
+        said = f"{said}; {_remedy(answers)}"
     return RankFailure(odd[0], phase, "StateMismatchError", said)
 
 

@@ -9,7 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcpsvc.errors import ConfigError, SharingError
+from dcpsvc.format import peft
 from dcpsvc.format.shardfile import INNER
+from dcpsvc.state import origin
 from dcpsvc.state.collected import Collected
 from dcpsvc.state.metrics import has_metrics
 from dcpsvc.state.module import ModuleComponent
@@ -52,15 +54,21 @@ class AppState:
         self.components()
 
     def check_module(self, name: str) -> None:
-        """That a name, or what is before its first dot, is a module's.
+        """That a name, or what is before its first dot, is a module's, and a folder of its adapters could be made.
 
         Raises:
-            ConfigError: It is not.
+            ConfigError: It is not, or an adapter of it has a name that could not be a directory.
         """
         component = name.split(".", 1)[0]
-        if not _is_module(self._state.get(component)):
+        value = self._state.get(component)
+        if not _is_module(value):
             there = ", ".join(name for name, value in self._state.items() if _is_module(value)) or "none"
             raise ConfigError(f"adapter_folder={name!r}: the state has no such module; there are: {there}")
+        module = unwrap(bare(value))
+        if bad := peft.misnamed(name, origin.described(module, Names(module))):
+            raise ConfigError(
+                f"adapter_folder={name!r}: the adapter {bad[0]!r} would be a directory of that name; {peft.REMEDY}"
+            )
 
     @property
     def mapping(self) -> MutableMapping[str, Any]:

@@ -52,6 +52,11 @@ def of_option(name: str, value: str | None) -> Claims:
     return {} if value is None else {name: {name: value}}
 
 
+def is_option(key: str) -> bool:
+    """Whether a key is of :func:`of_option`."""
+    return " " in component_of(key)
+
+
 def component_of(key: str) -> str:
     """The name in the user's mapping that a key belongs to."""
     return key.split(".", 1)[0].split("@", 1)[0]

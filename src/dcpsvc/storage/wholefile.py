@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import xxhash
 
-from dcpsvc.errors import CorruptShardError, StoreNotFoundError
+from dcpsvc.errors import CorruptShardError, StoreError, StoreNotFoundError
 from dcpsvc.format.adapter import AdapterFile
 from dcpsvc.storage import posixfile
 from dcpsvc.storage.base import stream
 from dcpsvc.storage.oserror import from_os_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
     from typing import BinaryIO
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """A new file, hashed on the way. One thread at a time.
+    """A new file, hashed on the way. One thread at a time, but for :meth:`close`.
+
+    A thread may be left behind in a call that hangs: the file stays open as long, so that no other gets its number.
 
     Args:
         path: Where to; what a killed process left there is lost.
@@ -33,43 +37,61 @@ class Writer:
         self._path, self._key = path, key
         self._file: BinaryIO | None = None
         self._hashed, self._nbytes = xxhash.xxh3_128(), 0
+        self._lock = threading.Lock()
+        self._busy = self._unwanted = False
 
     def write(self, part: bytes | memoryview) -> None:
         """More of it.
 
         Raises:
-            StoreError: The disk does not take it.
+            StoreError: The disk does not take it, or the file is closed.
         """
-        try:
+        with self._working():
             if self._file is None:
                 posixfile.make_directory(self._path.parent)
                 self._file = self._path.open("wb")
             self._hashed.update(part)
             posixfile.write_all(self._file.fileno(), part)
-        except OSError as err:
-            raise from_os_error("write", str(self._path), err) from err
         self._nbytes += len(part)
 
     def finish(self) -> AdapterFile:
         """Durable when this returns.
 
         Raises:
-            StoreError: The disk does not take it.
+            StoreError: The disk does not take it, or the file is closed.
         """
-        try:
+        with self._working():
             if self._file is not None:
                 os.fsync(self._file.fileno())
             for directory in (self._path.parent, self._path.parent.parent):
                 posixfile.sync_directory(directory)
-        except OSError as err:
-            raise from_os_error("write", str(self._path), err) from err
         self.close()
         return AdapterFile(path=self._key, nbytes=self._nbytes, digest=self._hashed.hexdigest())
 
     def close(self) -> None:
-        """It is whole, or nobody wants it."""
-        if self._file is not None:
+        """It is whole, or nobody wants it. From any thread; one that is in a call closes it instead, when that ends."""
+        with self._lock:
+            self._unwanted = True
+            busy = self._busy
+        if self._file is not None and not busy:
             self._file.close()
+
+    @contextlib.contextmanager
+    def _working(self) -> Generator[None]:
+        with self._lock:
+            if self._unwanted:
+                raise StoreError("write", str(self._path), "the file is closed already")
+            self._busy = True
+        try:
+            yield
+        except OSError as err:
+            raise from_os_error("write", str(self._path), err) from err
+        finally:
+            with self._lock:
+                self._busy = False
+                unwanted = self._unwanted
+            if unwanted:
+                self.close()
 
 
 def prove(store: ReadableStore, file: AdapterFile) -> None:

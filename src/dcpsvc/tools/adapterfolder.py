@@ -30,7 +30,7 @@ def remake(
     """Write the folder that belongs to shards which are whole at ``target`` already.
 
     Raises:
-        ExportError: The module has no adapters of PEFT any more.
+        ExportError: The module has no adapters of PEFT any more, or one has a tensor that is made of others.
         CorruptShardError: A shard is damaged, or the store does not give back what it was given.
         StoreError: The store does not answer, or does not take it.
     """
@@ -38,6 +38,7 @@ def remake(
     files: list[AdapterFile] = []
     with tempfile.TemporaryDirectory(prefix="dcpsvc-") as scratch:
         for adapter in peft.adapters(component, source.about(), source.entries(None)):
+            source.check_plain(adapter.entries)
             prefix = f"{attempt.adapter}{adapter.below}"
             model = source.safetensors(ordered(adapter.entries))
             files.append(_written(target, f"{prefix}{peft.CONFIG}", Path(scratch), [adapter.config]))

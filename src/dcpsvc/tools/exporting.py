@@ -206,9 +206,12 @@ def export_peft(
         CorruptShardError: The checkpoint is damaged; names the file.
     """
     with source.held():
-        adapters = peft.adapters(source.component, source.about(), source.entries(dtype))
-        about = {"format": "peft", "dtype": dtype, "component": source.component}
-        folder = Folder(directory, about | source.identity())
+        about = source.about()
+        if not about.get("peft"):
+            raise ExportError(source.component, f"{peft.NONE}; --format hf writes it as it is")
+        adapters = peft.adapters(source.component, about, source.entries(dtype))
+        kind = {"format": "peft", "dtype": dtype, "component": source.component}
+        folder = Folder(directory, kind | source.identity())
         for adapter in adapters:
             source.check_plain(adapter.entries)
             folder.write(f"{adapter.below}{peft.MODEL}", source.safetensors(ordered(adapter.entries), progress))
