@@ -122,5 +122,5 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
             found[at] = _copied(item, known)
         return found
     if type(value) is tuple:
-        return tuple(_copied(item, known) for item in cast("tuple[Any, ...]", value))
+        return tuple(_copied(item, known) for item in value)
     return copy.copy(value) if type(value) is set else value
