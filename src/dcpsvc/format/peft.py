@@ -87,7 +87,7 @@ def outer(entries: Iterable[Entry], made: Collection[str]) -> str:
     """The first tensor made of others, as quantized weights are, that an entry is inside of; empty if there is none.
 
     Args:
-        entries: Of an adapter.
+        entries: Of an adapter, or of a whole module.
         made: Keys of such tensors.
     """
     for key in (entry.key for entry in entries) if made else ():

@@ -96,7 +96,7 @@ def begun(name: str, view: View, parameter: torch.Tensor) -> dict[str, Any]:
         with torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
             bare(aside)
         return cast("dict[str, Any]", aside.state[zeros])
-    except Exception as err:
+    except Exception as err:  # whatever the step of somebody else's optimizer does: it is told, nothing is touched
         reason = (
             "was saved of a kind that only the optimizer can make, and it has none yet: call its step() once before"
         )

@@ -67,13 +67,9 @@ class Tensors:
             ExportError: Some are what is inside tensors of a class of their own, as quantized weights are.
         """
         made = {key for rank, said in self._documents(*self._shards) for key in said.get(f"{INNER}@{rank}", {})}
-        for entry in entries if made else ():
-            outer = next(
-                (entry.key[:at] for at, mark in enumerate(entry.key) if mark in ".@" and entry.key[:at] in made), ""
-            )
-            if outer:
-                reason = "is made of others, which such a folder cannot say; --format torch or dcp gives those by name"
-                raise ExportError(outer, f"{reason}, or load it and export what it stands for")
+        if outer := peft.outer(entries, made):
+            reason = "is made of others, which such a folder cannot say; --format torch or dcp gives those by name"
+            raise ExportError(outer, f"{reason}, or load it and export what it stands for")
 
     def about(self) -> dict[str, Any]:
         """What the module said about itself."""
