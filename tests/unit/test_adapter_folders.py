@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,6 @@ from dcpsvc.tools import adapterfolder, exporting
 from dcpsvc.tools.exporting import Source
 from tests.unit.one_process import save
 from tests.unit.scaled import Layer, scaled
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SECONDS = 30
 BAD = ["/home/u/x", "../x", "..", ".hidden", "my adapter", "süß", "a/b", ""]
@@ -81,11 +80,13 @@ def test_an_adapter_whose_name_is_no_directory_below_the_folder_is_refused_by_na
 
 
 def test_an_export_writes_nothing_outside_of_its_directory(tmp_path: Path) -> None:
-    save(tmp_path, {"model": Adapted(str(tmp_path / "elsewhere"), "default")})
-    with pytest.raises(ExportError, match=r"the adapter '/.*elsewhere' would be a directory"):
-        exporting.export_peft(Source(open_root(tmp_path / "root"), 1, "model"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "elsewhere").exists()
+    with tempfile.TemporaryDirectory(dir="/tmp") as there:  # no module has a name with a point in it: tmp_path may
+        elsewhere = Path(there) / "elsewhere"
+        save(tmp_path, {"model": Adapted(str(elsewhere), "default")})
+        with pytest.raises(ExportError, match=r"the adapter '/.*elsewhere' would be a directory"):
+            exporting.export_peft(Source(open_root(tmp_path / "root"), 1, "model"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert not elsewhere.exists()
 
 
 @pytest.mark.parametrize("component", ["model", "model.inside"])
