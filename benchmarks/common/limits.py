@@ -26,7 +26,7 @@ class Limits:
         self._directory = Path(directory)
         self._buffers = [mmap.mmap(-1, self._share_nbytes) for _ in range(ranks)]  # page-aligned, as O_DIRECT asks
         self._targets = [np.frombuffer(buffer, dtype=np.uint8) for buffer in self._buffers]
-        self._source = np.random.default_rng(0).integers(0, 255, min(256 << 20, self._share_nbytes), dtype=np.uint8)
+        self._sources = [_random(self._share_nbytes) for _ in range(ranks)]  # each its own, as states are: no cache helps
         self._together(self._copy)
 
     def measure(self):
@@ -45,10 +45,7 @@ class Limits:
         return time.process_time() - began
 
     def _copy(self, number):
-        target, step = self._targets[number], len(self._source)
-        for begin in range(0, len(target), step):
-            part = target[begin : begin + step]
-            np.copyto(part, self._source[: len(part)])
+        np.copyto(self._targets[number], self._sources[number])
 
     def _write(self, number):
         path = self._directory / f"raw-{number}"
@@ -82,3 +79,8 @@ class Limits:
         for path in self._directory.glob("raw-*"):
             path.unlink()
         return seconds
+
+
+def _random(nbytes):
+    """Bytes in memory of their own."""
+    return np.resize(np.random.default_rng(0).integers(0, 255, _BLOCK_NBYTES, dtype=np.uint8), nbytes)
