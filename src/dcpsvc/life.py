@@ -32,7 +32,7 @@ from dcpsvc.events import Point
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
 from dcpsvc.lateness import OWN, slowest
-from dcpsvc.preflight import DiskNeed
+from dcpsvc.preflight import DiskNeed, Size
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.retention import Retention
 from dcpsvc.stages import ack, commit, upload
@@ -124,18 +124,18 @@ class Life:
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
 
-    def check_room(self, nbytes: int | None) -> None:
+    def check_room(self, size: Size | None) -> None:
         """Whether the local disks can take a first save. Collective; before the first step.
 
         Args:
-            nbytes: What this rank would write; None if it does not know yet.
+            size: Of what this rank would write; None if it does not know yet.
 
         Raises:
             RootError: They cannot, even without what is whole at the run root; the same on every rank.
         """
         path = self._run.local_path
         try:
-            need: Any = DiskNeed.measure(path, rank=self._job.rank, need_nbytes=nbytes or 0)
+            need: Any = DiskNeed.measure(path, rank=self._job.rank, size=size or Size(0))
         except OSError as err:
             need = RankFailure(self._job.rank, "open", type(err).__name__, str(err))
         try:
