@@ -1,7 +1,7 @@
 """The folder of PEFT of a checkpoint: put together of all ranks' shards before the first acknowledgement.
 
-The ranks exchange their parts of the adapter over our own group, some MiB at a time, by ``all_gather``; rank 0 writes
-the files on its node's disk beside its shard. From then on they share that shard's fate.
+The ranks send their parts of the adapter to rank 0 over our own group, some MiB at a time; it writes the files on its
+node's disk beside its shard. From then on they share that shard's fate.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Folders:
         try:
             for adapter in adapters:
                 failures += _tried(functools.partial(_check_plain, adapter.entries, made))
-                arriving = self._exchange(disk, shard, ordered(adapter.entries))
+                arriving = self._arriving(disk, shard, ordered(adapter.entries))
                 if self.job.coordinates and not failures:
                     writers.append(self._writer(attempt, adapter, peft.MODEL))
                     failures += _tried(functools.partial(_write, disk, writers[-1], _model(adapter, arriving)))
@@ -179,7 +179,7 @@ class Folders:
             raise RefusalError([RankFailure(0, "adapter", type(err).__name__, str(err))]) from err
         return about
 
-    def _exchange(self, disk: Disk, shard: VerifiedShard, entries: list[Entry]) -> Generator[tuple[Piece, memoryview]]:
+    def _arriving(self, disk: Disk, shard: VerifiedShard, entries: list[Entry]) -> Generator[tuple[Piece, memoryview]]:
         """On rank 0 every piece, in order. What goes wrong here is raised when nobody waits any more.
 
         The others wait in a collective for what a disk does here and what is done with the pieces: it ends before they
@@ -187,13 +187,14 @@ class Folders:
         """
         failure: Exception | None = None
         for pieces in rounds.rounds(entries):
-            mine = b""
+            sizes = rounds.sizes(pieces, self.job.world_size)
+            mine = bytearray(sizes[self.job.rank])
             try:
-                if failure is None:
+                if failure is None and mine:
                     mine = disk.within(functools.partial(self._read, shard, pieces))
             except Exception as err:  # noqa: BLE001 - see above
                 failure = err
-            said = self.job.group.all_gather(rounds.sealed(mine))
+            said = self.job.group.gather(mine, sizes)
             disk.begin(self.sync.timeout_s * _SHARE)
             if failure is None and self.job.coordinates:
                 try:
@@ -205,9 +206,9 @@ class Folders:
         if failure is not None:
             raise failure
 
-    def _read(self, shard: VerifiedShard, pieces: Iterable[Piece]) -> bytes:
+    def _read(self, shard: VerifiedShard, pieces: Iterable[Piece]) -> bytearray:
         mine = (piece for piece in pieces if piece.chunk.rank == self.job.rank)
-        return b"".join(shard.read(piece.chunk.begin, piece.chunk.begin + piece.nbytes) for piece in mine)
+        return rounds.sealed(shard.read(piece.chunk.begin, piece.chunk.begin + piece.nbytes) for piece in mine)
 
 
 @functools.lru_cache(maxsize=2)  # the layout is the same from save to save
