@@ -14,7 +14,6 @@ from dcpsvc.outline import Large
 from dcpsvc.state import division
 from dcpsvc.state.division import Structure
 from dcpsvc.state.replicas import LARGE_NBYTES
-from dcpsvc.state.saved import own_name
 from dcpsvc.state.saveplan import ShardPlan
 
 if TYPE_CHECKING:
@@ -104,9 +103,8 @@ def folder_nbytes(component: str | None, collected: Collected, pieces: Iterable[
     """What of one rank's shard becomes part of the folder of PEFT, if one is asked for."""
     if component is None:
         return 0
-    name = component.split(".", 1)[0]
-    about = collected.documents.get(name) or collected.own_documents.get(own_name(name, collected.rank))
-    return peft.held_nbytes(component, about, pieces) if isinstance(about, dict) else 0
+    about = peft.description(component, collected.documents | collected.own_documents, collected.rank)
+    return peft.held_nbytes(component, about, pieces)
 
 
 class Layouts:

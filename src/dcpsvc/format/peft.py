@@ -46,6 +46,13 @@ class Adapter:
     entries: list[Entry]
 
 
+def description(component: str, documents: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """What a module says about itself in the documents of a rank; empty if that rank says nothing."""
+    name = component.partition(".")[0]
+    found = documents.get(name) or documents.get(f"{name}@{rank}")
+    return found if isinstance(found, dict) else {}
+
+
 def entries(layout: Layout, component: str) -> list[Entry]:
     """Every tensor of a module once, by its name in the module; further names of a tied one are left out."""
     prefix = f"{component}."
