@@ -253,7 +253,7 @@ def test_a_shard_that_is_not_as_it_was_written_is_named_by_its_rank_and_the_next
     for raised in values(run_ranks(2, save_beside_rot, tmp_path / "root")):
         for failure in raised["failures"]:  # of the two ranks that know, whoever says it first
             named_here = "rank-00001.safetensors" if failure["rank"] == 1 else "rank 1 did not send what it has"
-            assert failure["error"] == "CorruptShardError"
+            assert (failure["phase"], failure["error"]) == ("adapter", "CorruptShardError")
             assert named_here in failure["text"]
     assert set(named(tmp_path / "root")) == {(2, name) for name in FILES}
     assert stored(tmp_path / "root") == set(named(tmp_path / "root"))
