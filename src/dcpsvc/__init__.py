@@ -44,11 +44,10 @@ It becomes a checkpoint, on the uploader thread:
 
 ======================  =================================================================================
 uploader, life          the background thread; one save up to its commit: the order of the stages
-stages                  stage shard ack upload commit retain, discover restore; none knows another;
+stages                  stage shard adapter ack upload commit retain, discover restore; none knows another;
                         retain is the only way anything is deleted, by a job and by ``dcpsvc gc``
 contribution, outcomes  what one rank does for it: what goes wrong becomes a value, and all get one error
 carrying, lateness      a rank's files on their way; whom the others waited for
-adapters                the folder of PEFT, if asked for, put together of all ranks' shards
 catalog, retention      what is known to be committed; the round of deletions after each commit
 annotating              metrics and pins that the job adds later
 ======================  =================================================================================
@@ -80,7 +79,7 @@ state                   modules, optimizers and values as named tensors and JSON
 ranks                   meetings on the c10d store, our own gloo group, agreed extra saves
 storage                 where bytes endure: posix, memory, any fsspec URL
 format                  the files of a run root: manifest, layout, shard
-deadline, progress      a deadline for what has none; how far a long operation is
+deadline, progress      a deadline for what has none, and the clock; how far a long operation is
 linux, whereabouts      system calls that Python lacks; which host, network and page cache this is
 ======================  =================================================================================
 

@@ -7,11 +7,13 @@ import time
 from typing import TYPE_CHECKING
 
 from dcpsvc.events import Point
+from dcpsvc.preflight import mebibytes
 
 if TYPE_CHECKING:
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.pending import Statistics
+    from dcpsvc.preflight import Size
     from dcpsvc.ranks.job import Job
     from dcpsvc.resuming import Resumed
     from dcpsvc.settling import OpenRun
@@ -26,9 +28,9 @@ class Announcer:
         self._job, self._run, self._options, self._events = job, run, options, events
         self._began = time.monotonic()
 
-    def opened(self, newest: int | None, predicted_nbytes: int | None) -> None:
+    def opened(self, newest: int | None, predicted: Size | None) -> None:
         """Destination, schedule and size, before the first step."""
-        size = "unknown" if predicted_nbytes is None else f"{predicted_nbytes / 2**20:.1f} MiB"
+        size = "unknown" if predicted is None else mebibytes(predicted.shard_nbytes)
         detail = (
             f"root={self._run.remote.url} local={self._run.local_path} run_id={self._run.run_id} "
             f"world_size={self._job.world_size} epoch={self._run.settled.epoch.number} newest={newest} "

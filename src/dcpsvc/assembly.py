@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dcpsvc.config import Options
     from dcpsvc.events import Event
     from dcpsvc.opening import Place
+    from dcpsvc.preflight import Size
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
     from dcpsvc.storage.base import Store
@@ -44,7 +45,7 @@ class Assembly:
     Attributes:
         job: The ranks.
         run: The tiers, and this rank's place in them.
-        predicted_nbytes: What this rank would write for a save now; None if that is not known yet.
+        predicted: What this rank would write for a save now; None if that is not known yet.
     """
 
     job: Job
@@ -61,7 +62,7 @@ class Assembly:
     stepping: Stepping
     ending: Ending
     standing: Standing
-    predicted_nbytes: int | None
+    predicted: Size | None
 
 
 def assemble(
@@ -93,7 +94,7 @@ def assemble(
     life = Life(job, run, options, events, catalog)
     uploader = Uploader(life, functools.partial(let_go, job, run), functools.partial(flush, observer))
     saver = Saver(job, run, state, life, events, options=options, versions=versions)
-    predicted_nbytes = _with_room(life, saver, uploader)
+    predicted = _with_room(life, saver, uploader)
     last = LastStep(state, job.rank)
     saves = Saves(Admission(job, options, uploader), saver, uploader, last, catalog=catalog, events=events)
     steering = Steering(job, options, functools.partial(saves.is_overdue, options.every))
@@ -101,7 +102,7 @@ def assemble(
     annotator = Annotator(job, remote, catalog, lambda: uploader.under_way, options.upload_timeout_s)
     return Assembly(
         job=job, run=run, catalog=catalog, uploader=uploader, saver=saver, saves=saves, last=last, steering=steering,
-        announcer=announcer, annotator=annotator, predicted_nbytes=predicted_nbytes,
+        announcer=announcer, annotator=annotator, predicted=predicted,
         guard=Guard(options.divergence, job, annotator, steering.ask_to_stop),
         stepping=Stepping(
             options=options, catalog=catalog, saver=saver, saves=saves, last=last, steering=steering,
@@ -126,15 +127,15 @@ def _opened(job: Job, remote: Store, options: Options) -> Place:
         raise
 
 
-def _with_room(life: Life, saver: Saver, uploader: Uploader) -> int | None:
+def _with_room(life: Life, saver: Saver, uploader: Uploader) -> Size | None:
     """What this rank would write for a save now, if all local disks can take it."""
-    predicted_nbytes = saver.predicted_nbytes()
+    predicted = saver.predicted()
     try:
-        life.check_room(predicted_nbytes)
+        life.check_room(predicted)
     except BaseException:  # whatever it is, no thread stays behind, and the place is given back
         uploader.stop()
         raise
-    return predicted_nbytes
+    return predicted
 
 
 def _observer(options: Options, remote: Store, local_path: Path) -> Callable[[Event], None] | None:

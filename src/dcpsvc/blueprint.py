@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcpsvc.format import parts, shardfile
+from dcpsvc.format import parts, peft, shardfile
 from dcpsvc.format.digest import digest
 from dcpsvc.outline import Large
 from dcpsvc.state import division
@@ -17,9 +17,12 @@ from dcpsvc.state.replicas import LARGE_NBYTES
 from dcpsvc.state.saveplan import ShardPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
     from dcpsvc.format.parts import Part
+    from dcpsvc.format.shardfile import Piece
     from dcpsvc.state.collected import Collected
 
 
@@ -34,14 +37,16 @@ class Blueprint:
         placement: Where each piece lies in the file.
         plan: What DCP is told.
         part: This rank's part of the layout, as the ranks exchange it.
+        folder_nbytes: See :func:`folder_nbytes`.
     """
 
-    def __init__(self, collected: Collected, rank: int, world_size: int) -> None:
+    def __init__(self, collected: Collected, rank: int, world_size: int, folder: str | None = None) -> None:
         self._structure, self._aliases = Structure(collected), dict(collected.aliases)
         shares = division.shares(collected, rank, world_size)
         self.placement = shardfile.place(share.piece for share in shares)
         self.plan = ShardPlan(self.placement)
         self.part = parts.part(self.placement, rank, collected.aliases)
+        self.folder_nbytes = folder_nbytes(folder, collected, self.placement.pieces)
         by_name = {share.piece.name: share for share in shares}
         self._shares = [by_name[name] for name in self.placement.names]
         self._large = [n for n, share in enumerate(self._shares) if share.piece.nbytes >= LARGE_NBYTES]
@@ -68,12 +73,17 @@ class Blueprint:
 class Blueprints:
     """The last few: a state that changes its structure now and again mostly has one that it had. One thread at a time.
 
+    Args:
+        rank: This one.
+        world_size: Ranks in the job.
+        folder: Of which module there is a folder of PEFT; None: of none.
+
     Attributes:
         made: How many there were.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank, self._world_size = rank, world_size
+    def __init__(self, rank: int, world_size: int, folder: str | None = None) -> None:
+        self._rank, self._world_size, self._folder = rank, world_size, folder
         self._recent: list[Blueprint] = []
         self.made = 0
 
@@ -84,9 +94,17 @@ class Blueprints:
                 self._recent.insert(0, self._recent.pop(number))
                 return known
         del self._recent[STRUCTURES - 1 :]  # first: it takes memory for nothing
-        self._recent.insert(0, Blueprint(collected, self._rank, self._world_size))
+        self._recent.insert(0, Blueprint(collected, self._rank, self._world_size, self._folder))
         self.made += 1
         return self._recent[0]
+
+
+def folder_nbytes(component: str | None, collected: Collected, pieces: Iterable[Piece]) -> int:
+    """What of one rank's shard becomes part of the folder of PEFT, if one is asked for."""
+    if component is None:
+        return 0
+    about = peft.description(component, collected.documents | collected.own_documents, collected.rank)
+    return peft.held_nbytes(component, about, pieces)
 
 
 class Layouts:

@@ -81,7 +81,7 @@ class Checkpointer:
         self._resumes, self._closed, self._pid = 0, False, os.getpid()
         self._steering.start(self._run.run_id, self._standing.status)
         at_exit(self)
-        self._announcer.opened(self._catalog.newest, parts.predicted_nbytes)
+        self._announcer.opened(self._catalog.newest, parts.predicted)
 
     def __enter__(self) -> Self:
         """Nothing to do: the constructor opened everything."""

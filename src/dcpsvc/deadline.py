@@ -1,11 +1,11 @@
-"""A deadline for what has none: calls into a store's client library, which may hang."""
+"""A deadline for what has none: calls into a store's client library, or to a disk, which may hang; and the clock."""
 
 from __future__ import annotations
 
 import threading
 import time
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,3 +58,39 @@ def _run_into(work: Callable[[], T], done: Future[T]) -> None:
         done.set_exception(RuntimeError(f"{type(err).__name__}: {err}"))
     else:
         done.set_result(result)
+
+
+class Clock(Protocol):
+    """Time that only moves forward, and work that must end in time."""
+
+    def now(self) -> float:
+        """Seconds."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        ...
+
+    def bounded(
+        self, work: Callable[[], T], timeout_s: float, what: str, given_up: Callable[[], str] | None = None
+    ) -> T:
+        """See :func:`call`."""
+        ...
+
+
+class SystemClock:
+    """The machine's monotonic clock."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+    def bounded(
+        self, work: Callable[[], T], timeout_s: float, what: str, given_up: Callable[[], str] | None = None
+    ) -> T:
+        """On a thread that is left behind past the deadline."""
+        return call(work, timeout_s, what, given_up)

@@ -1,6 +1,6 @@
 """The life of one checkpoint, in order, on the uploader thread.
 
-stage (by the training thread) -> plan -> shard -> folder (if asked for) -> ack -> upload -> ack -> commit -> retain.
+stage (by the training thread) -> plan -> shard -> adapter (if asked for) -> ack -> upload -> ack -> commit -> retain.
 A failure on this rank becomes a value that is brought to the next meeting, so every rank hears of it; what the
 meeting says is the same error on every rank.
 """
@@ -14,7 +14,6 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcpsvc import outcomes
-from dcpsvc.adapters import Folders
 from dcpsvc.blueprint import Layouts
 from dcpsvc.carrying import Carrier
 from dcpsvc.contribution import Contribution
@@ -32,10 +31,10 @@ from dcpsvc.events import Point
 from dcpsvc.format.digest import digest
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
 from dcpsvc.lateness import OWN, slowest
-from dcpsvc.preflight import DiskNeed
+from dcpsvc.preflight import DiskNeed, Size
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.retention import Retention
-from dcpsvc.stages import ack, commit, upload
+from dcpsvc.stages import ack, adapter, commit, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,8 +58,7 @@ class Life:
     def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
         self._job, self._run, self._options, self._events = job, run, options, events
         self._retention = Retention(job, run, options, events, catalog)
-        self.catalog = catalog
-        self._layouts = Layouts()
+        self.catalog, self._layouts = catalog, Layouts()
         self.abandoned = threading.Event()
         self._mine = Contribution(job.rank, self.abandoned)
         self._previous: Save | None = None
@@ -70,10 +68,13 @@ class Life:
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
         self._folders = self._asked_for(options.adapter_folder)
 
-    def _asked_for(self, component: str | None) -> Folders | None:
+    def _asked_for(self, component: str | None) -> adapter.Folders | None:
         if component is None:
             return None
-        return Folders(job=self._job, tiers=self._run, component=component, meeting=self._work, sync=self._sync)
+        return adapter.Folders(
+            job=self._job, local=self._run.local, local_path=self._run.local_path, component=component,
+            meeting=self._work, sync=self._sync,
+        )  # fmt: skip
 
     def known_layout(self, part: Part) -> str:
         """Digest of the layout that the ranks made when this rank brought this very part; empty if never."""
@@ -124,18 +125,18 @@ class Life:
         assert isinstance(manifest, Manifest)  # noqa: S101 - a failure would have ended the meeting
         return manifest
 
-    def check_room(self, nbytes: int | None) -> None:
+    def check_room(self, size: Size | None) -> None:
         """Whether the local disks can take a first save. Collective; before the first step.
 
         Args:
-            nbytes: What this rank would write; None if it does not know yet.
+            size: Of what this rank would write; None if it does not know yet.
 
         Raises:
             RootError: They cannot, even without what is whole at the run root; the same on every rank.
         """
         path = self._run.local_path
         try:
-            need: Any = DiskNeed.measure(path, rank=self._job.rank, need_nbytes=nbytes or 0)
+            need: Any = DiskNeed.measure(path, rank=self._job.rank, size=size or Size(0))
         except OSError as err:
             need = RankFailure(self._job.rank, "open", type(err).__name__, str(err))
         try:
@@ -147,8 +148,7 @@ class Life:
         return self._mine.tried(save, "plan", lambda: self._retention.make_room(need))
 
     def _within(self, work: Callable[[], T], given_up: Callable[[], str] | None = None) -> T:
-        clock = self._job.rendezvous.clock
-        return clock.bounded(work, self._options.upload_timeout_s, "a call to the store", given_up)
+        return self._job.rendezvous.clock.bounded(work, self._options.upload_timeout_s, "a call to the store", given_up)
 
     def _folder(self, save: Save, record: _Record, layout: Any) -> tuple[_Record, AdapterFolder | None]:
         """Of PEFT, if one is asked for: beside rank 0's shard, before anybody says that all is durable."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dcpsvc.deadline import SystemClock
 from dcpsvc.ranks.proposals import STOP
-from dcpsvc.ranks.rendezvous import SystemClock
 from dcpsvc.stopsignals import StopSignals
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from dcpsvc.ranks.rendezvous import Clock
+    from dcpsvc.deadline import Clock
 
 EXIT_STOPPED = 75
 """Exit code of a job that was stopped before its end: EX_TEMPFAIL of sysexits.h, "try again later"."""

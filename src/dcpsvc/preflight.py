@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from dcpsvc import whereabouts
 from dcpsvc.format import shardfile
@@ -19,7 +19,7 @@ from dcpsvc.format.digest import BLOCK_NBYTES, table_nbytes
 from dcpsvc.format.keys import DATA, Attempt, attempt_below, writer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from dcpsvc.format.shardfile import Piece
     from dcpsvc.storage.base import Store
@@ -117,6 +117,18 @@ _VERSIONS = (
 # --- disk -----------------------------------------------------------------------------------------
 
 
+class Size(NamedTuple):
+    """What one rank's part of a save takes on disks.
+
+    Attributes:
+        shard_nbytes: Its shard, on its own node's.
+        folder_nbytes: What of that shard the folder of PEFT repeats, on rank 0's.
+    """
+
+    shard_nbytes: int
+    folder_nbytes: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskNeed:
     """What one rank is about to write, and the disk it goes to.
@@ -127,6 +139,7 @@ class DiskNeed:
         path: Where the local tier is.
         need_nbytes: Of everything that is not written yet.
         free_nbytes: Room this user has there; None where the file system does not say.
+        folder_nbytes: What folders of PEFT that are not made yet repeat of this rank's shards, on rank 0's disk.
     """
 
     rank: int
@@ -134,16 +147,21 @@ class DiskNeed:
     path: str
     need_nbytes: int
     free_nbytes: int | None
+    folder_nbytes: int = 0
 
     @classmethod
-    def measure(cls, path: Path, *, rank: int, need_nbytes: int) -> Self:
+    def measure(cls, path: Path, *, rank: int, size: Size) -> Self:
         """As of now.
 
         Raises:
             OSError: ``path`` is not there.
         """
-        disk = whereabouts.file_system(path)
-        return cls(rank=rank, disk=disk, path=str(path), need_nbytes=need_nbytes, free_nbytes=_free_nbytes(path))
+        disk, free_nbytes = whereabouts.file_system(path), _free_nbytes(path)
+        need_nbytes, folder_nbytes = size
+        return cls(
+            rank=rank, disk=disk, path=str(path), need_nbytes=need_nbytes, free_nbytes=free_nbytes,
+            folder_nbytes=folder_nbytes,
+        )  # fmt: skip
 
     def again(self) -> Self:
         """The same need, against the room of now."""
@@ -161,12 +179,13 @@ class DiskNeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortage:
-    """A disk without enough room for what its ranks are about to write."""
+    """A disk without enough room for what its ranks are about to write: shards, and on rank 0's the folder of PEFT."""
 
     path: str
     ranks: tuple[int, ...]
     need_nbytes: int
     free_nbytes: int
+    folder_nbytes: int = 0
 
     @property
     def missing_nbytes(self) -> int:
@@ -174,9 +193,10 @@ class Shortage:
         return self.need_nbytes - self.free_nbytes
 
     def __str__(self) -> str:
+        folder = f", {mebibytes(self.folder_nbytes)} of it for the adapter folder" if self.folder_nbytes else ""
         return (
             f"{self.path} has {mebibytes(self.free_nbytes)} free and ranks {self.ranks} need "
-            f"{mebibytes(self.need_nbytes)}: {mebibytes(self.missing_nbytes)} short"
+            f"{mebibytes(self.need_nbytes)}{folder}: {mebibytes(self.missing_nbytes)} short"
         )
 
 
@@ -185,14 +205,19 @@ def shortage(needs: Iterable[DiskNeed]) -> list[Shortage]:
     by_disk: dict[str, list[DiskNeed]] = defaultdict(list)
     for need in sorted(needs, key=lambda need: need.rank):
         by_disk[need.disk].append(need)
-    short: list[Shortage] = []
-    for sharing in by_disk.values():
-        needed = sum(need.need_nbytes for need in sharing)
-        free = min((need.free_nbytes for need in sharing if need.free_nbytes is not None), default=needed)
-        if needed > free:
-            ranks = tuple(need.rank for need in sharing)
-            short.append(Shortage(path=sharing[0].path, ranks=ranks, need_nbytes=needed, free_nbytes=free))
-    return short
+    folder_nbytes = sum(need.folder_nbytes for sharing in by_disk.values() for need in sharing)
+    found = (_room(sharing, folder_nbytes if sharing[0].rank == 0 else 0) for sharing in by_disk.values())
+    return [room for room in found if room.missing_nbytes > 0]
+
+
+def _room(sharing: Sequence[DiskNeed], folder_nbytes: int) -> Shortage:
+    """Of one disk what its ranks need against what it has, short or not."""
+    needed = sum(need.need_nbytes for need in sharing) + folder_nbytes
+    free = min((need.free_nbytes for need in sharing if need.free_nbytes is not None), default=needed)
+    ranks = tuple(need.rank for need in sharing)
+    return Shortage(
+        path=sharing[0].path, ranks=ranks, need_nbytes=needed, free_nbytes=free, folder_nbytes=folder_nbytes
+    )
 
 
 def file_nbytes(body_nbytes: int) -> int:

@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc import preflight
-from dcpsvc.blueprint import Blueprints
+from dcpsvc.blueprint import Blueprints, folder_nbytes
 from dcpsvc.errors import RankFailure, StateError
 from dcpsvc.events import Point
 from dcpsvc.garbage import uncollected
 from dcpsvc.outline import Outline
 from dcpsvc.pending import PendingSave
-from dcpsvc.preflight import DiskNeed
+from dcpsvc.preflight import DiskNeed, Size
 from dcpsvc.save import Save, meeting_place
 from dcpsvc.stages import ack, shard
 from dcpsvc.stages.stage import Gate
@@ -70,11 +70,12 @@ class Saver:
     ) -> None:
         self._job, self._run, self._state, self._life, self._events = job, run, state, life, events
         self._staging = Staging(job, options, self._has_held)
-        self._blueprints = Blueprints(job.rank, job.world_size)
+        self._blueprints = Blueprints(job.rank, job.world_size, options.adapter_folder)
         self._tries: dict[int, int] = {}
         self._unwritten: list[tuple[DcpShard, int]] = []
+        self._unmade: list[tuple[PendingSave, int]] = []
         self._versions = versions
-        self._folder = claims.of_option("adapter folder", options.adapter_folder)
+        self._folder = options.adapter_folder
         self._staged_with = 0
         self._has_said_replanned = self._is_prepared = False
 
@@ -186,7 +187,7 @@ class Saver:
         if save.shard is not None and not save.pending.staged.done():
             save.shard.refuse(InterruptedError("save() was interrupted"))
 
-    def predicted_nbytes(self) -> int | None:
+    def predicted(self) -> Size | None:
         """What this rank would write for a save now, at least: values aside, and optimizers only if they have begun.
 
         Reads references; copies and hashes nothing. None if the state cannot be read yet.
@@ -194,7 +195,8 @@ class Saver:
         try:
             collected = self._state.collect(self._job.rank, values=Collected(self._job.rank))
             shares = division.shares(collected, self._job.rank, self._job.world_size)
-            return preflight.predicted(share.piece for share in shares)
+            pieces = [share.piece for share in shares]
+            return Size(preflight.predicted(pieces), folder_nbytes(self._folder, collected, pieces))
         except Exception as err:  # noqa: BLE001 - a save will say what is wrong with it
             logger.debug("size of a save not known yet: %s", err)
             return None
@@ -203,7 +205,7 @@ class Saver:
         self._is_prepared = True
         self._staging.look_back()
         collected = self._state.collect(self._job.rank, values=values)
-        said = claims.claims(collected) | self._folder
+        said = claims.claims(collected) | claims.of_option("adapter folder", self._folder)
         blueprint = self._blueprint(collected)
         outline = self._outline(save, collected, blueprint)
         self._begin_shard(save, outline, blueprint, collected)
@@ -234,10 +236,12 @@ class Saver:
         return blueprint
 
     def _disk_need(self) -> DiskNeed:
-        """Of every shard that is not on the disk yet: this one, and those of saves still under way."""
+        """Of all that is not on the disk yet: of this save, and of those still under way."""
         self._unwritten = [(begun, nbytes) for begun, nbytes in self._unwritten if not begun.ended]
-        need_nbytes = sum(nbytes - begun.reserved_nbytes for begun, nbytes in self._unwritten)
-        return DiskNeed.measure(self._run.local_path, rank=self._job.rank, need_nbytes=need_nbytes)
+        self._unmade = [(pending, nbytes) for pending, nbytes in self._unmade if not pending.local.done()]
+        shards_nbytes = sum(nbytes - begun.reserved_nbytes for begun, nbytes in self._unwritten)
+        size = Size(shards_nbytes, sum(nbytes for _, nbytes in self._unmade))
+        return DiskNeed.measure(self._run.local_path, rank=self._job.rank, size=size)
 
     def _begin_shard(self, save: Save, outline: Outline, blueprint: Blueprint, collected: Collected) -> None:
         """Hand over to DCP."""
@@ -256,6 +260,7 @@ class Saver:
             staged.forget()
             raise
         self._unwritten.append((begun, preflight.file_nbytes(outline.nbytes)))
+        self._unmade.append((save.pending, blueprint.folder_nbytes))
         self._staging.begun(save, staged, begun, self._state.optimizers())
         if save.copying is None:
             save.pending.timings.stage_s = time.perf_counter() - began

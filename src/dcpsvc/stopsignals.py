@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
-    from dcpsvc.ranks.rendezvous import Clock
+    from dcpsvc.deadline import Clock
 
 logger = logging.getLogger("dcpsvc")
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from dcpsvc import deadline
+from dcpsvc.deadline import SystemClock
 from dcpsvc.errors import StoreError
 from dcpsvc.format.digest import digest
+from dcpsvc.storage.bounded import BoundedDisk, NewFiles
 from dcpsvc.storage.wholefile import Writer
 
 KEY = "data/step-000000000001.a/adapter/adapter_model.safetensors"
@@ -70,3 +72,63 @@ def test_nothing_is_written_to_a_file_that_was_closed_before(tmp_path: Path) -> 
     with pytest.raises(StoreError, match="closed already"):
         writer.write(b"late")
     assert not path.exists()
+
+
+# --- a disk that may hang -----------------------------------------------------------------------------
+
+
+class Still(SystemClock):
+    """Stands still until it is told how much time has passed."""
+
+    seconds = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+
+def test_what_a_disk_is_asked_for_has_one_deadline_for_all_of_it(tmp_path: Path) -> None:
+    clock = Still()
+    disk = BoundedDisk(clock, "a test")
+    for _ in range(2):
+        disk.begin(BOUND_S)
+        assert disk.within(lambda: "done") == "done"
+        clock.seconds += BOUND_S
+        with pytest.raises(TimeoutError, match="this node's disk took longer than 30 s over a test"):
+            disk.within(lambda: pytest.fail("there is no time left"))
+
+
+def test_what_the_disk_says_itself_comes_out_as_it_is() -> None:
+    disk = BoundedDisk(SystemClock(), "a test")
+    disk.begin(BOUND_S)
+    with pytest.raises(FileNotFoundError):
+        disk.within(Path("/nowhere").stat)
+
+
+def test_new_files_are_told_in_the_order_of_their_names_and_closed(tmp_path: Path) -> None:
+    disk = BoundedDisk(SystemClock(), "a test")
+    disk.begin(BOUND_S)
+    files = NewFiles(tmp_path, disk)
+    files.write("b/two", [b"t", b"wo"])
+    files.write("a/one", [b""])
+    files.write("a/one.more", [b"1"])
+    told = [(file.path, file.nbytes) for file in files.finish()]
+    assert told == [("a/one", 0), ("a/one.more", 1), ("b/two", 3)]
+    assert [(tmp_path / key).stat().st_size for key, _ in told] == [0, 1, 3]
+    files.close()
+    with pytest.raises(StoreError, match="closed already"):
+        files.finish()
+
+
+def test_files_that_nobody_wants_are_closed_though_one_of_them_hangs(tmp_path: Path) -> None:
+    disk = BoundedDisk(SystemClock(), "a test")
+    disk.begin(BOUND_S)
+    files = NewFiles(tmp_path, disk)
+    files.write("whole", [b"1"])
+    os.mkfifo(tmp_path / "pipe")
+    disk.begin(0.2)
+    with pytest.raises(TimeoutError, match=r"took longer than 0\.2 s"):
+        files.write("pipe", [b"nobody reads"])
+    disk.begin(BOUND_S)
+    files.close()
+    assert open_files(tmp_path / "whole") == []
+    os.close(os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK))  # whoever hangs there goes on

@@ -89,7 +89,7 @@ class SimShard:
 
 
 class SimFolders:
-    """As :class:`dcpsvc.adapters.Folders`: after a meeting rank 0 writes files of some bytes beside its shard."""
+    """As :class:`dcpsvc.stages.adapter.Folders`: after a meeting rank 0 writes files of some bytes beside its shard."""
 
     def __init__(self, host: Host, disk: Space, job: Job, meeting: Meeting) -> None:
         self._host, self._disk, self._job, self._meeting = host, disk, job, meeting

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from dcpsvc.format.keys import EPOCHS
-from dcpsvc.ranks.c10d import Group
+from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.storage.posix import PosixStore
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class WatchedStore:
         return getattr(self._store, name)
 
 
-class StallingGroup(Group):
+class StallingGroup(Exchange):
     """A group in which a rank can be caught between the two gathers of one ``all_gather``."""
 
     @classmethod

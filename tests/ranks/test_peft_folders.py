@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import dcpsvc
 from dcpsvc.cli import cli
 from dcpsvc.errors import ConfigError
 from dcpsvc.format.digest import digest
+from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 from dcpsvc.storage.open import open_store
 from dcpsvc.storage.posix import PosixStore
 from tests.ranks.harness import die, die_at, raised_by, run_ranks, values
+from tests.ranks.models import flip_byte
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -226,6 +229,59 @@ def test_a_disk_that_hangs_is_named_by_its_rank_and_the_next_save_is_made(tmp_pa
     assert all([failure["rank"] for failure in one["failures"]] == [0] for one in raised)
     assert all("this node's disk took longer than 3 s over the folder of adapters" in one.text for one in raised)
     assert set(named(tmp_path / "root")) == {(2, name) for name in FILES}
+
+
+def save_beside_rot(rank, world, root):
+    """The shard of rank 1 rots in the first save, when it is on the disk."""
+    local = root.parent / f"node-{rank}"
+
+    def rot(event):
+        if (rank, event.name, event.step) == (1, "shard-written", 1):
+            (shard,) = local.glob("*/data/step-000000000001*/*.safetensors")
+            flip_byte(shard)
+
+    with dcpsvc.Checkpointer(
+        root, {"model": adapter(2 * WIDE)}, local=local, adapter_folder="model", only="trainable", save_last=False,
+        sync_timeout_s=6, on_event=rot,
+    ) as ckpt:  # fmt: skip
+        error = raised_by(ckpt.save(1).wait)
+        ckpt.save(2).wait()
+    return error
+
+
+def test_a_shard_that_is_not_as_it_was_written_is_named_by_its_rank_and_the_next_save_is_made(tmp_path):
+    for raised in values(run_ranks(2, save_beside_rot, tmp_path / "root")):
+        for failure in raised["failures"]:  # of the two ranks that know, whoever says it first
+            named_here = "rank-00001.safetensors" if failure["rank"] == 1 else "rank 1 did not send what it has"
+            assert (failure["phase"], failure["error"]) == ("adapter", "CorruptShardError")
+            assert named_here in failure["text"]
+    assert set(named(tmp_path / "root")) == {(2, name) for name in FILES}
+    assert stored(tmp_path / "root") == set(named(tmp_path / "root"))
+
+
+def save_beside_a_death(rank, world, root, victim):
+    """The victim dies when the second save has come to send what it has of the adapter."""
+    if rank == victim:
+        dies, true = [False, True], Exchange.gather
+        Exchange.gather = lambda *given: die() if dies.pop(0) else true(*given)
+    ckpt = dcpsvc.Checkpointer(
+        root, {"model": adapter()}, local=root.parent / f"node-{rank}", adapter_folder="model", save_last=False,
+        sync_timeout_s=3,
+    )  # fmt: skip
+    ckpt.save(1).wait()
+    began = time.monotonic()
+    return raised_by(ckpt.save(2).wait), time.monotonic() - began
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_dies_sending_is_named_to_the_others_in_time_and_the_folder_before_stays(tmp_path, victim):
+    outcomes = run_ranks(3, save_beside_a_death, tmp_path / "root", victim)
+    assert outcomes[victim].signal == 9
+    for error, waited_s in (outcome.value for outcome in outcomes if outcome.rank != victim):
+        assert error.type == "RanksMissingError"
+        assert list(error["missing"]) == [victim]
+        assert waited_s < 3 * 3
+    assert set(named(tmp_path / "root")) == stored(tmp_path / "root") == {(1, name) for name in FILES}
 
 
 def save_plain(rank, world, root):

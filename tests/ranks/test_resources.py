@@ -261,3 +261,65 @@ def test_only_the_disk_that_is_short_is_named(tmp_path, disk):
         assert "ranks (1,) need 3.0 MiB" in failure["text"]
         assert str(locals_[0]) not in raised.text
     assert dcpsvc.list_checkpoints(root) == []
+
+
+# --- the folder of PEFT beside a shard ----------------------------------------------------------------
+
+
+class Config:
+    """As PEFT's is, as far as a checkpoint looks."""
+
+    def to_dict(self):
+        return {"peft_type": "LORA"}
+
+
+class Adapter(torch.nn.Module):
+    """As PEFT leaves one, of as many bytes as it is told."""
+
+    def __init__(self, nbytes):
+        super().__init__()
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(1024, nbytes // 4096, bias=False)})
+        self.peft_config = {"default": Config()}
+
+
+def save_with_a_folder(rank, world, root, local, nbytes):
+    """What the first save raised beside a filler, what it left on the disk; what one without a filler raised."""
+    with checkpointer(root, {"model": Adapter(nbytes)}, local=local, adapter_folder="model") as ckpt:
+        if rank == 0:
+            (local / "filler").write_bytes(bytes(10 * MIB))
+        dist.barrier()
+        raised, left = attempt(ckpt, 1), step_files(local, 1)
+        dist.barrier()
+        if rank == 0:
+            (local / "filler").unlink()
+        dist.barrier()
+        return raised, left, attempt(ckpt, 2)
+
+
+def test_a_disk_with_room_for_all_shards_but_not_for_the_folder_too_refuses_the_save_before_a_byte(tmp_path, disk):
+    root, local = tmp_path / "run", disk("nvme", 20 * MIB)
+
+    for raised, left, later in values(run_ranks(2, save_with_a_folder, root, local, 6 * MIB)):
+        (failure,) = raised["failures"]
+        assert (failure["phase"], failure["error"]) == ("plan", "StoreFullError")
+        assert f"{local}" in failure["text"]
+        assert "ranks (0, 1) need 12.0 MiB, 6.0 MiB of it for the adapter folder: 2." in failure["text"]
+        assert left == []
+        assert later is None
+    assert committed(root) == [2]
+
+
+def open_with_a_folder(rank, world, root, locals_, nbytes):
+    def opened():
+        return checkpointer(root, {"model": Adapter(nbytes)}, local=locals_[rank], adapter_folder="model")
+
+    return raised_by(opened)
+
+
+def test_the_disk_of_rank_0_alone_must_have_room_for_the_folder_and_that_is_said_before_the_first_step(tmp_path, disk):
+    root, locals_ = tmp_path / "run", [disk("nvme0", 8 * MIB), disk("nvme1", 4 * MIB)]
+
+    for raised in values(run_ranks(2, open_with_a_folder, root, locals_, 6 * MIB)):
+        assert raised.type == "RootError"
+        assert "8.0 MiB free and ranks (0,) need 9.0 MiB, 6.0 MiB of it for the adapter folder: 1.0 MiB" in raised.text
+        assert str(locals_[1]) not in raised.text.partition(": ")[2]

@@ -2,9 +2,10 @@
 
 import pytest
 
+from dcpsvc.deadline import SystemClock
 from dcpsvc.ranks.c10d import SoloStore
 from dcpsvc.ranks.proposals import QUIT, SAVE, STOP, Proposals
-from dcpsvc.ranks.rendezvous import Rendezvous, SystemClock
+from dcpsvc.ranks.rendezvous import Rendezvous
 
 
 class SlowSteps(SystemClock):

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import dcpsvc
+from dcpsvc import Event, Point
 from dcpsvc.errors import ConfigError, ExportError, SaveFailedError
 from dcpsvc.format import peft
 from dcpsvc.format.layout import Chunk, Tensor
 from dcpsvc.format.safetensors import Entry
+from dcpsvc.format.shardfile import Piece
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 from dcpsvc.tools import adapterfolder, exporting
@@ -120,6 +123,52 @@ def test_a_model_of_whose_adapters_nothing_is_saved_has_no_folder(tmp_path: Path
     model.bias = nn.Parameter(torch.zeros(2))
     with pytest.raises(SaveFailedError, match="holds no tensor of the adapters default, reference"):
         keeping(tmp_path, model, only="trainable")
+
+
+# --- its size, before it is made ------------------------------------------------------------------------
+
+
+def rows(key: str, first: int, last: int) -> Piece:
+    """Rows of a tensor of 6 by 2 float32."""
+    return Piece(key, "F32", (6, 2), (first, 0), (last - first, 2))
+
+
+def test_what_the_shards_hold_of_the_adapters_adds_up_to_the_tensors_of_the_folder() -> None:
+    names = [f"model.base_model.lora_A.{one}.weight" for one in ("default", "reference")]
+    base, other = rows("model.base_model.weight", 0, 6), rows("optim.base_model.lora_A.default.weight", 0, 6)
+    shards = [[rows(names[0], 0, 2), base], [rows(names[0], 2, 6), rows(names[1], 0, 5), other], [base]]
+    held = [peft.held_nbytes("model", about("default", "reference"), pieces) for pieces in shards]
+    assert held == [2 * 8, (4 + 5) * 8, 0]
+
+
+@pytest.mark.parametrize(("component", "told"), [("model", {}), ("other", about("default")), ("model", about("a/b"))])
+def test_of_a_module_that_no_folder_is_made_of_nothing_is_counted(component: str, told: dict[str, Any]) -> None:
+    pieces = [rows(f"model.base_model.lora_A.{name}.weight", 0, 6) for name in ("default", "a/b")]
+    assert peft.held_nbytes(component, told, pieces) == 0
+
+
+@pytest.mark.parametrize("wrap", [dcpsvc.Replicated, dcpsvc.Part])
+def test_the_tensors_of_a_folder_are_needed_on_the_disk_from_the_beginning_until_it_is_made(
+    tmp_path: Path, wrap: Any
+) -> None:
+    needed: list[int] = []
+
+    def look(event: Event) -> None:
+        if event.name == Point.SHARD_WRITTEN:
+            needed.append(saver._disk_need().folder_nbytes)
+
+    with dcpsvc.Checkpointer(
+        tmp_path / "root", {"model": wrap(Adapted("reference", "default"))}, local=tmp_path / "local",
+        adapter_folder="model", save_last=False, on_event=look,
+    ) as ckpt:  # fmt: skip
+        saver = ckpt._saver
+        predicted = saver.predicted()
+        ckpt.save(1).wait(SECONDS)
+        needed.append(saver._disk_need().folder_nbytes)
+    tensors = [load_file(file) for name, file in folder(tmp_path).items() if name.endswith(peft.MODEL)]
+    assert predicted is not None
+    assert predicted.folder_nbytes == sum(tensor.nbytes for found in tensors for tensor in found.values()) > 0
+    assert needed == [predicted.folder_nbytes, 0]
 
 
 # --- tensors made of others ---------------------------------------------------------------------------

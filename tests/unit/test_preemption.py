@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dcpsvc.deadline import SystemClock
 from dcpsvc.errors import ConfigError
 from dcpsvc.preemption import Preemption, TriggerFile
 from dcpsvc.ranks.proposals import STOP
-from dcpsvc.ranks.rendezvous import SystemClock
 from dcpsvc.stopsignals import AGAIN_S, StopSignals
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def test_sigusr1_may_come_as_often_as_it_likes_and_does_not_make_a_sigterm_the_s
 LIVE = """
     import ctypes, signal, sys, threading, time
     from dcpsvc.preemption import Preemption
-    from dcpsvc.ranks.rendezvous import SystemClock
+    from dcpsvc.deadline import SystemClock
 
     class Fast(SystemClock):
         def now(self):

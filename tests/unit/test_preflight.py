@@ -16,7 +16,7 @@ from dcpsvc.errors import StoreAccessError, StoreError
 from dcpsvc.format.digest import BLOCK_NBYTES
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.shardfile import Piece
-from dcpsvc.preflight import DiskNeed
+from dcpsvc.preflight import DiskNeed, Size
 from dcpsvc.storage.posix import PosixStore
 
 if TYPE_CHECKING:
@@ -156,9 +156,12 @@ def test_a_window_is_whole_blocks_within_the_budget_but_one_block_at_least(spare
 # --- disk -----------------------------------------------------------------------------------------
 
 
-def need(rank: int, disk: str, need_mib: int, free_mib: int | None) -> DiskNeed:
+def need(rank: int, disk: str, need_mib: int, free_mib: int | None, folder_mib: int = 0) -> DiskNeed:
     free = None if free_mib is None else free_mib * MIB
-    return DiskNeed(rank=rank, disk=disk, path=f"/nvme/{disk}", need_nbytes=need_mib * MIB, free_nbytes=free)
+    return DiskNeed(
+        rank=rank, disk=disk, path=f"/nvme/{disk}", need_nbytes=need_mib * MIB, free_nbytes=free,
+        folder_nbytes=folder_mib * MIB,
+    )  # fmt: skip
 
 
 def test_ranks_that_share_a_disk_need_room_for_all_of_them() -> None:
@@ -176,6 +179,17 @@ def test_every_short_disk_is_named() -> None:
     assert [(short.path, short.ranks) for short in preflight.shortage(needs)] == [("/nvme/b", (0,)), ("/nvme/a", (1,))]
 
 
+def test_what_a_folder_repeats_of_all_shards_is_needed_on_the_disk_of_rank_0_and_said() -> None:
+    needs = [need(2, "b", 6, 6, 2), need(0, "a", 5, 9, 1), need(1, "a", 0, 9, 2)]
+
+    (short,) = preflight.shortage(needs)
+
+    said = (
+        "/nvme/a has 9.0 MiB free and ranks (0, 1) need 10.0 MiB, 5.0 MiB of it for the adapter folder: 1.0 MiB short"
+    )
+    assert str(short) == said
+
+
 def test_the_smallest_room_anybody_saw_counts() -> None:
     assert preflight.shortage([need(0, "a", 2, 9), need(1, "a", 2, 3)])[0].free_nbytes == 3 * MIB
 
@@ -191,27 +205,27 @@ def test_nobody_needs_anything_nothing_is_short() -> None:
 
 
 def test_a_need_arrives_as_it_was_sent() -> None:
-    for sent in (need(3, "a", 5, 9), need(3, "a", 5, None)):
+    for sent in (need(3, "a", 5, 9, 4), need(3, "a", 5, None)):
         assert DiskNeed.from_json(sent.to_json()) == sent
 
 
 def test_a_measured_disk_is_the_one_the_path_is_on(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
-    found = DiskNeed.measure(tmp_path / "inside", rank=1, need_nbytes=7)
-    assert found.disk == DiskNeed.measure(tmp_path, rank=0, need_nbytes=0).disk
-    assert found.disk != DiskNeed.measure(Path("/proc"), rank=0, need_nbytes=0).disk
+    found = DiskNeed.measure(tmp_path / "inside", rank=1, size=Size(7, 3))
+    assert found.disk == DiskNeed.measure(tmp_path, rank=0, size=Size(0)).disk
+    assert found.disk != DiskNeed.measure(Path("/proc"), rank=0, size=Size(0)).disk
     assert found.free_nbytes is not None
     assert found.free_nbytes > 0
-    assert (found.again().rank, found.again().need_nbytes) == (1, 7)
+    assert (found.again().rank, found.again().need_nbytes, found.again().folder_nbytes) == (1, 7, 3)
 
 
 def test_a_file_system_that_says_0_of_everything_has_not_said_what_is_free() -> None:
-    assert DiskNeed.measure(Path("/proc"), rank=0, need_nbytes=0).free_nbytes is None
+    assert DiskNeed.measure(Path("/proc"), rank=0, size=Size(0)).free_nbytes is None
 
 
 def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        DiskNeed.measure(tmp_path / "nowhere", rank=0, need_nbytes=0)
+        DiskNeed.measure(tmp_path / "nowhere", rank=0, size=Size(0))
 
 
 def test_the_predicted_size_counts_header_tensors_documents_and_table() -> None:

@@ -43,13 +43,15 @@ def divided(
     return entries, values, files
 
 
-def sent(pieces: list[rounds.Piece], files: list[bytes]) -> list[bytes]:
-    """What the ranks give in a round."""
-    mine = [b""] * len(files)
+def sent(pieces: list[rounds.Piece], files: list[bytes]) -> list[bytearray]:
+    """What the ranks give in a round, of the sizes that all of them know."""
+    mine: list[list[bytes]] = [[] for _ in files]
     for piece in pieces:
         rank, begin = piece.chunk.rank, piece.chunk.begin
-        mine[rank] += files[rank][begin : begin + piece.nbytes]
-    return [rounds.sealed(data) for data in mine]
+        mine[rank].append(files[rank][begin : begin + piece.nbytes])
+    said = [rounds.sealed(parts) if parts else bytearray() for parts in mine]
+    assert rounds.sizes(pieces, len(files)) == [len(data) for data in said]
+    return said
 
 
 shapes = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=4)
@@ -70,11 +72,13 @@ def test_whoever_has_which_part_each_tensor_arrives_whole_and_in_order(
         assert all(len(pieces) == 1 or sum(piece.nbytes for piece in pieces) <= limit for pieces in found)
 
 
-@pytest.mark.parametrize("how", ["flipped", "short", "nothing"])
+@pytest.mark.parametrize("how", ["flipped", "short", "nothing", "zeros"])
 def test_what_a_rank_did_not_send_as_it_has_it_is_refused_with_its_number(how: str) -> None:
     entries, _, files = divided([(4, 4)], 2, [0])
     (pieces,) = rounds.rounds(entries)
     said = sent(pieces, files)
-    damaged = {"flipped": said[1][:-1] + b"x", "short": said[1][:-1], "nothing": b""}[how]
+    damaged = {
+        "flipped": said[1][:-1] + b"x", "short": said[1][:-1], "nothing": b"", "zeros": bytes(len(said[1])),
+    }  # fmt: skip
     with pytest.raises(CorruptShardError, match="rank 1 did not send"):
-        rounds.opened(pieces, [said[0], damaged])
+        rounds.opened(pieces, [said[0], bytearray(damaged[how])])

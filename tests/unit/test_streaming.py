@@ -395,17 +395,17 @@ def test_a_state_that_cannot_be_saved_is_refused_at_once_without_memory_too(tmp_
 def test_the_size_of_a_save_is_known_before_it_is_made(tmp_path: Path) -> None:
     state = state_of(1)
     with tight(tmp_path, state) as ckpt:
-        predicted = ckpt._saves._saver.predicted_nbytes()
+        predicted = ckpt._saves._saver.predicted()
         pending = ckpt.save(1)
         pending.wait(SECONDS)
     assert predicted is not None
     values_nbytes = sum(tensor.nbytes for tensor in state["values"]["tensors"].values())
-    assert 0 <= pending.timings.shard_nbytes - predicted - values_nbytes < BLOCK_NBYTES / 8
+    assert 0 <= pending.timings.shard_nbytes - predicted.shard_nbytes - values_nbytes < BLOCK_NBYTES / 8
 
 
 def test_a_state_that_cannot_be_read_yet_has_no_size_yet(tmp_path: Path) -> None:
     with tight(tmp_path, {"model": nn.Linear(2, 2, device="meta")}) as ckpt:
-        assert ckpt._saves._saver.predicted_nbytes() is None
+        assert ckpt._saves._saver.predicted() is None
 
 
 # --- peak memory, in a process of its own ---------------------------------------------------------

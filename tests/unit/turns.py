@@ -10,12 +10,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from dcpsvc.deadline import SystemClock
 from dcpsvc.errors import StoreError
 from dcpsvc.format import digest
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
 from dcpsvc.ranks.c10d import SoloStore
 from dcpsvc.ranks.job import Job
-from dcpsvc.ranks.rendezvous import Meeting, Rendezvous, SystemClock
+from dcpsvc.ranks.rendezvous import Meeting, Rendezvous
 from dcpsvc.storage import memory
 from dcpsvc.storage.memory import MemoryStore
 from dcpsvc.tiers import Tiers

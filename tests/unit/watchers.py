@@ -7,9 +7,10 @@ import json
 import threading
 from typing import TYPE_CHECKING, Self
 
+from dcpsvc.deadline import SystemClock
 from dcpsvc.ranks.c10d import SoloStore
 from dcpsvc.ranks.proposals import Proposals
-from dcpsvc.ranks.rendezvous import Rendezvous, SystemClock
+from dcpsvc.ranks.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dcpsvc.errors import ExportError
+from dcpsvc.format.layout import Tensor
 from dcpsvc.format.parse import dump
 from dcpsvc.format.safetensors import Entry
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from dcpsvc.format.layout import Layout
+    from dcpsvc.format.shardfile import Piece
 
 MODEL = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -42,6 +44,13 @@ class Adapter:
     below: str
     config: bytes
     entries: list[Entry]
+
+
+def description(component: str, documents: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """What a module says about itself in the documents of a rank; empty if that rank says nothing."""
+    name = component.partition(".")[0]
+    found = documents.get(name) or documents.get(f"{name}@{rank}")
+    return found if isinstance(found, dict) else {}
 
 
 def entries(layout: Layout, component: str) -> list[Entry]:
@@ -81,6 +90,25 @@ def left_out(component: str, about: Mapping[str, Any], found: Iterable[Adapter])
     """Names of the adapters that :func:`adapters` found no tensors of."""
     _, configs = _place(component, about)
     return sorted(configs.keys() - {adapter.name for adapter in found})
+
+
+def held_nbytes(component: str, about: Mapping[str, Any], pieces: Iterable[Piece]) -> int:
+    """What one shard holds of the adapters: together with the other shards, what the tensors of the folder take.
+
+    Args:
+        component: The module's name in the state, or a dotted beginning below it.
+        about: What the module says about itself; of one that no folder can be made of nothing is counted.
+        pieces: Of the shard.
+    """
+    prefix = f"{component}."
+    mine = [piece for piece in pieces if piece.key.startswith(prefix)]
+    tensors = {piece.key: Tensor(piece.dtype, piece.shape, ()) for piece in mine}
+    there = [Entry(key.removeprefix(prefix), key, tensor, tensor.dtype) for key, tensor in tensors.items()]
+    try:
+        keys = {entry.key for adapter in adapters(component, about, there) for entry in adapter.entries}
+    except ExportError:
+        return 0
+    return sum(piece.nbytes for piece in mine if piece.key in keys)
 
 
 def outer(entries: Iterable[Entry], made: Collection[str]) -> str:

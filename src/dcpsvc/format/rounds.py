@@ -50,12 +50,29 @@ def rounds(entries: Iterable[Entry]) -> Iterator[list[Piece]]:
         yield pieces
 
 
-def sealed(data: bytes) -> bytes:
-    """What one rank sends in a round: its pieces one after the other, behind their digest; nothing if it has none."""
-    return xxhash.xxh3_128_digest(data) + data if data else b""
+def sizes(pieces: Iterable[Piece], ranks: int) -> list[int]:
+    """Bytes that each rank sends in a round: its pieces one after the other, behind their digest; none if it has none.
+
+    Args:
+        pieces: Of the round.
+        ranks: How many there are.
+    """
+    found = [0] * ranks
+    for piece in pieces:
+        found[piece.chunk.rank] += piece.nbytes
+    return [DIGEST_NBYTES + nbytes if nbytes else 0 for nbytes in found]
 
 
-def opened(pieces: Sequence[Piece], said: Sequence[bytes]) -> list[tuple[Piece, memoryview]]:
+def sealed(parts: Iterable[bytes | memoryview]) -> bytearray:
+    """What one rank sends in a round that has pieces of it. So many zeros, instead, are of a rank that has failed."""
+    data = bytearray(DIGEST_NBYTES)
+    for part in parts:
+        data += part
+    data[:DIGEST_NBYTES] = _digest(data)
+    return data
+
+
+def opened(pieces: Sequence[Piece], said: Sequence[bytearray]) -> list[tuple[Piece, memoryview]]:
     """Each piece of a round with its bytes, out of what the ranks sent.
 
     Raises:
@@ -68,7 +85,8 @@ def opened(pieces: Sequence[Piece], said: Sequence[bytes]) -> list[tuple[Piece, 
         begin, begins[rank] = begins[rank], begins[rank] + piece.nbytes
         found.append((piece, memoryview(said[rank])[begin : begins[rank]]))
     for rank, end in begins.items():
-        if end > DIGEST_NBYTES and (len(said[rank]) != end or sealed(said[rank][DIGEST_NBYTES:]) != said[rank]):
+        data = said[rank]
+        if end > DIGEST_NBYTES and (len(data) != end or bytes(data[:DIGEST_NBYTES]) != _digest(data)):
             raise CorruptShardError(pieces[0].entry.key, f"rank {rank} did not send what it has of it")
     return found
 
@@ -81,6 +99,11 @@ def assembled(arriving: Iterable[tuple[Piece, memoryview]]) -> Iterator[memoryvi
             box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[box] = np.frombuffer(data, dtype=np.uint8).reshape(*chunk.sizes, -1)
         yield whole.reshape(-1).data
+
+
+def _digest(data: bytearray) -> bytes:
+    """Of what stands behind it."""
+    return xxhash.xxh3_128_digest(memoryview(data)[DIGEST_NBYTES:])
 
 
 def _cut(entry: Entry, chunk: Chunk) -> Iterator[Chunk]:

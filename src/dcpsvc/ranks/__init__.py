@@ -1,1 +1,1 @@
-"""How ranks find each other: arrivals on the c10d store, an all_gather on a group of our own."""
+"""How ranks find each other: arrivals on the c10d store, an all_gather, or a gather, on a group of our own."""

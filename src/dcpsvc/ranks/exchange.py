@@ -1,4 +1,4 @@
-"""A gloo group of all ranks for passing on large pieces: what one rank has read goes to those who need it."""
+"""A gloo group of all ranks for passing on large pieces: what a rank has goes to those who need it, and to no other."""
 
 from __future__ import annotations
 
@@ -49,6 +49,27 @@ class Exchange(Group):
         except RuntimeError as err:
             self.poisoned = True
             raise LostPeerError(str(err)) from None
+
+    def gather(self, data: bytearray, sizes: Sequence[int]) -> list[bytearray]:
+        """On rank 0 what every rank gave, in rank order; nothing on the others, which receive one byte.
+
+        All leave together, when rank 0 has everything: so nobody runs ahead, to wait for rank 0 through several calls.
+
+        Args:
+            data: Of this rank.
+            sizes: How many bytes each gives, as all ranks know.
+
+        Raises:
+            LostPeerError: A peer did not do its part in time; the group is of no use from then on.
+        """
+        said: list[bytearray] = []
+        if self._rank == 0:
+            said = [data, *map(bytearray, sizes[1:])]
+            self.swap([], [Parcel(rank, 0, memoryview(said[rank])) for rank in range(1, len(said)) if sizes[rank]])
+        else:
+            self.swap([Parcel(0, 0, memoryview(data))] if data else [], [])
+        self.broadcast(torch.zeros(1, dtype=torch.uint8))
+        return said
 
 
 def _tensor(parcel: Parcel) -> torch.Tensor:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as dist
 
-from dcpsvc.ranks.c10d import C10dStore, Group, SoloStore, group_for_dcp
+from dcpsvc.ranks.c10d import C10dStore, SoloStore, group_for_dcp
+from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.ranks.rendezvous import Meeting, Rendezvous
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     import torch
@@ -30,7 +31,7 @@ _BEATS_PER_TIMEOUT = 6
 
 
 class Gathering(Protocol):
-    """A group of all ranks for collectives of our own; see :class:`~dcpsvc.ranks.c10d.Group`."""
+    """A group of all ranks for collectives of our own; see :class:`~dcpsvc.ranks.exchange.Exchange`."""
 
     @property
     def generation(self) -> int:
@@ -48,6 +49,10 @@ class Gathering(Protocol):
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, in rank order."""
+        ...
+
+    def gather(self, data: bytearray, sizes: Sequence[int]) -> list[bytearray]:
+        """On rank 0 what every rank gave, in rank order."""
         ...
 
     def broadcast(self, data: torch.Tensor) -> torch.Tensor:
@@ -95,7 +100,7 @@ class Job:
         rendezvous = _next_place(Rendezvous(rank, world_size, store))
         incarnation = str(rendezvous.meet("open/join", None, lambda _: secrets.token_hex(4), Meeting(sync_timeout_s)))
         rendezvous.namespace = incarnation
-        group = Group(rank=rank, world_size=world_size, namespace=incarnation, timeout_s=sync_timeout_s)
+        group = Exchange(rank=rank, world_size=world_size, namespace=incarnation, timeout_s=sync_timeout_s)
         group.renew(0)
         dcp_group = group_for_dcp(sync_timeout_s)
         heart = Heart(rendezvous, sync_timeout_s / _BEATS_PER_TIMEOUT)

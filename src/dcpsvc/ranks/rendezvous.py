@@ -12,12 +12,11 @@ once: but a LostPeerError only says that somebody else has stopped. Who that is 
 from __future__ import annotations
 
 import json
-import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dcpsvc import deadline
+from dcpsvc.deadline import SystemClock
 from dcpsvc.errors import RankFailure
 from dcpsvc.ranks import messages
 from dcpsvc.ranks.silence import Pause, SignsOfLife
@@ -25,7 +24,7 @@ from dcpsvc.ranks.silence import Pause, SignsOfLife
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-T = TypeVar("T")
+    from dcpsvc.deadline import Clock
 
 
 _SUSPICION = 1.5
@@ -50,42 +49,6 @@ class KeyValue(Protocol):
     def delete(self, key: str) -> None:
         """Forget a key."""
         ...
-
-
-class Clock(Protocol):
-    """Time that only moves forward, and work that must end in time."""
-
-    def now(self) -> float:
-        """Seconds."""
-        ...
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        ...
-
-    def bounded(
-        self, work: Callable[[], T], timeout_s: float, what: str, given_up: Callable[[], str] | None = None
-    ) -> T:
-        """See :func:`dcpsvc.deadline.call`."""
-        ...
-
-
-class SystemClock:
-    """The machine's monotonic clock."""
-
-    def now(self) -> float:
-        """Seconds since some moment."""
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        time.sleep(seconds)
-
-    def bounded(
-        self, work: Callable[[], T], timeout_s: float, what: str, given_up: Callable[[], str] | None = None
-    ) -> T:
-        """On a thread that is left behind past the deadline."""
-        return deadline.call(work, timeout_s, what, given_up)
 
 
 class DisagreementError(Exception):

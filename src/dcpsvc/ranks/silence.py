@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dcpsvc.ranks.rendezvous import Clock, Rendezvous
+    from dcpsvc.deadline import Clock
+    from dcpsvc.ranks.rendezvous import Rendezvous
 
 
 class SignsOfLife:

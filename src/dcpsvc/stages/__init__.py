@@ -1,1 +1,1 @@
-"""The eight stages of a checkpoint's life. They never import each other; :mod:`dcpsvc.life` knows the order."""
+"""The stages of a checkpoint's life. They never import each other; :mod:`dcpsvc.life` knows the order."""

@@ -20,7 +20,7 @@ paging, threads         listings that come in parts; calls side by side
 storeclock              by which a store dates what is written
 shards, source          no unproven byte of a shard gets out; a shard as one store has it
 scatter, fetch          many ranges of one shard; what is needed of many
-wholefile               small files that are proven as a whole
+wholefile, bounded      small files that are proven as a whole; a disk that may hang
 unchanged               what an earlier shard at the same root has already
 ======================  ==============================================================================
 """
