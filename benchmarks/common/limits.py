@@ -26,7 +26,7 @@ class Limits:
         self._directory = Path(directory)
         self._buffers = [mmap.mmap(-1, self._share_nbytes) for _ in range(ranks)]  # page-aligned, as O_DIRECT asks
         self._targets = [np.frombuffer(buffer, dtype=np.uint8) for buffer in self._buffers]
-        self._sources = [_random(self._share_nbytes) for _ in range(ranks)]  # each its own, as states are: no cache helps
+        self._sources = [_random(self._share_nbytes) for _ in range(ranks)]  # no cache helps, as with states
         self._together(self._copy)
 
     def measure(self):
