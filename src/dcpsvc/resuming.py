@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dcpsvc import choosing, progress, sharing
+from dcpsvc import choosing, progress, together
 from dcpsvc.errors import (
     CorruptShardError,
     LayoutError,
@@ -26,12 +26,12 @@ from dcpsvc.preflight import mebibytes
 from dcpsvc.ranks.exchange import Exchange
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, RefusalError
 from dcpsvc.reader import CheckpointReader
-from dcpsvc.sharing import Sources
 from dcpsvc.stages import discover, restore
 from dcpsvc.stages.restore import Ready
 from dcpsvc.state import app as states
 from dcpsvc.state import fingerprint
 from dcpsvc.state.drift import Drift, Terms
+from dcpsvc.together import Sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,7 +128,7 @@ class Resuming:
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
     folder: Path | None = None
-    _sharing: bool = False
+    _together: bool = False
     _manifest: str = ""
     _layout: Layout | None = None
     _sources: Sources = field(default_factory=Sources)
@@ -154,7 +154,7 @@ class Resuming:
             if verdict["attempt"] is None:
                 self._check_fresh(step, rejected, verdict["all"])
                 return None
-            attempt, self._sharing = Attempt(*verdict["attempt"]), verdict["share"]
+            attempt, self._together = Attempt(*verdict["attempt"]), verdict["together"]
             self._manifest = verdict["manifest"]
             try:
                 summary, versions = self._load(attempt, terms)
@@ -191,7 +191,7 @@ class Resuming:
             "passed": choice.passed,
             "all": choice.steps,
             "manifest": _told(manifest),
-            "share": self.job.world_size > 1 and not cached,
+            "together": self.job.world_size > 1 and not cached,
         }
 
     def _find(self, step: int | None, tried: Sequence[Attempt]) -> Choice:
@@ -210,10 +210,10 @@ class Resuming:
     def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
         """Read and prove on every rank, agree that all could, then change the state."""
         where = f"load-{attempt}"
-        if self._sharing:
+        if self._together:
             loaded, lacking = self._agreed(f"{where}/looked", lambda: self._look(attempt, terms))
-            shared = self._shared(where, loaded) if lacking else None
-            loaded = shared or self._agreed(f"{where}/read", lambda: self._read(loaded))[0]
+            brought = self._brought(where, loaded) if lacking else None
+            loaded = brought or self._agreed(f"{where}/read", lambda: self._read(loaded))[0]
         else:
             loaded, _ = self._agreed(f"{where}/read", lambda: self._read(self._look(attempt, terms)))
         message = self._apply(loaded) or loaded.sources
@@ -244,7 +244,7 @@ class Resuming:
             manifests.loads(attempt.manifest, told.encode()) if told else discover.read_manifest(self.remote, attempt)
         )
         layout = self._layout or discover.read_layout(self.remote, found)
-        reader = CheckpointReader(found, layout, [*self.nearer, self.remote], once=self._sharing)
+        reader = CheckpointReader(found, layout, [*self.nearer, self.remote], once=self._together)
         saved = replace(
             reader.saved_for(self.job.rank),
             ranks=self.job.world_size,
@@ -254,7 +254,7 @@ class Resuming:
         )
         components = self.state.chosen(saved)
         wants = states.wants(components, saved)
-        return _Loaded(reader, components, saved, wants, found.versions, self._sharing and reader.lacks(wants))
+        return _Loaded(reader, components, saved, wants, found.versions, self._together and reader.lacks(wants))
 
     def _read(self, looked: _Loaded) -> _Loaded:
         return self._prepared(looked)
@@ -269,14 +269,14 @@ class Resuming:
             )  # fmt: skip
         return looked._replace(ready=ready)
 
-    def _shared(self, where: str, looked: _Loaded) -> _Loaded | None:
+    def _brought(self, where: str, looked: _Loaded) -> _Loaded | None:
         """Everything read by all ranks together; None, on all of them, if one could not: they go on by themselves."""
         loaded, why = looked, ""
         try:
-            loaded = self._within(lambda: self._share(where, looked))
+            loaded = self._within(lambda: self._read_together(where, looked))
         except Exception as err:  # noqa: BLE001 - whatever it is: reading alone says whether it can be read at all
             why = f"rank {self.job.rank}: {type(err).__name__}: {err}"
-        if reasons := self._meet(f"{where}/shared", why, lambda said: [each for each in said if each]):
+        if reasons := self._meet(f"{where}/together", why, lambda said: [each for each in said if each]):
             logger.log(
                 logging.WARNING if self.job.coordinates else logging.DEBUG,
                 "every rank reads the checkpoint by itself: %s", reasons[0],
@@ -284,14 +284,14 @@ class Resuming:
             return None
         return loaded
 
-    def _share(self, where: str, looked: _Loaded) -> _Loaded:
+    def _read_together(self, where: str, looked: _Loaded) -> _Loaded:
         job, received = self.job, 0
 
         def bring(needs: dict[int, Needs]) -> None:
             nonlocal received
             namespace = f"{job.incarnation}/{self.place}/{where}"
             exchange = Exchange(rank=job.rank, world_size=job.world_size, namespace=namespace, timeout_s=self.timeout_s)
-            received = sharing.together(exchange, job.rank, looked.reader.shards, needs, self._watch)
+            received = together.read(exchange, job.rank, looked.reader.shards, needs, self._watch)
 
         return self._prepared(looked, bring)._replace(received_nbytes=received)
 

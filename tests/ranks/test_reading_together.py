@@ -288,13 +288,13 @@ def test_a_block_that_is_damaged_on_its_way_is_refused_and_every_rank_reads_by_i
         assert sum(nbytes for root in taken for nbytes in root.values()) > 3 * sum(shard_nbytes(saved))
 
 
-def test_a_rank_that_cannot_share_leaves_all_to_themselves(saved):
+def test_a_rank_that_cannot_take_part_leaves_all_to_themselves(saved):
     empty_disks(saved, 0, 1, 2)
     _, detail = resumed(saved, fail_to_connect)
     assert "from other ranks" not in detail
 
 
-def test_a_rank_killed_while_sharing_is_named_by_the_others(saved):
+def test_a_rank_killed_while_all_read_together_is_named_by_the_others(saved):
     empty_disks(saved, 0, 1, 2)
     one, victim, other = run_ranks(WORLD, resume, saved[0], saved[1], die_in_the_middle, timeout_s=55.0)
     assert victim.signal
