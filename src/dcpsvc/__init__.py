@@ -66,6 +66,7 @@ A checkpoint is read:
 
 ======================  =================================================================================
 resuming, choosing      all ranks load one checkpoint; which one
+intake                  what one rank does for it: looks, reads, proves; the state is as it was
 listed, reading         the manifests as one LIST shows them; a run root from outside
 reader, bands           one checkpoint as DCP reads it; rows on their way into another box
 together, allotment     ranks read together: how, and who reads what for whom
