@@ -88,6 +88,8 @@ class Resuming:
         hold: Called on the coordinator with each checkpoint before it is read, so that nobody deletes it meanwhile.
         even_diverged: Take one that is tagged as diverged, too.
         folder: On a disk of this node, for what may not be in the state yet; None: it waits in memory.
+        read_together: Whether the ranks get from each other what several need; None: it depends on what the run root
+            is. The coordinator's counts.
     """
 
     job: Job
@@ -100,6 +102,7 @@ class Resuming:
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
     folder: Path | None = None
+    read_together: bool | None = None
     _layout: Layout | None = None
     _sources: Sources = field(default_factory=Sources)
 
@@ -149,8 +152,7 @@ class Resuming:
             return ""
 
     def _choose(self, step: int | None, tried: Sequence[Attempt], caches: list[str]) -> dict[str, Any]:
-        """Coordinator: decide for all. What one page cache serves to all ranks, the root gives once as it is."""
-        cached = getattr(self.remote, "cached", False) and len({*caches} - {""}) <= 1
+        """Coordinator: decide for all."""
         choice = self._within(lambda: self._find(step, tried))
         manifest = choice.found and choice.found.manifest
         self._layout = choice.found and choice.found.layout
@@ -161,8 +163,14 @@ class Resuming:
             "passed": choice.passed,
             "all": choice.steps,
             "manifest": told(manifest),
-            "together": self.job.world_size > 1 and not cached,
+            "together": self.job.world_size > 1 and self._together(caches),
         }
+
+    def _together(self, caches: list[str]) -> bool:
+        """Coordinator. What one page cache serves to all ranks, the root gives once as it is."""
+        if self.read_together is not None:
+            return self.read_together
+        return not getattr(self.remote, "cached", False) or len({*caches} - {""}) > 1
 
     def _find(self, step: int | None, tried: Sequence[Attempt]) -> Choice:
         choice = choosing.choose(self.remote, step, tried, even_diverged=self.even_diverged)
