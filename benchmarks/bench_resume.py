@@ -259,7 +259,7 @@ def draw(result, console):
     console.print("\nbytes fetched per byte needed", highlight=False)
     for row in result["resharded"]:
         by_itself, shared = row["each_by_itself"], row["from_root_when_shared"]
-        console.print(f"{row['ranks']:12}{by_itself:8.3f} each by itself{shared:8.3f} sharing", highlight=False)
+        console.print(f"{row['ranks']:12}{by_itself:8.3f} each by itself{shared:8.3f} together", highlight=False)
 
 
 def main():

@@ -65,9 +65,10 @@ A checkpoint is read:
 
 ======================  =================================================================================
 resuming, choosing      all ranks load one checkpoint; which one
+intake                  what one rank does for it: looks, reads, proves; the state is as it was
 listed, reading         the manifests as one LIST shows them; a run root from outside
 reader, bands           one checkpoint as DCP reads it; rows on their way into another box
-sharing, allotment      ranks read together: how, and who reads what for whom
+together, allotment     ranks read together: how, and who reads what for whom
 loading, mapped         into whatever state you have; from one file that is mapped
 conversion, adoption    into the formats of torch, and out of them
 ======================  =================================================================================

@@ -137,7 +137,7 @@ class Checkpointer:
         resuming = Resuming(
             self._job, f"resume-{self._resumes}", self._run.remote, [self._run.local], self._state,
             options.sync_timeout_s, options.upload_timeout_s, self._catalog.hold, even_diverged,
-            self._run.local_path,
+            self._run.local_path, options.read_together,
         )  # fmt: skip
         self._saver.wait_copied()
         found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))

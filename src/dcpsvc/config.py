@@ -98,6 +98,11 @@ class Options:
     """How long one request to the run root, one part of an upload or one piece that is read is tried again after it
     first failed: a server that is started again takes longer than a few tries. Small requests have 5 tries in it."""
 
+    read_together: bool | None = None
+    """Whether ranks that resume get from each other what several of them need, so that the run root gives it once.
+    None: they do, but where it is a directory that all of them have behind one page cache. False, for a file system
+    that is faster than the network between ranks: each reads by itself. Rank 0's counts. It changes no result."""
+
     backpressure: Literal["wait", "skip", "drop-oldest"] = "wait"
     """What ``save()`` does while ``max_inflight`` saves are under way: wait for the oldest, leave this one out, or
     give the oldest up. All ranks do the same. The last save and one that a stop asks for always wait."""
@@ -181,6 +186,7 @@ class Options:
         _one_of("only", self.only, ("all", "trainable"))
         _one_of("backpressure", self.backpressure, ("wait", "skip", "drop-oldest"))
         _positive("grace_s", self.grace_s)
+        _instance("read_together", self.read_together, (bool, type(None)), "True, False or None")
         _count_or_none("staging_nbytes", self.staging_nbytes)
         _count_or_none("total_steps", self.total_steps)
         _count_or_none("transfer_concurrency", self.transfer_concurrency)

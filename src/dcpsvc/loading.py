@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcpsvc import choosing
+from dcpsvc.config import Options
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.leases import held
 from dcpsvc.ranks.job import Job
@@ -67,6 +68,7 @@ def load(
     storage_options: Mapping[str, Any] | None = None,
     sync_timeout_s: float = 60.0,
     even_diverged: bool = False,
+    read_together: bool | None = None,
 ) -> int:
     """Load a checkpoint into ``state``, whatever the number of ranks; components it does not name are left out.
 
@@ -84,15 +86,18 @@ def load(
         storage_options: For fsspec.
         sync_timeout_s: Longest wait for a peer.
         even_diverged: Take the newest even if it is tagged as diverged; one that is named is taken anyway.
+        read_together: False: no rank gets anything from another; see :class:`~dcpsvc.Options`. Rank 0's counts.
 
     Returns:
         The step that was loaded.
 
     Raises:
+        ConfigError: An argument makes no sense.
         NoSuchStepError: ``step`` is not committed, or damaged.
         NoValidCheckpointError: Nothing can be loaded.
         RestoreFailedError: The state does not fit, or a rank is missing; says so if anything in memory was changed.
     """
+    together = Options(read_together=read_together).read_together
     store, app = open_root(root, storage_options), AppState(state, only)
     work_s = max(sync_timeout_s, 1800.0)
     try:
@@ -104,8 +109,9 @@ def load(
     lease = _Lease(store, 2 * work_s)
     try:
         resuming = Resuming(
-            job, "load", store, (), app, sync_timeout_s, work_s, hold=lease.take, even_diverged=even_diverged
-        )
+            job, "load", store, (), app, sync_timeout_s, work_s, hold=lease.take, even_diverged=even_diverged,
+            read_together=together,
+        )  # fmt: skip
         found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))
         with contextlib.suppress(RuntimeError):  # it is loaded; a peer that cannot be reached is not waited for
             job.linger("load", sync_timeout_s)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcpsvc import choosing, progress, sharing
+from dcpsvc import choosing
 from dcpsvc.errors import (
     CorruptShardError,
     LayoutError,
@@ -18,40 +18,31 @@ from dcpsvc.errors import (
     RestoreFailedError,
     StateError,
 )
-from dcpsvc.format import manifest as manifests
 from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
 from dcpsvc.format.parse import Fields
-from dcpsvc.preflight import mebibytes
-from dcpsvc.ranks.exchange import Exchange
+from dcpsvc.intake import Chosen, Intake, told
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting, RefusalError
-from dcpsvc.reader import CheckpointReader
-from dcpsvc.sharing import Sources
-from dcpsvc.stages import discover, restore
-from dcpsvc.stages.restore import Ready
+from dcpsvc.stages import restore
 from dcpsvc.state import app as states
 from dcpsvc.state import fingerprint
-from dcpsvc.state.drift import Drift, Terms
+from dcpsvc.together import Sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from dcpsvc.choosing import Choice
     from dcpsvc.format.layout import Layout
-    from dcpsvc.format.manifest import Manifest
+    from dcpsvc.intake import Taken
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
-    from dcpsvc.state.saved import Component, Saved, Want
+    from dcpsvc.state.drift import Terms
     from dcpsvc.storage.base import Store
-    from dcpsvc.storage.scatter import Needs
 
 logger = logging.getLogger("dcpsvc")
 
 T = TypeVar("T")
-
-_TOLD_NBYTES = 64 << 10
 
 _DAMAGE = {error.__name__ for error in (ManifestError, LayoutError, CorruptShardError)}
 """Failures that another commit does not share, so an older one is tried."""
@@ -82,25 +73,6 @@ def _no_hold(attempt: Attempt) -> None:
     """For whoever knows that nobody deletes."""
 
 
-class _Loaded(NamedTuple):
-    """What one rank reads."""
-
-    reader: CheckpointReader
-    components: dict[str, Component]
-    saved: Saved
-    wants: list[Want]
-    versions: dict[str, str]
-    lacking: bool
-    ready: Ready = Ready([])
-    received_nbytes: int = 0
-
-    @property
-    def sources(self) -> Sources:
-        """Where its bytes came from."""
-        near, far = self.reader.nbytes_read
-        return Sources(near, self.received_nbytes, far)
-
-
 @dataclass(slots=True)
 class Resuming:
     """One resume. Collective; training thread.
@@ -116,6 +88,8 @@ class Resuming:
         hold: Called on the coordinator with each checkpoint before it is read, so that nobody deletes it meanwhile.
         even_diverged: Take one that is tagged as diverged, too.
         folder: On a disk of this node, for what may not be in the state yet; None: it waits in memory.
+        read_together: Whether the ranks get from each other what several need; None: it depends on what the run root
+            is. The coordinator's counts.
     """
 
     job: Job
@@ -128,8 +102,7 @@ class Resuming:
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
     folder: Path | None = None
-    _sharing: bool = False
-    _manifest: str = ""
+    read_together: bool | None = None
     _layout: Layout | None = None
     _sources: Sources = field(default_factory=Sources)
 
@@ -154,10 +127,10 @@ class Resuming:
             if verdict["attempt"] is None:
                 self._check_fresh(step, rejected, verdict["all"])
                 return None
-            attempt, self._sharing = Attempt(*verdict["attempt"]), verdict["share"]
-            self._manifest = verdict["manifest"]
+            attempt = Attempt(*verdict["attempt"])
+            chosen = Chosen(attempt, verdict["manifest"], self._layout, verdict["together"])
             try:
-                summary, versions = self._load(attempt, terms)
+                summary, versions = self._load(chosen, terms)
             except RestoreFailedError as err:
                 if err.changed or not err.failures or any(failure.error not in _DAMAGE for failure in err.failures):
                     raise
@@ -179,8 +152,7 @@ class Resuming:
             return ""
 
     def _choose(self, step: int | None, tried: Sequence[Attempt], caches: list[str]) -> dict[str, Any]:
-        """Coordinator: decide for all. What one page cache serves to all ranks, the root gives once as it is."""
-        cached = getattr(self.remote, "cached", False) and len({*caches} - {""}) <= 1
+        """Coordinator: decide for all."""
         choice = self._within(lambda: self._find(step, tried))
         manifest = choice.found and choice.found.manifest
         self._layout = choice.found and choice.found.layout
@@ -190,9 +162,15 @@ class Resuming:
             "rejected": choice.rejected,
             "passed": choice.passed,
             "all": choice.steps,
-            "manifest": _told(manifest),
-            "share": self.job.world_size > 1 and not cached,
+            "manifest": told(manifest),
+            "together": self.job.world_size > 1 and self._together(caches),
         }
+
+    def _together(self, caches: list[str]) -> bool:
+        """Coordinator. What one page cache serves to all ranks, the root gives once as it is."""
+        if self.read_together is not None:
+            return self.read_together
+        return not getattr(self.remote, "cached", False) or len({*caches} - {""}) > 1
 
     def _find(self, step: int | None, tried: Sequence[Attempt]) -> Choice:
         choice = choosing.choose(self.remote, step, tried, even_diverged=self.even_diverged)
@@ -207,26 +185,27 @@ class Resuming:
         if rejected:
             raise NoValidCheckpointError(self.remote.url, tuple(rejected))
 
-    def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
+    def _load(self, chosen: Chosen, terms: Terms) -> tuple[str, dict[str, str]]:
         """Read and prove on every rank, agree that all could, then change the state."""
-        where = f"load-{attempt}"
-        if self._sharing:
-            loaded, lacking = self._agreed(f"{where}/looked", lambda: self._look(attempt, terms))
-            shared = self._shared(where, loaded) if lacking else None
-            loaded = shared or self._agreed(f"{where}/read", lambda: self._read(loaded))[0]
+        where = f"load-{chosen.attempt}"
+        intake = Intake(self.job, [*self.nearer, self.remote], self.state, self.folder)
+        if chosen.together:
+            loaded, lacking = self._agreed(f"{where}/looked", lambda: intake.look(chosen, terms))
+            brought = self._brought(where, intake, loaded) if lacking else None
+            loaded = brought or self._agreed(f"{where}/read", lambda: intake.read(loaded))[0]
         else:
-            loaded, _ = self._agreed(f"{where}/read", lambda: self._read(self._look(attempt, terms)))
+            loaded, _ = self._agreed(f"{where}/read", lambda: intake.read(intake.look(chosen, terms)))
         message = self._apply(loaded) or loaded.sources
         self._sources = Sources(*self._meet(f"{where}/applied", message, _sum, changed=True))
         summary = restore.summary(loaded.saved, loaded.components, sorted(terms.skip))
         return f"{summary}; read {self._sources}", loaded.versions
 
-    def _agreed(self, where: str, work: Callable[[], _Loaded]) -> tuple[_Loaded, bool]:
+    def _agreed(self, where: str, work: Callable[[], Taken]) -> tuple[Taken, bool]:
         """What this rank's work gives, once all have done theirs, over the base that the checkpoint is for.
 
         Also whether any of them lacks something near by.
         """
-        found: _Loaded | None = None
+        found: Taken | None = None
         message: Any = None
         try:
             found = self._within(work)
@@ -237,46 +216,14 @@ class Resuming:
         assert found is not None  # noqa: S101 - a failure would have ended the meeting
         return found, lacking
 
-    def _look(self, attempt: Attempt, terms: Terms) -> _Loaded:
-        """What there is, and what of it this rank wants."""
-        told = self._manifest
-        found = (
-            manifests.loads(attempt.manifest, told.encode()) if told else discover.read_manifest(self.remote, attempt)
-        )
-        layout = self._layout or discover.read_layout(self.remote, found)
-        reader = CheckpointReader(found, layout, [*self.nearer, self.remote], once=self._sharing)
-        saved = replace(
-            reader.saved_for(self.job.rank),
-            ranks=self.job.world_size,
-            documents_of=reader.documents,
-            terms=terms,
-            drift=Drift(attempt.step),
-        )
-        components = self.state.chosen(saved)
-        wants = states.wants(components, saved)
-        return _Loaded(reader, components, saved, wants, found.versions, self._sharing and reader.lacks(wants))
-
-    def _read(self, looked: _Loaded) -> _Loaded:
-        return self._prepared(looked)
-
-    def _prepared(self, looked: _Loaded, bring: restore.Bring | None = None) -> _Loaded:
-        ready = restore.prepare(looked.reader, looked.wants, self.folder, self._watch, bring)
-        if ready.why:
-            logger.log(
-                logging.WARNING if self.folder or self.job.coordinates else logging.DEBUG,
-                "rank %s holds %s of the state twice in memory until every rank has proven what it read: %s",
-                self.job.rank, mebibytes(ready.held_nbytes), ready.why,
-            )  # fmt: skip
-        return looked._replace(ready=ready)
-
-    def _shared(self, where: str, looked: _Loaded) -> _Loaded | None:
+    def _brought(self, where: str, intake: Intake, looked: Taken) -> Taken | None:
         """Everything read by all ranks together; None, on all of them, if one could not: they go on by themselves."""
         loaded, why = looked, ""
         try:
-            loaded = self._within(lambda: self._share(where, looked))
+            loaded = self._within(lambda: intake.read_together(looked, f"{self.place}/{where}", self.timeout_s))
         except Exception as err:  # noqa: BLE001 - whatever it is: reading alone says whether it can be read at all
             why = f"rank {self.job.rank}: {type(err).__name__}: {err}"
-        if reasons := self._meet(f"{where}/shared", why, lambda said: [each for each in said if each]):
+        if reasons := self._meet(f"{where}/together", why, lambda said: [each for each in said if each]):
             logger.log(
                 logging.WARNING if self.job.coordinates else logging.DEBUG,
                 "every rank reads the checkpoint by itself: %s", reasons[0],
@@ -284,22 +231,7 @@ class Resuming:
             return None
         return loaded
 
-    def _share(self, where: str, looked: _Loaded) -> _Loaded:
-        job, received = self.job, 0
-
-        def bring(needs: dict[int, Needs]) -> None:
-            nonlocal received
-            namespace = f"{job.incarnation}/{self.place}/{where}"
-            exchange = Exchange(rank=job.rank, world_size=job.world_size, namespace=namespace, timeout_s=self.timeout_s)
-            received = sharing.together(exchange, job.rank, looked.reader.shards, needs, self._watch)
-
-        return self._prepared(looked, bring)._replace(received_nbytes=received)
-
-    def _watch(self, total_nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """One rank tells how far it is, with what all do at the same time."""
-        return progress.shown("resuming", total_nbytes, quiet=not self.job.coordinates, say=logger.info)
-
-    def _apply(self, loaded: _Loaded) -> RankFailure | None:
+    def _apply(self, loaded: Taken) -> RankFailure | None:
         try:
             self._within(lambda: restore.finish(loaded.reader, loaded.ready))
             states.apply(loaded.components, loaded.saved, loaded.ready.wants)
@@ -318,7 +250,7 @@ class Resuming:
             raise RestoreFailedError(self.remote.url, (failure,), (), changed) from err
 
 
-def _checked(loaded: _Loaded | None, said: list[Any]) -> bool:
+def _checked(loaded: Taken | None, said: list[Any]) -> bool:
     """Coordinator: an adapter over another base is refused on all ranks; else whether any lacks something."""
     assert loaded is not None  # noqa: S101 - a failure would have ended the meeting
     try:
@@ -326,12 +258,6 @@ def _checked(loaded: _Loaded | None, said: list[Any]) -> bool:
     except StateError as err:
         raise RefusalError([RankFailure(0, "restore", type(err).__name__, str(err))]) from err
     return any(one["lacking"] for one in said)
-
-
-def _told(found: Manifest | None) -> str:
-    """A manifest for all ranks, so that none of them has to fetch it; empty where it is large for the ranks' store."""
-    text = found.dumps().decode() if found is not None else ""
-    return text if len(text) <= _TOLD_NBYTES else ""
 
 
 def _sum(sources: list[Any]) -> list[int]:

@@ -87,24 +87,24 @@ def mounted(image, tmp_path):
         yield mount
 
 
-def load(_rank, _world, rank, namespace, address, root):
+def load(_rank, _world, rank, namespace, address, root, read_together):
     network.enter(namespace)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "GLOO_SOCKET_IFNAME": network.INTERFACE}
     patience = timedelta(seconds=40)
     store = dist.TCPStore(address, PORT, is_master=rank == 0, timeout=patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=patience)
     loaded = model(0.0)
-    dcpsvc.load(root, {"model": loaded})
+    dcpsvc.load(root, {"model": loaded}, read_together=read_together)
     dist.barrier()  # the first of them serves the store
     return bool((loaded.weight == 1.0).all())
 
 
-def load_everywhere(hosts, roots):
+def load_everywhere(hosts, roots, read_together=None):
     """Ranks in blocks, each with the root as its host has mounted it."""
     before = [given_out(root) for root in roots], [received(hosts, host) for host in range(HOSTS)]
     places = [(rank, rank // PER_HOST) for rank in range(WORLD)]
     jobs = [
-        Job(0, load, (rank, hosts.namespace(host), hosts.address(0), roots[host % len(roots)] / "run"))
+        Job(0, load, (rank, hosts.namespace(host), hosts.address(0), roots[host % len(roots)] / "run", read_together))
         for rank, host in places
     ]
     assert all(value for outcomes in run_jobs(jobs) for value in values(outcomes))
@@ -119,6 +119,13 @@ def test_a_root_that_two_hosts_have_mounted_is_fetched_once_and_each_host_is_sen
     print(f"fetched {fetched / MIB:.1f} MiB, came over the cables {[round(nbytes / MIB, 1) for nbytes in came]} MiB")
     assert 95 * MIB < fetched < 106 * MIB
     assert all(48 * MIB < nbytes < 56 * MIB for nbytes in came)
+
+
+def test_hosts_told_to_read_by_themselves_fetch_it_once_each_and_send_each_other_nothing(hosts, mounted):
+    fetched, came = load_everywhere(hosts(HOSTS), mounted(HOSTS), read_together=False)
+    print(f"fetched {fetched / MIB:.1f} MiB, came over the cables {[round(nbytes / MIB, 1) for nbytes in came]} MiB")
+    assert HOSTS * 95 * MIB < fetched < HOSTS * 106 * MIB
+    assert all(nbytes < MIB for nbytes in came)
 
 
 def test_ranks_behind_one_page_cache_have_it_from_there_and_send_each_other_nothing(hosts, mounted):

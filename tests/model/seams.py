@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest
+    from dcpsvc.intake import Chosen
     from dcpsvc.ranks.rendezvous import Meeting
     from dcpsvc.state.drift import Terms
     from tests.model.host import Host
@@ -93,13 +94,13 @@ class SimLife(Life):
 class SimResuming(Resuming):
     """Resume without a model: every rank proves its share of the shards."""
 
-    def _load(self, attempt: Attempt, terms: Terms) -> tuple[str, dict[str, str]]:
+    def _load(self, chosen: Chosen, terms: Terms) -> tuple[str, dict[str, str]]:
         message = None
         try:
-            self._within(lambda: self._prove(attempt))
+            self._within(lambda: self._prove(chosen.attempt))
         except Exception as err:  # noqa: BLE001 - as Resuming._load does
             message = RankFailure(self.job.rank, "restore", type(err).__name__, str(err))
-        self._meet(f"load-{attempt}/read", message, lambda _: None)
+        self._meet(f"load-{chosen.attempt}/read", message, lambda _: None)
         return "loaded", {}
 
     def _prove(self, attempt: Attempt) -> None:

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -130,21 +131,25 @@ def save(rank: int, world: int, root: str, local: Path, options: dict[str, objec
     return training.fingerprint()
 
 
-def load(rank: int, world: int, root: str, options: dict[str, object]) -> dict[str, str]:
+def load(
+    rank: int, world: int, root: str, options: dict[str, object], *, read_together: bool | None = None
+) -> dict[str, str]:
     training = Training("ddp", rank, width=WIDTH, depth=5, seed=7)
-    dcpsvc.load(root, training.state, storage_options=options)
+    dcpsvc.load(root, training.state, storage_options=options, read_together=read_together)
     return training.fingerprint()
 
 
-def test_ranks_that_all_need_the_whole_checkpoint_get_its_bytes_from_the_server_once(
-    s3_server: Server, run_root: str, options: dict[str, object], between: Proxy, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("read_together", "times"), [(None, 1), (False, 3)])
+def test_ranks_that_all_need_the_whole_checkpoint_get_its_bytes_from_the_server_once_unless_told_to_read_by_themselves(
+    s3_server: Server, run_root: str, options: dict[str, object], between: Proxy, tmp_path: Path,
+    *, read_together: bool | None, times: int,
+) -> None:  # fmt: skip
     saved = values(run_ranks(3, save, run_root, tmp_path, s3_server.storage_options))
     stored = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     between.body_nbytes["received"] = 0
-    assert values(run_ranks(3, load, run_root, options)) == saved
+    assert values(run_ranks(3, partial(load, read_together=read_together), run_root, options)) == saved
     by_each_rank = 5 << 20  # the beginning and the end of two shards: documents
-    assert stored - (1 << 20) <= between.body_nbytes["received"] <= stored + 3 * by_each_rank
+    assert times * (stored - (1 << 20)) <= between.body_nbytes["received"] <= times * stored + 3 * by_each_rank
 
 
 def test_a_load_asks_for_each_small_file_once_and_for_each_piece_once(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dcpsvc import Checkpointer
+from dcpsvc import Checkpointer, load
 from dcpsvc.config import LOCAL_VARIABLE, Options
 from dcpsvc.errors import ConfigError
 from dcpsvc.policies import Every, Everything, Latest
@@ -35,6 +35,17 @@ def test_a_failure_budget_below_one_is_refused(value: int) -> None:
 def test_an_unknown_way_to_fail_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^on_failure={value!r} must be 'continue' or 'raise'$"):
         Options(on_failure=value)
+
+
+@pytest.mark.parametrize("value", [1, 0, "True", "never", 2.5])
+def test_reading_together_is_yes_no_or_left_open_and_anything_else_is_refused(tmp_path: Path, value: Any) -> None:
+    refused = f"^read_together={value!r} must be True, False or None$"
+    with pytest.raises(ConfigError, match=refused):
+        Options(read_together=value)
+    with pytest.raises(ConfigError, match=refused):
+        load(tmp_path, {"x": 1}, read_together=value)
+    assert [Options(read_together=each).read_together for each in (True, False, None)] == [True, False, None]
+    assert Options().read_together is None
 
 
 @pytest.mark.parametrize("value", [500, "500", Latest(3), Every])

@@ -1,4 +1,4 @@
-"""Sharing: ranks that need the same bytes of a checkpoint get them from each other, so the run root gives each once.
+"""Reading together: ranks that need the same bytes get them from each other, so the run root gives each once.
 
 It never decides whether a resume works: where it breaks, on any rank, every rank reads by itself.
 """
@@ -49,32 +49,32 @@ class Sources(NamedTuple):
         return ", ".join(f"{mebibytes(nbytes)} from {place}" for nbytes, place in named if nbytes) or "nothing"
 
 
-class SharingError(Exception):
+class NotTogetherError(Exception):
     """A rank could not do its part; every rank that hears of it raises this."""
 
 
-def together(
+def read(
     exchange: Exchange,
     rank: int,
     shards: Mapping[int, VerifiedShard],
     needs: Mapping[int, Needs],
     watch: Watch = unseen,
 ) -> int:
-    """Read a checkpoint with all other ranks, over a group that is made and left here; see :class:`Sharing`.
+    """Read a checkpoint with all other ranks, over a group that is made and left here; see :class:`Together`.
 
     Returns:
         Bytes that came from other ranks.
     """
     try:
         exchange.renew(0)
-        sharing = Sharing(rank, exchange, shards, needs, watch)
-        sharing.run()
+        reading = Together(rank, exchange, shards, needs, watch)
+        reading.run()
     finally:
         exchange.close()
-    return sharing.received_nbytes
+    return reading.received_nbytes
 
 
-class Sharing:
+class Together:
     """One checkpoint, read by all ranks together. Every rank runs it at the same time, on one thread each.
 
     Args:
@@ -107,7 +107,7 @@ class Sharing:
         """Fill everything this rank needs with proven bytes. After an error it holds anything.
 
         Raises:
-            SharingError: Some rank could not read, or got other bytes than were written.
+            NotTogetherError: Some rank could not read, or got other bytes than were written.
             LostPeerError: A peer does not answer.
             CorruptShardError: What nobody else needs is damaged.
             StoreError: Likewise, cannot be read.
@@ -120,22 +120,22 @@ class Sharing:
         asks = [Ask.from_json(said) for said in self._tell_all(ask.to_json())]
         self._networks = [each.network for each in asks]
         units = allotment.allot(asks, {rank: shard.record.body_nbytes for rank, shard in self._shards.items()})
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-share") as pool:
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dcpsvc-together") as pool:
             try:
-                self._share_tables(units)
-                with self._watch(self._shared_nbytes(units)) as self._done:
+                self._pass_on_tables(units)
+                with self._watch(self._expected_nbytes(units)) as self._done:
                     self._go_round(units, pool)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
         fetch(self._shards, self._needs, direct=True, within=allotment.alone(ask, self._rank, units), watch=self._watch)
 
-    def _shared_nbytes(self, units: Iterable[Unit]) -> int:
+    def _expected_nbytes(self, units: Iterable[Unit]) -> int:
         mine = (
             unit for unit in units if self._rank in unit.receivers or (unit.reader == self._rank and unit.from_root)
         )
         return sum(unit.nbytes for unit in mine)
 
-    def _share_tables(self, units: Iterable[Unit]) -> None:
+    def _pass_on_tables(self, units: Iterable[Unit]) -> None:
         """Each block table is read by one rank: the first that reads something of its shard for others."""
         readers: dict[int, int] = {}
         for unit in units:
@@ -221,10 +221,10 @@ class Sharing:
         """What all ranks say.
 
         Raises:
-            SharingError: One of them says that it failed.
+            NotTogetherError: One of them says that it failed.
         """
         answers = self._exchange.all_gather(b"!" + self._failure.encode() if self._failure else b"." + data)
         for rank, answer in enumerate(answers):
             if answer.startswith(b"!"):
-                raise SharingError(f"rank {rank}: {answer[1:].decode(errors='replace')}")
+                raise NotTogetherError(f"rank {rank}: {answer[1:].decode(errors='replace')}")
         return [answer[1:] for answer in answers]

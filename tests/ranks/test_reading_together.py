@@ -46,6 +46,7 @@ class Far(PosixStore):
 
     def stream(self, key, begin, end, look):
         assert self.proves, "nothing far is read only to be proven"
+        self.note(key, end - begin)
         return super().stream(key, begin, end, look)
 
     def note(self, key, nbytes):
@@ -65,10 +66,14 @@ class Mounted(Far):
         return f"{super().page_cache}-{self.node}"
 
 
-class OnOneNode(Mounted):
-    """The same, where all ranks are on one node."""
+class Near(Mounted):
+    """The same, and whoever reads by himself has proven it first, in his page cache."""
 
     proves = True
+
+
+class OnOneNode(Near):
+    """Likewise, where all ranks are on one node."""
 
 
 def save(rank, world, folder, kind):
@@ -79,13 +84,13 @@ def save(rank, world, folder, kind):
     return training.fingerprint()
 
 
-def resume(rank, world, folder, kind, meddle=None, *, root=Far):
+def resume(rank, world, folder, kind, meddle=None, *, root=Far, read_together=(None,) * WORLD):
     training = Training(kind, rank, width=WIDTH, depth=DEPTH, seed=5)
     store, told = root(folder / "run"), []
-    store.node = rank if root is Mounted else 0
+    store.node = 0 if root is OnOneNode else rank
     with checkpointer(
         folder, training.state, store=store, local=folder / f"node-{rank}", save_last=False, on_event=told.append,
-        sync_timeout_s=5.0 if meddle else 20.0,
+        sync_timeout_s=5.0 if meddle else 20.0, read_together=read_together[rank],
     ) as ckpt:  # fmt: skip
         store.given_out.clear()
         if meddle and rank == 1:
@@ -110,10 +115,10 @@ def saved(kept, tmp_path):
     return tmp_path / "job", *kept[1:]
 
 
-def resumed(saved, meddle=None, world=WORLD, root=Far):
+def resumed(saved, meddle=None, world=WORLD, **how):
     """Of each rank what it read from the root, by shard; and what it said."""
     folder, kind, prints = saved
-    found = values(run_ranks(world, functools.partial(resume, root=root), folder, kind, meddle, timeout_s=55.0))
+    found = values(run_ranks(world, functools.partial(resume, **how), folder, kind, meddle, timeout_s=55.0))
     for rank in found:
         assert rank["raised"] is None
         assert rank["prints"] == prints
@@ -147,6 +152,32 @@ def test_a_directory_that_all_ranks_read_through_one_page_cache_is_read_by_each_
     assert "from other ranks" not in detail
     if saved[1] == "ddp":
         assert sum(nbytes for root in taken for nbytes in root.values()) > 3 * sum(shard_nbytes(saved))
+
+
+@pytest.mark.parametrize("root", [Far, Near])
+def test_ranks_told_to_read_by_themselves_get_nothing_from_each_other(saved, root):
+    empty_disks(saved, 0, 1, 2)
+    taken, detail = resumed(saved, root=root, read_together=(False,) * WORLD)
+    assert "from other ranks" not in detail
+    assert all(taken)
+    if saved[1] == "ddp":
+        assert all(sum(root.values()) > sum(shard_nbytes(saved)) for root in taken)
+
+
+def test_ranks_told_to_read_together_do_so_behind_one_page_cache_too(saved):
+    empty_disks(saved, 0, 1, 2)
+    taken, detail = resumed(saved, root=OnOneNode, read_together=(True,) * WORLD)
+    whole, given = sum(shard_nbytes(saved)), sum(nbytes for root in taken for nbytes in root.values())
+    assert "from other ranks" in detail
+    assert whole - MIB <= given <= whole + WORLD * DOCUMENTS_NBYTES
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("root", [Far, OnOneNode])
+def test_ranks_that_were_told_different_things_do_as_rank_0_was_told(saved, root, *, first):
+    empty_disks(saved, 0, 1, 2)
+    _, detail = resumed(saved, root=root, read_together=(first, not first, None))
+    assert ("from other ranks" in detail) is first
 
 
 def test_what_the_disk_of_one_node_holds_is_not_read_from_the_root(saved):
@@ -288,13 +319,13 @@ def test_a_block_that_is_damaged_on_its_way_is_refused_and_every_rank_reads_by_i
         assert sum(nbytes for root in taken for nbytes in root.values()) > 3 * sum(shard_nbytes(saved))
 
 
-def test_a_rank_that_cannot_share_leaves_all_to_themselves(saved):
+def test_a_rank_that_cannot_take_part_leaves_all_to_themselves(saved):
     empty_disks(saved, 0, 1, 2)
     _, detail = resumed(saved, fail_to_connect)
     assert "from other ranks" not in detail
 
 
-def test_a_rank_killed_while_sharing_is_named_by_the_others(saved):
+def test_a_rank_killed_while_all_read_together_is_named_by_the_others(saved):
     empty_disks(saved, 0, 1, 2)
     one, victim, other = run_ranks(WORLD, resume, saved[0], saved[1], die_in_the_middle, timeout_s=55.0)
     assert victim.signal
