@@ -29,10 +29,10 @@ from dcpsvc.format.digest import digest, table_nbytes
 from dcpsvc.format.keys import Epoch
 from dcpsvc.format.manifest import LayoutRef, Manifest, ShardRecord
 from dcpsvc.policies import Best, EveryHours, EveryNSteps, Latest
-from dcpsvc.reading import at_once
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover
 from dcpsvc.storage.open import open_store
+from dcpsvc.storage.threads import at_once
 
 EPOCH = Epoch(1, "deadbeef")
 LAYOUT = b'{"format": 1, "aliases": {}, "tensors": {}}'

@@ -64,15 +64,13 @@ class Checkpointer:
     """
 
     def __init__(self, root: str | os.PathLike[str] | Store, state: MutableMapping[str, Any], **options: Any) -> None:
-        self._options = Options.of(options)
-        self._state = AppState(state, self._options.only)
-        if self._options.adapter_folder is not None:
-            self._state.check_module(self._options.adapter_folder)
-        self._record = provenance.record(
-            map(bare, state.values()), world_size=world_size(), config=self._options.config
-        )
-        remote = open_store(root, self._options.storage_options, limits=self._options.limits)
-        parts = assemble(remote, self._state, self._options, self._record, self._let_go)
+        self._options = chosen = Options.of(options)
+        self._state = AppState(state, chosen.only)
+        if chosen.adapter_folder is not None:
+            self._state.check_module(chosen.adapter_folder)
+        self._record = provenance.record(map(bare, state.values()), world_size=world_size(), config=chosen.config)
+        remote = open_store(root, chosen.storage_options, limits=chosen.limits)
+        parts = assemble(remote, self._state, chosen, self._record, self._let_go)
         self._job, self._run, self._catalog = parts.job, parts.run, parts.catalog
         self._saver, self._saves, self._uploader = parts.saver, parts.saves, parts.uploader
         self._last, self._steering, self._guard = parts.last, parts.steering, parts.guard

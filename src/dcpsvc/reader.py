@@ -29,6 +29,7 @@ from dcpsvc.state.saved import Saved, Want
 from dcpsvc.storage.fetch import fetch
 from dcpsvc.storage.scatter import Needs, Segment
 from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.storage.threads import at_once, each
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -64,7 +65,7 @@ class CheckpointReader(StorageReader):
         self, manifest: Manifest, layout: Layout, stores: Sequence[Store], hold: Hold = contextlib.nullcontext,
         *, once: bool = False,
     ) -> None:  # fmt: skip
-        self.manifest, self.layout, self._hold = manifest, layout, hold
+        self.manifest, self.layout, self._hold, self._at_once = manifest, layout, hold, at_once(stores[-1])
         self.shards = {record.rank: VerifiedShard(stores, record, once=once) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
@@ -75,9 +76,10 @@ class CheckpointReader(StorageReader):
 
     def documents(self, *ranks: int) -> dict[str, Any]:
         """The JSON documents held by the shards of ``ranks``."""
+        shards = [self.shards[rank] for rank in sorted(set(ranks))]
         found: dict[str, Any] = {}
-        for rank in sorted(set(ranks)):
-            found |= self.shards[rank].documents()
+        for of_rank in each(VerifiedShard.documents, shards, self._at_once):
+            found |= of_rank
         return found
 
     def saved_for(self, rank: int) -> Saved:

@@ -8,6 +8,7 @@ from dcpsvc import choosing, identity
 from dcpsvc.errors import FormatError, NoRunError, RootError
 from dcpsvc.stages import discover
 from dcpsvc.storage.open import open_store
+from dcpsvc.storage.threads import at_once
 
 if TYPE_CHECKING:
     import os
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
 
     from dcpsvc.stages.discover import Checkpoint
     from dcpsvc.storage.base import Store
-
-
-def at_once(store: Store) -> int:
-    """How many small files to read side by side: an object store takes milliseconds for each, a disk takes none."""
-    return 16 if "://" in store.url else 4
 
 
 def open_root(root: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:

@@ -1,5 +1,7 @@
 """R28 R29: who holds a value is declared, checked, and comes back to whom it belonged."""
 
+import logging
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -317,3 +319,30 @@ def test_the_state_of_a_sharded_optimizer_moves_to_other_ranks_and_from_a_whole_
         else:  # the mean over three equal gradients rounds otherwise
             pairs = zip(losses, straight[0], strict=True)
             assert all(float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-3) for a, b in pairs)
+
+
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def zero_consolidated(rank, world, root):
+    """A rank has a copy of all state by now, and buckets that parameters are views of."""
+    logging.getLogger("dcpsvc.state.optimunsaved").addHandler(heard := Heard())
+    state = zero_training("zero", rank)
+    with checkpointer(root, state) as ckpt:
+        for number in (1, 2, 3):
+            zero_steps(state, number, 1)
+            state["optim"].consolidate_state_dict()
+            ckpt.save(number).wait()
+    return heard.texts
+
+
+def test_what_a_sharded_optimizer_of_ddp_keeps_beside_its_state_is_not_told_of(tmp_path):
+    assert values(run_ranks(2, zero_consolidated, tmp_path / "run")) == [[], []]

@@ -112,8 +112,8 @@ def _tell(done: Sequence[Copied], where: str) -> None:
 
 def _wanted(source: Store, steps: Sequence[Step]) -> list[Manifest]:
     """The commits that are whole; those of steps that were named must be."""
-    from dcpsvc.reading import at_once
     from dcpsvc.stages import discover
+    from dcpsvc.storage.threads import at_once
 
     if steps:
         return [pick(source, step) for step in sorted({number(source, step) for step in steps})]

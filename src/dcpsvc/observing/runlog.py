@@ -21,8 +21,8 @@ from dcpsvc.format import keys
 from dcpsvc.observing import spool as spools
 from dcpsvc.observing.phases import SaveTimes, Tracker
 from dcpsvc.observing.spool import SEGMENT_NBYTES, Segment
-from dcpsvc.reading import at_once
 from dcpsvc.storage.open import open_store
+from dcpsvc.storage.threads import at_once
 from dcpsvc.storage.tries import retries
 
 if TYPE_CHECKING:

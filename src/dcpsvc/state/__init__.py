@@ -4,11 +4,12 @@
 app                        the user's mapping of names to objects, as components in the order they must be handled
 module, optimizer, values  the components: modules; optimizers; everything else
 optimview, optimnames      an optimizer over the model's parameters; what those are called
-optimsaved                 an optimizer as a checkpoint has it
+optimsaved, optimunsaved   an optimizer as a checkpoint has it; tensors on it that none has
 rng, metrics               generators; metric objects of torchmetrics
 sharing                    declarations of how a value is spread over the ranks: ``PerRank``, ``Replicated``, ...
 inner, refill, standin     tensors made of others; loading into them; what an optimizer would begin with
 base, buffers              of a checkpoint of an adapter: what it leaves out; which buffers it holds
+extrastates                what modules give beside their tensors
 wrappers, origin, meta     what stands around a module; what it says of itself; modules without memory
 fsdp1, ragged, meshes      FSDP1; consecutive elements as if flat; who holds the same part of a DTensor
 collected, claims          what one rank would save now; what it says of that, for the ranks to compare

@@ -89,13 +89,20 @@ class AppState:
             return known
         return ModuleComponent(name, value, self._only)
 
+    def _optimizer(self, name: str, value: Any, modules: Sequence[ModuleComponent]) -> OptimizerComponent:
+        """Likewise: it knows what was seen beside the state of the optimizer, and said."""
+        known = self._known[1].get(name)
+        if isinstance(known, OptimizerComponent) and known.is_of(value, modules):
+            return known
+        return OptimizerComponent(name, value, modules)
+
     def _make_components(self) -> dict[str, Component]:
         _check_claimed_once(self._state)
         modules = {name: self._module(name, v) for name, v in self._state.items() if _is_module(v)}
         found: dict[str, Component] = dict(modules)
         for name, value in self._state.items():
             if isinstance(bare(value), Optimizer):
-                found[name] = OptimizerComponent(name, value, list(modules.values()))
+                found[name] = self._optimizer(name, value, list(modules.values()))
             elif name not in modules:
                 found[name] = ValueComponent(name, self._state)
         return found

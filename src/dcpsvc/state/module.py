@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dcpsvc.errors import StateMismatchError, UnsupportedStateError
-from dcpsvc.state import documents, fsdp1, inner, meta, origin, refill
+from dcpsvc.errors import UnsupportedStateError
+from dcpsvc.state import extrastates, fsdp1, inner, meta, origin, refill
 from dcpsvc.state.base import Base, source
 from dcpsvc.state.buffers import Buffers
 from dcpsvc.state.collected import Collected, Sharing
+from dcpsvc.state.extrastates import ExtraStates
 from dcpsvc.state.fingerprint import BASE
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import Saved, Want, own_name
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from dcpsvc.state.sharing import Validate
 
 Only = Literal["all", "trainable"]
-
-_EXTRA = "_extra_state"
 
 
 class ModuleComponent:
@@ -56,6 +55,7 @@ class ModuleComponent:
         self.dtype = given.dtype if isinstance(given, Cast) else None
         self.validate: Validate = given.validate if isinstance(given, Replicated) else "hash"
         self.sharded = fsdp1.Sharded(name, self.module, self._names)
+        self._extras = ExtraStates(name, self.module, self._names)
 
     def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
         """Every parameter under every name it has; what FSDP1 manages as what of it is here."""
@@ -77,7 +77,7 @@ class ModuleComponent:
     def collect(self, into: Collected) -> None:
         """Parameters are sharded or replicated; buffers are rank 0's; tied weights are stored once."""
         buffers = self._needed(into.rank)
-        about = documents.encode(self._about(into, buffers), self.name, _NoTensors(self.name))
+        about = extrastates.encoded(self.name, self._about(into, buffers))
         if self.part is None:
             into.documents[self.name] = about
         else:
@@ -87,7 +87,7 @@ class ModuleComponent:
         for key, value in self._kept(self._state(), buffers).items():
             if not isinstance(value, torch.Tensor):
                 self._collect_value(into, key, value)
-            elif id(value) not in own and not key.endswith(_EXTRA):
+            elif id(value) not in own and not key.endswith(extrastates.SUFFIX):
                 raise UnsupportedStateError(
                     key, "its state_dict() gives a copy here, not the parameter or buffer itself"
                 )
@@ -124,14 +124,13 @@ class ModuleComponent:
                 continue
             theirs = saved.saved_name(key)
             loaded = tensors.get(theirs)
-            if loaded is not None and key.endswith(_EXTRA):
-                self._with_extra_state(key).set_extra_state(loaded.to(value.device))
+            if loaded is not None and key.endswith(extrastates.SUFFIX):
+                self._extras.put(key, loaded.to(value.device))
             elif loaded is not None and value.device.type == "meta":
                 meta.assign(self.module, value, loaded)
             else:
                 refill.put(theirs, value, tensors, saved.rank)
-        for key, document in self._extra_states(saved).items():
-            self._with_extra_state(key).set_extra_state(documents.decode(document, key, _no_tensor))
+        self._extras.put_values(saved)
 
     def versions(self, *, parameters_too: bool) -> list[int]:
         """Changes when a buffer, or a parameter, was written to."""
@@ -146,7 +145,7 @@ class ModuleComponent:
         return {
             key: value
             for key, value in state.items()
-            if key in self._trained or key.endswith(_EXTRA) or (key in buffers and not _is_parameter(value))
+            if key in self._trained or key.endswith(extrastates.SUFFIX) or (key in buffers and not _is_parameter(value))
         }
 
     def _needed(self, rank: int) -> set[str]:
@@ -206,7 +205,7 @@ class ModuleComponent:
             saved.drift.add(key, "base", *texts)
 
     def _wanted(self, saved: Saved, key: str, value: torch.Tensor) -> list[Want]:
-        if key.endswith(_EXTRA):
+        if key.endswith(extrastates.SUFFIX):
             return saved.want_like(key, value)
         return refill.wants(saved, key, value, cast=self._stored(value) is not None)
 
@@ -231,32 +230,14 @@ class ModuleComponent:
     def _collect_value(self, into: Collected, key: str, value: Any) -> None:
         if self.part is not None:
             raise UnsupportedStateError(key, "an extra state that is no tensor, in a Part; register it as a buffer")
-        into.documents[key] = documents.encode(value, key, _NoTensors(key))
-
-    def _extra_states(self, saved: Saved) -> dict[str, Any]:
-        prefix = f"{saved.saved_name(self.name)}."
-        found = {saved.terms.name_here(k): v for k, v in saved.documents.items() if k.startswith(prefix)}
-        here = {self._names.of(path) for path, _ in self.module.named_modules()}
-        return {
-            key: document
-            for key, document in found.items()
-            if key.endswith(_EXTRA)
-            and not saved.terms.skips(key)
-            and (saved.terms.strict or _owner(key, self.name) in here)
-        }
-
-    def _with_extra_state(self, key: str) -> nn.Module:
-        """The module a key's extra state is of, and not what wraps it."""
-        owner, takes = _owner(key, self.name), nn.Module.set_extra_state
-        found: list[nn.Module] = [child for path, child in self.module.named_modules() if self._names.of(path) == owner]
-        return next((child for child in found if type(child).set_extra_state is not takes), found[-1])
+        into.documents[key] = extrastates.encoded(key, value)
 
     def _state(self) -> dict[str, Any]:
         state = self._sharded_state() if self.sharded else self.module.state_dict(keep_vars=True)
         return {
             f"{self.name}.{self._names(name)}": value
             for name, value in state.items()
-            if not (name.endswith(_EXTRA) and value is None)
+            if not (name.endswith(extrastates.SUFFIX) and value is None)
         }
 
     def _sharded_state(self) -> dict[str, Any]:
@@ -267,17 +248,6 @@ class ModuleComponent:
         managed = {id(member.given) for member in self.sharded.members}
         found = {self._names(name): value for name, value in state.items() if id(value) not in managed}
         return found | {name: p for name, p in self.named_parameters() if isinstance(p, Ragged)}
-
-
-class _NoTensors(dict[str, torch.Tensor]):
-    """Refuses tensors hidden in an extra state: they have no place in the module's tensors."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__()
-        self._key = key
-
-    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        raise UnsupportedStateError(name, f"a tensor inside the extra state {self._key}; register it as a buffer")
 
 
 def _is_inside(key: str, state: Mapping[str, Any]) -> bool:
@@ -291,11 +261,3 @@ def _is_parameter(value: Any) -> bool:
 
 def _is_trained(parameter: torch.Tensor) -> bool:
     return source(parameter).requires_grad
-
-
-def _no_tensor(name: str) -> torch.Tensor:
-    raise StateMismatchError(name, "an extra state cannot refer to a tensor")
-
-
-def _owner(key: str, component: str) -> str:
-    return key[len(component) + 1 :].removesuffix(_EXTRA).rstrip(".")

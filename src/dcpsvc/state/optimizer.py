@@ -15,6 +15,7 @@ from dcpsvc.state import documents, meta
 from dcpsvc.state.collected import Collected, Sharing
 from dcpsvc.state.optimnames import Names
 from dcpsvc.state.optimsaved import SavedOptimizer
+from dcpsvc.state.optimunsaved import Unsaved
 from dcpsvc.state.optimview import View, refuse_own_state, unwrapped
 from dcpsvc.state.ragged import Ragged
 from dcpsvc.state.saved import own_name
@@ -48,15 +49,21 @@ class OptimizerComponent:
     """
 
     def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
-        self._name, self._modules = name, modules
+        self._name, self._modules, self._declaration = name, modules, given
         self._given: Optimizer = bare(given)
         self._optimizers: list[Optimizer] = unwrapped(self._given)
         self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
+        self._unsaved = Unsaved(name, self._given)
         self._look()
+
+    def is_of(self, given: Any, modules: Sequence[ModuleComponent]) -> bool:
+        """Whether it is of this very optimizer, with names from these modules."""
+        return given is self._declaration and list(modules) == list(self._modules)
 
     def collect(self, into: Collected) -> None:
         """Every state tensor under ``<name>.state.<fqn>.<entry>``; the rest is one document."""
         self._look()
+        self._unsaved.look(tell=into.rank == 0)
         holder = self._holder(into.rank)
         own = self._name if holder is None else own_name(self._name, into.rank)
         tensors: dict[torch.Tensor, Tensors] = {}  # step() alone changes them

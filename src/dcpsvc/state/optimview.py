@@ -155,6 +155,11 @@ def unwrapped(optimizer: Optimizer) -> list[Optimizer]:
     return [each for one in held for each in unwrapped(one)] if (held := _held(optimizer)) else [optimizer]
 
 
+def layers(optimizer: Optimizer) -> list[Optimizer]:
+    """It, and those that it holds, and those that these hold; a ZeroRedundancyOptimizer as what is inside it."""
+    return [_inner(optimizer), *(one for each in _held(optimizer) for one in layers(each))]
+
+
 def refuse_own_state(name: str, optimizer: Optimizer) -> None:
     """What is put around optimizers is not saved, so that must be no state: the slow weights of a Lookahead, say.
 

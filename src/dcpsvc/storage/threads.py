@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from dcpsvc.storage.base import ReadableStore
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
+def at_once(store: ReadableStore) -> int:
+    """How many small files to read side by side: an object store takes milliseconds for each, a disk takes none."""
+    return 16 if "://" in store.url else 4
+
+
 def each(work: Callable[[S], T], items: Sequence[S], at_once: int) -> list[T]:
-    """What ``work`` gives for each, in order, some at a time; the first error is raised."""
+    """What ``work`` gives for each, in order, some at a time. After an error, which is raised, nothing more begins."""
     if at_once == 1 or len(items) <= 1:
         return [work(item) for item in items]
+    left, found = deque(enumerate(items)), dict[int, T]()
+
+    def go_through() -> None:
+        try:
+            for index, item in _taken(left):
+                found[index] = work(item)
+        except BaseException:
+            left.clear()
+            raise
+
     with ThreadPoolExecutor(at_once, thread_name_prefix="dcpsvc-store") as pool:
-        return list(pool.map(work, items))
+        try:
+            ended, _ = wait([pool.submit(go_through) for _ in range(at_once)], return_when=FIRST_EXCEPTION)
+        finally:  # an interrupt of this thread, too
+            left.clear()
+        for one in ended:
+            one.result()
+    return [found[index] for index in range(len(items))]
+
+
+def _taken(left: deque[S]) -> Iterator[S]:
+    """Each to one of the threads that ask."""
+    while True:
+        try:
+            item = left.popleft()
+        except IndexError:
+            return
+        yield item

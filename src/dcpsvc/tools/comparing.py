@@ -9,6 +9,7 @@ from dcpsvc.deletions import noticed
 from dcpsvc.format.shardfile import of_components
 from dcpsvc.leases import held
 from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.storage.threads import at_once, each
 from dcpsvc.tools import numbers
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Side:
     def documents(self) -> dict[str, Any]:
         """The JSON values of all ranks, by dotted path."""
         flat: dict[str, Any] = {}
-        for shard in self.shards:
-            for name, document in of_components(shard.documents()).items():
+        for of_rank in each(VerifiedShard.documents, self.shards, at_once(self.store)):
+            for name, document in of_components(of_rank).items():
                 flat |= leaves(document, name)
         return flat
 

@@ -18,9 +18,8 @@ from dcpsvc.format.parse import dump
 from dcpsvc.format.safetensors import head, ordered
 from dcpsvc.format.shardfile import INNER
 from dcpsvc.leases import held
-from dcpsvc.reading import at_once
 from dcpsvc.storage.shards import VerifiedShard
-from dcpsvc.storage.threads import each
+from dcpsvc.storage.threads import at_once, each
 from dcpsvc.tools.casting import cast, result
 from dcpsvc.tools.folder import Folder
 from dcpsvc.tools.showing import show

@@ -13,12 +13,11 @@ from dcpsvc import deletions, keeping
 from dcpsvc.errors import NoSuchStepError, RemovalRefusedError, StoreError, StoreNotFoundError
 from dcpsvc.format import keys
 from dcpsvc.format.keys import MAX_EPOCH, Epoch
-from dcpsvc.reading import at_once
 from dcpsvc.sidefiles import CLOCK_SLACK_S, SideFiles
 from dcpsvc.stages import discover, retain
 from dcpsvc.storage import storeclock
 from dcpsvc.storage.base import written_s
-from dcpsvc.storage.threads import each
+from dcpsvc.storage.threads import at_once, each
 from dcpsvc.tools.clearplan import (
     ATTEMPT,
     CHECKPOINT,

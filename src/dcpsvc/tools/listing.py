@@ -10,11 +10,11 @@ from dcpsvc import deletions, keeping
 from dcpsvc.errors import FormatError, StoreError
 from dcpsvc.format import keys
 from dcpsvc.policies import Everything
-from dcpsvc.reading import at_once
 from dcpsvc.sidefiles import SideFiles
 from dcpsvc.stages import discover
 from dcpsvc.stages.discover import Checkpoint
 from dcpsvc.storage.posix import PosixStore
+from dcpsvc.storage.threads import at_once
 from dcpsvc.tools import showing
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from dcpsvc import deletions, sidefiles
 from dcpsvc.commits import listed_metrics
 from dcpsvc.errors import FormatError, NoSuchStepError, StoreNotFoundError, StoreObjectError
 from dcpsvc.format import lineage
-from dcpsvc.reading import at_once
 from dcpsvc.stages import discover
 from dcpsvc.stages.discover import Checkpoint
 from dcpsvc.storage.base import is_there
+from dcpsvc.storage.threads import at_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

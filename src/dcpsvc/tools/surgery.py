@@ -22,6 +22,7 @@ from dcpsvc.leases import held
 from dcpsvc.stages import discover, upload
 from dcpsvc.storage.conflict import holds
 from dcpsvc.storage.shards import VerifiedShard
+from dcpsvc.storage.threads import at_once, each
 from dcpsvc.tools import adapterfolder, changes, owning
 from dcpsvc.tools.transplant import without, write_shards
 
@@ -77,7 +78,7 @@ class Operation:
         shards = [VerifiedShard([self.source], record) for record in self.manifest.shards]
         with noticed(self.source, self.manifest.key):
             layout = discover.read_layout(self.source, self.manifest)
-            befores = [shard.documents() for shard in shards]
+            befores = each(VerifiedShard.documents, shards, at_once(self.source))
         lines: list[str] = []
         documents: list[bytes] = []
         components = {changes.component(name) for name in layout.names()}

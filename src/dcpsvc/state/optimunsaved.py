@@ -1,0 +1,114 @@
+"""Tensors that hang on an optimizer beside its state, as the slow weights of a Lookahead may: not saved, and so told.
+
+Tables that never change, as those of 8-bit optimizers, are none of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dcpsvc.state import inner
+from dcpsvc.state.optimview import layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+_SAVED = {"param_groups", "state", "defaults"}
+_DEPTH = 4
+
+Seen = tuple[tuple[int, int], ...]
+
+
+class Unsaved:
+    """Of one optimizer, and those that it holds.
+
+    Args:
+        name: Of the component.
+        optimizer: As it was given.
+    """
+
+    def __init__(self, name: str, optimizer: Optimizer) -> None:
+        self._name, self._layers = name, layers(optimizer)
+        self._seen: dict[tuple[int, str], Seen] = {}
+        self._changes = Counter[tuple[int, str]]()
+        self._told = False
+
+    def look(self, *, tell: bool) -> None:
+        """Log, once, which attributes have tensors like all parameters, or others that change from save to save.
+
+        Args:
+            tell: Whether this rank is the one that logs it.
+        """
+        for optimizer in () if self._told else self._layers:
+            if names := self._attributes(optimizer):
+                self._told = True
+                if tell:
+                    logger.warning(
+                        "%s: %s has tensors in %s, in neither its state nor its param_groups: those are not saved; "
+                        "what training needs of them is to be a value of the state by itself",
+                        self._name, type(optimizer).__name__, ", ".join(names),
+                    )  # fmt: skip
+
+    def _attributes(self, optimizer: Optimizer) -> list[str]:
+        """Those of it that are suspicious."""
+        found = {name: list(_tensors(value)) for name, value in vars(optimizer).items() if name not in _SAVED}
+        if not any(found.values()):
+            return []
+        saved, shapes = self._saved(), [p.shape for group in optimizer.param_groups for p in group["params"]]
+        names: list[str] = []
+        for name, tensors in found.items():
+            strangers = [one for one in tensors if one.numel() > 1 and _memory(one) not in saved]
+            if strangers and (_is_like(strangers, shapes) or self._changes_often((id(optimizer), name), strangers)):
+                names.append(name)
+        return names
+
+    def _changes_often(self, attribute: tuple[int, str], tensors: list[torch.Tensor]) -> bool:
+        """Whether they were written to, or are others, for the second time: once is how a table gets to its device."""
+        seen = tuple((id(one), inner.version(one)) for one in tensors)
+        self._changes[attribute] += seen != self._seen.setdefault(attribute, seen)
+        self._seen[attribute] = seen
+        return self._changes[attribute] > 1
+
+    def _saved(self) -> set[int]:
+        """Where the tensors lie that are saved, or that gradients are in."""
+        parameters = [p for each in self._layers for group in each.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        states = [tensor for each in self._layers for tensor in _tensors([each.state, each.param_groups])]
+        return {_memory(tensor) for tensor in (*parameters, *gradients, *states)}
+
+
+def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
+    """Those in a value, and in the state of optimizers in it."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if isinstance(value, torch.optim.Optimizer):
+        value = value.state
+    values: Iterable[Any] = value.values() if isinstance(value, Mapping) else value
+    if depth and isinstance(value, Mapping | list | tuple | set):
+        for one in values:
+            yield from _tensors(one, depth - 1)
+
+
+def _is_like(tensors: list[torch.Tensor], shapes: list[torch.Size]) -> bool:
+    """Whether there is one of each shape, or one for all elements."""
+    total = sum(shape.numel() for shape in shapes)
+    return not Counter(shapes) - Counter(one.shape for one in tensors) or any(one.numel() == total for one in tensors)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where it lies; of what has no memory of its own, which it is."""
+    local = inner.local_of(tensor)
+    try:
+        return local.untyped_storage().data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # a sparse one, or one made of others
+        return id(tensor)
