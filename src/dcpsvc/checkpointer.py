@@ -125,7 +125,7 @@ class Checkpointer:
             The step to continue after; 0 on a fresh run.
 
         Raises:
-            NoSuchStepError: ``step`` is not committed, or damaged.
+            NoSuchStepError: ``step`` is not committed, or damaged; StepDeletedError, if it is being deleted.
             NoValidCheckpointError: There are commits and all are damaged.
             RestoreFailedError: The state does not fit, or a rank is missing; the same on every rank.
         """
@@ -135,7 +135,7 @@ class Checkpointer:
         resuming = Resuming(
             self._job, f"resume-{self._resumes}", self._run.remote, [self._run.local], self._state,
             options.sync_timeout_s, options.upload_timeout_s, self._catalog.hold, even_diverged,
-            self._run.local_path, options.read_together,
+            self._run.settled.deleted, self._run.local_path, options.read_together,
         )  # fmt: skip
         self._saver.wait_copied()
         found = resuming.run(step, Terms(strict=strict, skip=tuple(skip), rename=dict(rename or {})))

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from dcpsvc import sidefiles
+from dcpsvc import deletions, sidefiles
 from dcpsvc.commits import is_diverged
-from dcpsvc.errors import FormatError
+from dcpsvc.errors import FormatError, StepDeletedError
 from dcpsvc.listed import Listed
 from dcpsvc.stages import discover
 
@@ -51,12 +51,14 @@ class Choice:
         rejected: What newer ones lack, a line each.
         passed: Those.
         steps: Everything that is committed, whole or not, where nothing was found.
+        deleted: The step that was named is being deleted, or was meanwhile.
     """
 
     found: Found | None
     rejected: tuple[str, ...]
     passed: tuple[Attempt, ...]
     steps: tuple[int, ...] = ()
+    deleted: StepDeletedError | None = None
 
 
 def told(_: Store, found: Manifest) -> Found:
@@ -91,10 +93,12 @@ def choose(
     *,
     even_diverged: bool = False,
     look: Look = opened,
+    deleted: Collection[Attempt] = (),
 ) -> Choice:
     """The newest commit that looks whole and was not tried, or that of ``step``. One LIST, then newest first.
 
-    One that is tagged as diverged is passed over, unless it is named or ``even_diverged``.
+    One that is tagged as diverged is passed over, unless it is named or ``even_diverged``. Of a step that is not there
+    is said that it is being deleted, or was: since somebody saw it, or because the caller knows of one ``deleted``.
 
     Raises:
         StoreError: The store could not be asked.
@@ -114,8 +118,21 @@ def choose(
             reason = str(err)
         rejected.append(f"step {attempt.step}: {reason}")
         passed.append(attempt)
-    steps = dict.fromkeys(attempt.step for attempt in listed.counting())
-    return Choice(None, tuple(rejected), tuple(passed), tuple(steps))
+    gone = None if step is None else _deleted(store, step, [*tried, *passed], deleted)
+    steps = gone.available if gone else dict.fromkeys(attempt.step for attempt in listed.counting())
+    return Choice(None, tuple(rejected), tuple(passed), tuple(steps), gone)
+
+
+def _deleted(
+    store: Store, step: int, seen: Collection[Attempt], deleted: Collection[Attempt]
+) -> StepDeletedError | None:
+    seen = [one for one in seen if one.step == step]
+    try:
+        deletions.check_step(store, step, None, seen)
+    except StepDeletedError as err:
+        return err
+    known = [one for one in deleted if one.step == step and not seen]
+    return deletions.error(store, known[-1], was_committed=False) if known else None
 
 
 def _newest_first(store: Store, listed: Listed, step: int | None) -> Iterator[Attempt]:

@@ -269,6 +269,7 @@ _REMEDIES: dict[type[Exception], str] = {  # the first that fits
     RunBusyError: "One owner at a time: end the other job, or wait for it.",
     DestinationError: "Give another place, or another step.",
     NoRunError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
+    live.NoAnswerError: "dcpsvc status ROOT shows how far the job is, dcpsvc ls ROOT what is committed.",
     live.NoLiveJobError: "Ask on a host of the job, as the job's user.",
 }
 

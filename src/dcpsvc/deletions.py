@@ -11,7 +11,7 @@ from dcpsvc.listed import Listed
 from dcpsvc.storage.base import is_there
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from dcpsvc.format.keys import Attempt
     from dcpsvc.storage.base import Store
@@ -49,6 +49,21 @@ def error(store: Store, attempt: Attempt, *, was_committed: bool = True) -> Step
     steps = tuple(sorted({one.step for one in Listed(store).counting()}))
     marked = is_there(store, attempt.tombstone)
     return StepDeletedError(store.url, attempt.step, steps, attempt.attempt, marked, left, was_committed)
+
+
+def check_step(store: Store, step: int, attempt: str | None = None, seen: Sequence[Attempt] = ()) -> None:
+    """Raises StepDeletedError if a step was ``seen`` and is deleted since, or files of it wait for being deleted.
+
+    Of those nothing tells whether they were ever committed. What was seen, and is there still, is something else.
+    """
+    for one in seen:
+        if not is_there(store, one.manifest):
+            raise error(store, one)
+    for one in () if seen else condemned(store):
+        if one.step != step or attempt not in {None, one.attempt} or is_there(store, one.manifest):
+            continue
+        if (found := error(store, one, was_committed=False)).left_nbytes:
+            raise found
 
 
 def condemned(store: Store) -> list[Attempt]:

@@ -7,7 +7,7 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcpsvc import choosing
+from dcpsvc import choosing, deletions
 from dcpsvc.config import Options
 from dcpsvc.errors import NoSuchStepError, NoValidCheckpointError, RankFailure, RestoreFailedError
 from dcpsvc.leases import held
@@ -45,14 +45,16 @@ def storage_reader(
 
     Raises:
         NoSuchStepError: The step is not committed, or its files are not all there.
+        StepDeletedError: It is being deleted, or, as that says, never was committed.
         NoValidCheckpointError: Nothing can be loaded.
         FormatError: Its layout or JSON values are damaged.
     """
     store = open_root(root, storage_options)
     manifest, _, layout = _choose(store, step)
     hold = functools.partial(held, store, manifest.key)
-    reader = CheckpointReader(manifest, layout or discover.read_layout(store, manifest), [store], hold)
-    reader.read_metadata()  # now, because DCP turns what goes wrong here into an AssertionError
+    with deletions.noticed(store, manifest.key):
+        reader = CheckpointReader(manifest, layout or discover.read_layout(store, manifest), [store], hold)
+        reader.read_metadata()  # now, because DCP turns what goes wrong here into an AssertionError
     return reader
 
 
@@ -94,6 +96,7 @@ def load(
     Raises:
         ConfigError: An argument makes no sense.
         NoSuchStepError: ``step`` is not committed, or damaged.
+        StepDeletedError: It is being deleted, or, as that says, never was committed.
         NoValidCheckpointError: Nothing can be loaded.
         RestoreFailedError: The state does not fit, or a rank is missing; says so if anything in memory was changed.
     """
@@ -151,4 +154,4 @@ def _choose(store: Store, step: int | None) -> Found:
         return choice.found
     if step is None:
         raise NoValidCheckpointError(store.url, choice.rejected or ("nothing is committed",))
-    raise NoSuchStepError(store.url, step, choice.steps, "; ".join(choice.rejected))
+    raise choice.deleted or NoSuchStepError(store.url, step, choice.steps, "; ".join(choice.rejected))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dcpsvc import sidefiles
+from dcpsvc import deletions, sidefiles
 from dcpsvc.errors import NoSuchStepError
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
@@ -88,10 +88,12 @@ def find(store: Store, step: int, attempt: str | None = None) -> Attempt:
 
     Raises:
         NoSuchStepError: There is none.
+        StepDeletedError: It is being deleted, or, as that says, never was committed.
     """
     everything = discover.committed(store)
     found = [one for one in everything if one.step == step and attempt in {None, one.attempt}]
     if not found:
+        deletions.check_step(store, step, attempt)
         have = tuple(sorted({one.step for one in everything}))
         there = tuple(one.attempt for one in everything if one.step == step)
         reason = f"has no committed attempt {attempt}" if there else ""

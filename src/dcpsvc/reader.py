@@ -65,7 +65,7 @@ class CheckpointReader(StorageReader):
         self, manifest: Manifest, layout: Layout, stores: Sequence[Store], hold: Hold = contextlib.nullcontext,
         *, once: bool = False,
     ) -> None:  # fmt: skip
-        self.manifest, self.layout, self._hold, self._at_once = manifest, layout, hold, at_once(stores[-1])
+        self.manifest, self.layout, self._hold, self._stores = manifest, layout, hold, stores
         self.shards = {record.rank: VerifiedShard(stores, record, once=once) for record in manifest.shards}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
@@ -78,7 +78,7 @@ class CheckpointReader(StorageReader):
         """The JSON documents held by the shards of ``ranks``."""
         shards = [self.shards[rank] for rank in sorted(set(ranks))]
         found: dict[str, Any] = {}
-        for of_rank in each(VerifiedShard.documents, shards, self._at_once):
+        for of_rank in each(VerifiedShard.documents, shards, at_once(self._stores[-1])):
             found |= of_rank
         return found
 

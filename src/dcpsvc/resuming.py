@@ -17,6 +17,7 @@ from dcpsvc.errors import (
     RankFailure,
     RestoreFailedError,
     StateError,
+    StepDeletedError,
 )
 from dcpsvc.format import numbers
 from dcpsvc.format.keys import Attempt
@@ -29,7 +30,7 @@ from dcpsvc.state import fingerprint
 from dcpsvc.together import Sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from dcpsvc.choosing import Choice
@@ -87,6 +88,7 @@ class Resuming:
         work_s: Longest time a rank may take to read.
         hold: Called on the coordinator with each checkpoint before it is read, so that nobody deletes it meanwhile.
         even_diverged: Take one that is tagged as diverged, too.
+        deleted: Attempts that the coordinator knows to have been deleted lately.
         folder: On a disk of this node, for what may not be in the state yet; None: it waits in memory.
         read_together: Whether the ranks get from each other what several need; None: it depends on what the run root
             is. The coordinator's counts.
@@ -101,6 +103,7 @@ class Resuming:
     work_s: float
     hold: Callable[[Attempt], None] = _no_hold
     even_diverged: bool = False
+    deleted: Collection[Attempt] = ()
     folder: Path | None = None
     read_together: bool | None = None
     _layout: Layout | None = None
@@ -114,6 +117,7 @@ class Resuming:
 
         Raises:
             NoSuchStepError: ``step`` was named and cannot be loaded.
+            StepDeletedError: It is being deleted, or was meanwhile.
             NoValidCheckpointError: There are commits and all are damaged.
             RestoreFailedError: A rank cannot take part, or the state does not fit; the same on every rank.
         """
@@ -125,7 +129,7 @@ class Resuming:
             )
             rejected += verdict["rejected"]
             if verdict["attempt"] is None:
-                self._check_fresh(step, rejected, verdict["all"])
+                self._check_fresh(step, rejected, verdict)
                 return None
             attempt = Attempt(*verdict["attempt"])
             chosen = Chosen(attempt, verdict["manifest"], self._layout, verdict["together"])
@@ -162,6 +166,7 @@ class Resuming:
             "rejected": choice.rejected,
             "passed": choice.passed,
             "all": choice.steps,
+            "deleted": choice.deleted and choice.deleted.args[3:],
             "manifest": told(manifest),
             "together": self.job.world_size > 1 and self._together(caches),
         }
@@ -173,15 +178,17 @@ class Resuming:
         return not getattr(self.remote, "cached", False) or len({*caches} - {""}) > 1
 
     def _find(self, step: int | None, tried: Sequence[Attempt]) -> Choice:
-        choice = choosing.choose(self.remote, step, tried, even_diverged=self.even_diverged)
+        choice = choosing.choose(self.remote, step, tried, even_diverged=self.even_diverged, deleted=self.deleted)
         if choice.found is not None:
             self.hold(choice.found.manifest.key)
         return choice
 
-    def _check_fresh(self, step: int | None, rejected: list[str], everything: list[int]) -> None:
+    def _check_fresh(self, step: int | None, rejected: list[str], verdict: dict[str, Any]) -> None:
         """Nothing was chosen: fine where nothing was ever committed and nothing was asked for."""
+        if step is not None and verdict["deleted"]:
+            raise StepDeletedError(self.remote.url, step, tuple(verdict["all"]), *verdict["deleted"])
         if step is not None:
-            raise NoSuchStepError(self.remote.url, step, tuple(everything), "; ".join(rejected))
+            raise NoSuchStepError(self.remote.url, step, tuple(verdict["all"]), "; ".join(rejected))
         if rejected:
             raise NoValidCheckpointError(self.remote.url, tuple(rejected))
 

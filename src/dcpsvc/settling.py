@@ -56,12 +56,14 @@ class Settled:
         recovered: Those of them whose upload this start has finished.
         unfinished: Uploads that could not be finished for a reason that may pass: the next start tries again, unless
             a commit has passed them.
+        deleted: Whose deletion this start has finished: old checkpoints, and what failed saves had left.
     """
 
     epoch: Epoch
     committed: tuple[Attempt, ...]
     recovered: tuple[Attempt, ...]
     unfinished: tuple[Attempt, ...]
+    deleted: tuple[Attempt, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,7 +103,10 @@ def settle(job: Job, tiers: Tiers, meeting: Meeting) -> Settled:
         _sweep_local(job, tiers, dead)
     except StoreError as err:  # debris is invisible; it must not stop this rank while the others go on
         logger.warning("debris of an earlier job stays: %s", err)
-    return Settled(epoch=epoch, committed=committed, recovered=tuple(recovered), unfinished=tuple(unfinished))
+    deleted = tuple(Attempt(*pair) for pair in stock["deleted"])
+    return Settled(
+        epoch=epoch, committed=committed, recovered=tuple(recovered), unfinished=tuple(unfinished), deleted=deleted
+    )
 
 
 def _claim(job: Job, tiers: Tiers, held: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def _claim(job: Job, tiers: Tiers, held: list[list[dict[str, Any]]]) -> dict[str
     marked = deletions.condemned(tiers.remote)
     committed = discover.committed(tiers.remote)
     newest = max((attempt.step for attempt in committed), default=-1)
-    _finish_removals(tiers.remote, marked, committed, newest)
+    deleted = _finish_removals(tiers.remote, marked, committed, newest)
     held_attempts = {Attempt(*one["attempt"]) for holding in held for one in holding}
     dead = {one for one in held_attempts - set(committed) if one.epoch < epoch}
     latest_epoch = max((attempt.epoch for attempt in committed), default=NO_EPOCH)
@@ -124,20 +129,25 @@ def _claim(job: Job, tiers: Tiers, held: list[list[dict[str, Any]]]) -> dict[str
     return {
         "epoch": list(epoch),
         "dead": [list(attempt) for attempt in sorted(dead)],
+        "deleted": [list(attempt) for attempt in deleted],
         "plans": plans(held, newest_first, job.world_size, max(committed, key=lambda one: one.step, default=None)),
     }
 
 
-def _finish_removals(remote: Store, marked: list[Attempt], committed: list[Attempt], newest: int) -> None:
+def _finish_removals(remote: Store, marked: list[Attempt], committed: list[Attempt], newest: int) -> list[Attempt]:
     """Deletions that broke off before the manifest was gone are decided anew, those after it are finished.
 
-    One of an attempt newer than the newest commit waits for a commit: whoever began it may still be at it.
+    One of an attempt newer than the newest commit waits for a commit: whoever began it may still be at it. Says which
+    had files left: a mark alone is that of a save which failed.
     """
+    finished: list[Attempt] = []
     for attempt in marked:
         if attempt in committed:
             remote.delete(attempt.tombstone)
         elif attempt.step <= newest:
+            finished += [attempt] if remote.list(attempt.data) else []
             retain.finish_removal(remote, attempt)
+    return finished
 
 
 def _recover(

@@ -14,11 +14,36 @@ import torch.distributed as dist
 
 import dcpsvc
 from dcpsvc import Every, Point
+from dcpsvc.errors import StepDeletedError
+from dcpsvc.stages import discover, retain
+from dcpsvc.storage.posix import PosixStore
 from tests.ranks.harness import raised_by, run_ranks, values
 from tests.ranks.models import Training, checkpointer, committed
 
 KINDS = [("plain", 0), ("ddp", 2), ("fsdp", 2)]
 """How the model is wrapped, and on how many ranks; 0: without a process group."""
+
+
+# --- a step that was deleted ----------------------------------------------------------------------
+
+
+def ask_for_step_10(rank, world, root):
+    with checkpointer(root, Training("ddp", rank).state) as ckpt, pytest.raises(StepDeletedError) as caught:
+        ckpt.resume(10)
+    return str(caught.value)
+
+
+def test_all_ranks_hear_that_the_step_they_ask_for_was_deleted(tmp_path):
+    with checkpointer(tmp_path / "run", {"n": [1]}) as ckpt:
+        for step in (10, 20):
+            ckpt.save(step).wait(30)
+    store = PosixStore(tmp_path / "run")
+    condemned = discover.committed(store)[0]
+    assert retain.condemn(store, condemned, lambda: True)
+    store.delete(condemned.manifest)
+    first, second = values(run_ranks(2, ask_for_step_10, tmp_path / "run"))
+    assert first == second
+    assert "or was deleted meanwhile by the policy of its job" in first
 
 
 # --- R27 R28: the same run, in two pieces ---------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from dcpsvc.cli import _remedy as remedy_of
 from dcpsvc.control import Control, Request, conversation, place, server
 from dcpsvc.errors import RankFailure, SaveFailedError, WaitTimeoutError
 from dcpsvc.tools import live
@@ -369,9 +370,12 @@ def test_a_save_that_fails_is_told_with_its_type_and_text(run_id, training, cont
 
 
 def test_an_answer_that_does_not_come_is_given_up_and_says_so(run_id, training, control):
-    with pytest.raises(live.NotDoneError, match=r"rank 3 .* did not answer within 0.2 s; what was asked stands"):
+    with pytest.raises(
+        live.NoAnswerError, match=r"rank 3 .* did not answer within 0.2 s; what was asked stands"
+    ) as caught:
         live.command(one(run_id), {"command": "save"}, 0.2)
 
+    assert remedy_of(caught.value).startswith("dcpsvc status ROOT shows how far")
     assert works(run_id)
 
 

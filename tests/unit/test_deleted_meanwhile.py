@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry as registry_of_fsspec
+from fsspec.registry import known_implementations
 
 import dcpsvc
 from dcpsvc import conversion, deletions
 from dcpsvc.cli import _remedy as remedy_of
-from dcpsvc.cli import cli
+from dcpsvc.cli import cli, main
 from dcpsvc.errors import CorruptShardError, NoSuchStepError, StepDeletedError
 from dcpsvc.format.keys import Attempt
 from dcpsvc.reading import open_root
@@ -91,6 +95,11 @@ def delete(root: Path, *, all_of_it: bool) -> None:
         store.delete(condemned.shard(0))
 
 
+def resumed(root, local: Path) -> int:
+    with dcpsvc.Checkpointer(root, {"model": torch.nn.Linear(64, 64)}, local=local, save_last=False) as ckpt:
+        return ckpt.resume(READ)
+
+
 READERS = {
     "export hf": lambda store, out: exporting.export_hf(exporting.Source(store, READ, "model"), out),
     "export torch": lambda store, out: conversion.export_torch(exporting.Source(store, READ, "model"), store, out),
@@ -101,6 +110,9 @@ READERS = {
     "edit": lambda store, _: surgery.Operation(
         source=store, manifest=store.manifest, settings=(Setting("note", "bye"),)
     ).plan(),
+    "load": lambda store, _: dcpsvc.load(store, {"model": torch.nn.Linear(64, 64)}, READ),
+    "resume": resumed,
+    "storage_reader": lambda store, _: dcpsvc.storage_reader(store, READ),
     "promote": lambda store, out: surgery.promote(
         surgery.Operation(source=store, manifest=store.manifest), open_store(out), lambda _: None
     ),
@@ -153,6 +165,8 @@ COMMANDS = {
     "export": ("export", "ROOT", "10", "OUT", "--format", "hf"),
     "edit": ("edit", "ROOT", "10", "--drop", "note"),
     "promote": ("promote", "ROOT", "10", "OUT"),
+    "pin": ("pin", "ROOT", "10"),
+    "gc": ("gc", "ROOT", "--remove", "10"),
 }
 
 
@@ -167,6 +181,90 @@ def test_a_step_whose_deletion_was_broken_off_is_told_as_that_by(arguments, root
     assert told in str(failed)
     assert str(failed).endswith("committed steps: 20, 30")
     assert not (tmp_path / "out" / "manifests").exists()
+
+
+@pytest.mark.parametrize("read", [dcpsvc.load, dcpsvc.storage_reader])
+def test_a_step_whose_deletion_was_broken_off_is_told_as_that_to_a_program(read, root):
+    delete(root, all_of_it=False)
+    arguments = [{"model": torch.nn.Linear(64, 64)}] if read is dcpsvc.load else []
+    with pytest.raises(StepDeletedError, match=r"or is being deleted .*; 12,345 bytes .*; committed steps: 20, 30$"):
+        read(root, *arguments, step=READ)
+
+
+def test_a_step_whose_deletion_the_start_of_the_job_has_finished_is_told_as_that(root, tmp_path):
+    delete(root, all_of_it=False)
+    with pytest.raises(StepDeletedError, match=r"or was deleted .*; nothing of it is left; committed steps: 20, 30$"):
+        resumed(root, tmp_path / "local")
+
+
+def test_a_failed_save_whose_mark_the_start_of_the_job_has_taken_away_is_no_deletion(root, tmp_path):
+    failed_save(root, 15)
+    with (
+        dcpsvc.Checkpointer(root, {"n": 1}, local=tmp_path / "local", save_last=False) as ckpt,
+        pytest.raises(NoSuchStepError, match="step 15 is not committed; committed steps: 10, 20, 30") as caught,
+    ):
+        ckpt.resume(15)
+    assert type(caught.value) is NoSuchStepError
+
+
+class DeletingFiles(LocalFileSystem):
+    """As :class:`Deleting`, for whoever opens a URL: when the first bytes of its shard are asked for."""
+
+    protocol = "deleting"
+    condemned = ""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("deleting://"))
+
+    def cat_file(self, path, *more, **options):
+        self._delete(path)
+        return super().cat_file(path, *more, **options)
+
+    def open(self, path, *more, **options):
+        self._delete(path)
+        return super().open(path, *more, **options)
+
+    def _delete(self, path: str) -> None:
+        root, _, below = path.partition("/data/")
+        if below.startswith("step-000000000010.") and type(self).condemned:
+            type(self).condemned = ""
+            delete(Path(root), all_of_it=False)
+
+
+@pytest.fixture
+def going(root, monkeypatch) -> str:
+    monkeypatch.setitem(known_implementations, "deleting", {"class": f"{__name__}.DeletingFiles"})
+    monkeypatch.setitem(registry_of_fsspec, "deleting", DeletingFiles)
+    monkeypatch.setattr(DeletingFiles, "condemned", "yes")
+    return f"deleting://{root}"
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["as text", "as JSON"])
+def test_cp_of_named_steps_copies_the_others_says_what_was_deleted_in_the_middle_and_ends_with_1(
+    as_json, going, tmp_path, monkeypatch, capsys
+):
+    more = ["--json"] if as_json else []
+    monkeypatch.setattr(sys, "argv", ["dcpsvc", "cp", going, str(tmp_path / "copy"), "10", "20", *more])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "step 10 (attempt 1-" in told.err
+    assert " is being deleted by the policy of its job" in told.err
+    assert "dcpsvc pin ROOT STEP" in told.err
+    if as_json:
+        assert [(one["step"], one["gone"]) for one in json.loads(told.out)] == [(10, True), (20, False)]
+    else:
+        assert "step 10 (attempt 1-" in told.out
+        assert "deleted meanwhile, not copied" in told.out
+    assert [one.step for one in discover.committed(PosixStore(tmp_path / "copy"))] == [20]
+
+
+def test_cp_of_everything_goes_on_without_what_was_deleted_in_the_middle(going, tmp_path):
+    done = CliRunner().invoke(cli, ["cp", going, str(tmp_path / "copy")])
+    assert done.exit_code == 0, done.output
+    assert [one.step for one in discover.committed(PosixStore(tmp_path / "copy"))] == [20, 30]
 
 
 def test_the_program_says_what_to_do_and_ends_with_1(root):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ import click
 
 from dcpsvc import deletions, progress
 from dcpsvc.commandline.common import (
-    EXIT_DAMAGED,
     Command,
     as_json_option,
     jobs_option,
@@ -22,6 +20,7 @@ from dcpsvc.commandline.common import (
 )
 from dcpsvc.commandline.steps import attempt_option, number, pick, step_argument
 from dcpsvc.errors import DestinationError, NoValidCheckpointError
+from dcpsvc.format.keys import Attempt
 from dcpsvc.storage import open as stores
 
 if TYPE_CHECKING:
@@ -99,7 +98,9 @@ def cp_command(
         print_json([asdict(one) for one in done])
     else:
         _tell(done, target.url)
-    sys.exit(EXIT_DAMAGED if steps and any(one.gone for one in done) else 0)
+    for one in done:
+        if steps and one.gone:  # it was named; of all that there is, some may go
+            raise deletions.error(source, Attempt(one.step, one.attempt))
 
 
 def _tell(done: Sequence[Copied], where: str) -> None:

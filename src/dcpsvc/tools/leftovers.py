@@ -110,6 +110,7 @@ class _Look:
         steps = tuple(sorted({attempt.step for attempt in self._committed}))
         for step in self._rules.steps:
             if step not in steps:
+                deletions.check_step(self._store, step)
                 raise NoSuchStepError(self._store.url, step, steps)
         if self._rules.attempt is not None and not self._named:
             step = self._rules.steps[0]

@@ -57,6 +57,10 @@ class NotDoneError(LiveError):
         return f"{self.error}: {self.text}" if self.error else self.text
 
 
+class NoAnswerError(NotDoneError):
+    """The job was asked and did not answer in time: it acts all the same."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveRank:
     """One process of a live job.
@@ -135,7 +139,7 @@ def command(
 
     Raises:
         NoLiveJobError: The process has ended.
-        NotDoneError: The job could not, or did not say in time.
+        NotDoneError: The job could not; NoAnswerError, if it did not say in time.
     """
     deadline = time.monotonic() + timeout_s
     try:
@@ -147,7 +151,7 @@ def command(
             elif message.get("event") == "done":
                 return dict(message["answer"])
     except TimeoutError:
-        raise NotDoneError(f"{_named(to)} did not answer within {timeout_s:g} s; what was asked stands") from None
+        raise NoAnswerError(f"{_named(to)} did not answer within {timeout_s:g} s; what was asked stands") from None
     except (OSError, ProtocolError) as err:
         raise NotDoneError(f"{_named(to)}: {err}") from err
     raise NotDoneError(f"{_named(to)} ended before it answered; the run root tells what is committed")

@@ -12,7 +12,6 @@ from dcpsvc.errors import FormatError, NoSuchStepError, StoreNotFoundError, Stor
 from dcpsvc.format import lineage
 from dcpsvc.stages import discover
 from dcpsvc.stages.discover import Checkpoint
-from dcpsvc.storage.base import is_there
 from dcpsvc.storage.threads import at_once
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
             return discover.valid(store, one)
         except FormatError as err:
             reasons.append(f"attempt {one.attempt}: {err}")
-    check_not_deleted(store, step, attempt, wanted)
+    deletions.check_step(store, step, attempt, wanted)
     if not wanted:
         reasons = [
             f"attempt {one.attempt}: {one.reason}"
@@ -138,21 +137,6 @@ def find(store: Store, step: int, attempt: str | None = None) -> Manifest:
             if one.step == step and attempt in {None, one.attempt}
         ]
     raise NoSuchStepError(store.url, step, tuple(sorted({one.step for one in everything})), "; ".join(reasons))
-
-
-def check_not_deleted(store: Store, step: int, attempt: str | None, seen: Sequence[Attempt]) -> None:
-    """Raises StepDeletedError if a step was ``seen`` and is deleted since, or files of it wait for being deleted.
-
-    Of those nothing tells whether they were ever committed. What was seen, and is there still, is something else.
-    """
-    for one in seen:
-        if not is_there(store, one.manifest):
-            raise deletions.error(store, one)
-    for one in () if seen else deletions.condemned(store):
-        if one.step != step or attempt not in {None, one.attempt} or is_there(store, one.manifest):
-            continue
-        if (found := deletions.error(store, one, was_committed=False)).left_nbytes:
-            raise found
 
 
 def _check_attempt(store: Store, everything: Sequence[Attempt], step: int, attempt: str | None) -> None:

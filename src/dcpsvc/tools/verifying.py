@@ -6,13 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dcpsvc import deletions
 from dcpsvc.errors import FormatError, NoSuchStepError
 from dcpsvc.leases import held
 from dcpsvc.stages import discover
 from dcpsvc.storage import wholefile
 from dcpsvc.storage.base import is_there
 from dcpsvc.storage.shards import VerifiedShard
-from dcpsvc.tools import showing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ def commits(store: Store, step: int | None) -> list[Attempt]:
     everything = discover.committed(store)
     found = [attempt for attempt in everything if step in {None, attempt.step}]
     if step is not None and not found:
-        showing.check_not_deleted(store, step, None, ())
+        deletions.check_step(store, step)
         raise NoSuchStepError(store.url, step, tuple(sorted({attempt.step for attempt in everything})))
     return found
 
