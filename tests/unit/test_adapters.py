@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 import dcpsvc
 from dcpsvc.errors import ConfigError, RestoreFailedError
+from dcpsvc.state.buffers import Buffers
 from tests.unit.one_process import bits, resume, save
 from tests.unit.training import everything, seed
 
@@ -153,7 +154,7 @@ class Still(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.arange(1000.0))
-        self.register_buffer("cache", torch.zeros(8), persistent=False)
+        self.register_buffer("cache", torch.ones(8), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.cache += 1
@@ -242,6 +243,15 @@ def test_a_buffer_that_an_earlier_life_has_changed_is_stored_by_one_that_does_no
     again = buffered()
     assert resume_adapter(tmp_path, again) == 2
     assert everything(steps(again)) == everything(steps(state))
+
+
+def test_a_buffer_that_was_written_to_before_anybody_looked_counts_as_changed() -> None:
+    module = Still()
+    buffers = Buffers(module, str)
+    module.table += 1
+    assert buffers.needed() == {"table"}
+    untouched = Buffers(Still(), str)
+    assert untouched.needed() == set()
 
 
 def test_what_is_known_of_a_module_outlives_that_another_part_of_the_state_is_replaced(tmp_path: Path) -> None:
