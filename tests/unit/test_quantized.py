@@ -308,8 +308,10 @@ def test_an_optimizer_goes_on_with_states_made_of_others_whether_or_not_it_has_b
     save(tmp_path, state)
     train(state, 3)
     fresh = trained(2, steps)
+    means = [kept["mean"] for kept in fresh["optim"].state.values()]
     resume(tmp_path, fresh)
     assert list(fresh["optim"].state[fresh["model"].weight]) == ["step", "mean"]
+    assert all(fresh["optim"].state[fresh["model"].weight]["mean"] is mean for mean in means)
     assert entries(train(fresh, 3)) == entries(state)
 
 
