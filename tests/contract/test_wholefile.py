@@ -1,4 +1,7 @@
-"""L6: a file that is written with a deadline is closed by whoever is left behind in it, never under it."""
+"""L6: a file that is written with a deadline is closed by whoever is left behind in it, never under it.
+
+And what is carried from one place to another is what was written, however often the way breaks off.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,23 @@ import contextlib
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from dcpsvc import deadline
 from dcpsvc.deadline import SystemClock
-from dcpsvc.errors import StoreError
+from dcpsvc.errors import CorruptShardError, StoreError, StoreUnavailableError
+from dcpsvc.format.adapter import AdapterFile
 from dcpsvc.format.digest import digest
+from dcpsvc.storage import wholefile
 from dcpsvc.storage.bounded import BoundedDisk, NewFiles
+from dcpsvc.storage.posix import PosixStore
+from dcpsvc.storage.retry import RetryingStore
 from dcpsvc.storage.wholefile import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 KEY = "data/step-000000000001.a/adapter/adapter_model.safetensors"
 BOUND_S = 30.0
@@ -132,3 +143,48 @@ def test_files_that_nobody_wants_are_closed_though_one_of_them_hangs(tmp_path: P
     files.close()
     assert open_files(tmp_path / "whole") == []
     os.close(os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK))  # whoever hangs there goes on
+
+
+# --- carried ----------------------------------------------------------------------------------------
+
+DATA = b"one and two"
+FILE = AdapterFile(path=KEY, nbytes=len(DATA), digest=digest(DATA))
+
+
+class Turning(PosixStore):
+    """Keeps other bytes than it was given."""
+
+    def put_file(self, key: str, path: Path, *, progress: Any = None) -> None:
+        self.put(key, path.read_bytes()[::-1])
+
+
+class Breaking(PosixStore):
+    """Breaks off in the middle of what it gives first."""
+
+    whole = False
+
+    def stream(self, key: str, begin: int, end: int, look: Any) -> Any:
+        def given() -> Iterator[memoryview]:
+            data = self.read(key, begin, end)
+            yield memoryview(data[:3])
+            if not self.whole:
+                self.whole = True
+                raise StoreUnavailableError("read", key, "broken off")
+            yield memoryview(data[3:])
+
+        return look(given())
+
+
+def test_a_store_that_does_not_give_back_what_it_was_given_is_found_out_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    with pytest.raises(CorruptShardError, match="do not match the manifest"):
+        wholefile.put(Turning(tmp_path / "root"), FILE, path)
+
+
+def test_a_copy_that_breaks_off_is_begun_anew_and_holds_each_byte_once(tmp_path: Path) -> None:
+    store = Breaking(tmp_path / "root")
+    store.put(KEY, DATA)
+    wholefile.bring(RetryingStore(store, pause=lambda _: False), FILE, tmp_path / "here" / "file")
+    assert store.whole
+    assert (tmp_path / "here" / "file").read_bytes() == DATA

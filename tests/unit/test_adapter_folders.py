@@ -100,6 +100,14 @@ def test_such_a_name_is_found_before_the_training_begins(tmp_path: Path, compone
     assert not (tmp_path / "root").exists()
 
 
+def test_such_a_name_elsewhere_in_the_model_is_no_concern_of_the_folder(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"inside": Adapted("default"), "other": Adapted("my adapter")})
+    places: dict[str, Any] = {"local": tmp_path / "local", "adapter_folder": "model.inside", "save_last": False}
+    with dcpsvc.Checkpointer(tmp_path / "root", {"model": model}, **places) as ckpt:
+        ckpt.save(1).wait(SECONDS)
+    assert sorted(folder(tmp_path)) == [peft.CONFIG, peft.MODEL]
+
+
 # --- adapters that are not trained ------------------------------------------------------------------
 
 
@@ -184,6 +192,13 @@ def test_an_adapter_of_tensors_made_of_others_has_no_folder_and_is_named_by_key(
     with pytest.raises(SaveFailedError, match=r"model\.base_model\.lora_A\.default\.weight: is made of others"):
         keeping(tmp_path, quantized())
     assert not list((tmp_path / "root").glob("data/*/adapter/*"))
+
+
+@pytest.mark.parametrize("inside", [".numbers", "@1.numbers", ""], ids=["whole", "a rank's", "itself"])
+def test_what_is_inside_of_a_tensor_made_of_others_is_told_from_what_stands_for_itself(inside: str) -> None:
+    weight = "model.base_model.lora_A.default.weight"
+    found = peft.outer([entry("first.weight"), entry(f"base_model.lora_A.default.weight{inside}")], {weight})
+    assert found == (weight if inside else "")
 
 
 def test_neither_is_a_folder_of_it_made_by_an_edit(tmp_path: Path) -> None:

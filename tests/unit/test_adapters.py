@@ -12,6 +12,7 @@ from torch.optim import AdamW
 
 import dcpsvc
 from dcpsvc.errors import ConfigError, RestoreFailedError
+from dcpsvc.state.buffers import Buffers
 from tests.unit.one_process import bits, resume, save
 from tests.unit.training import everything, seed
 
@@ -153,7 +154,7 @@ class Still(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.arange(1000.0))
-        self.register_buffer("cache", torch.zeros(8), persistent=False)
+        self.register_buffer("cache", torch.ones(8), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.cache += 1
@@ -161,18 +162,30 @@ class Still(nn.Module):
 
 
 class Moving(nn.Module):
-    """A codebook that follows what it sees, with no gradient."""
+    """A codebook that follows what it sees, with no gradient, another tensor each time; and one that stays."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("still", torch.ones(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.mean = self.mean * 0.9 + x.detach().mean(0) * 0.1
+        return x * self.still - self.mean
+
+
+class Counting(nn.Module):
+    """A counter that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
             self.seen += 1
-        return x - self.mean
+        return x + self.seen
 
 
 class WithBuffers(Adapted):
@@ -180,10 +193,10 @@ class WithBuffers(Adapted):
 
     def __init__(self) -> None:
         super().__init__()
-        self.still, self.moving = Still(), Moving()
+        self.still, self.moving, self.counting = Still(), Moving(), Counting()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.moving(self.still(x)))
+        return super().forward(self.counting(self.moving(self.still(x))))
 
 
 def buffered() -> dict[str, Any]:
@@ -203,10 +216,19 @@ def test_buffers_that_training_changes_are_stored_and_the_rest_is_not_and_it_goe
         assert names(tmp_path) == [*RUNNING, "model.down", "model.up"]
         steps(state)
         ckpt.save(2).wait(30)
-    assert names(tmp_path) == [*RUNNING, "model.down", "model.moving.mean", "model.moving.seen", "model.up"]
+    assert names(tmp_path) == [*RUNNING, "model.counting.seen", "model.down", "model.moving.mean", "model.up"]
     fresh = buffered()
     assert resume_adapter(tmp_path, fresh) == 2
     assert everything(steps(fresh)) == everything(steps(state))
+
+
+def test_a_buffer_beside_what_is_trained_is_stored_and_one_beside_what_is_frozen_is_not(tmp_path: Path) -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("trained", "frozen")})
+    model["frozen"].requires_grad_(requires_grad=False)
+    for layer in model.values():
+        layer.register_buffer("table", torch.ones(2))
+    save_adapter(tmp_path, {"model": model})
+    assert names(tmp_path) == [f"model.trained.{name}" for name in ("bias", "table", "weight")]
 
 
 def test_a_buffer_that_an_earlier_life_has_changed_is_stored_by_one_that_does_not(tmp_path: Path) -> None:
@@ -221,6 +243,15 @@ def test_a_buffer_that_an_earlier_life_has_changed_is_stored_by_one_that_does_no
     again = buffered()
     assert resume_adapter(tmp_path, again) == 2
     assert everything(steps(again)) == everything(steps(state))
+
+
+def test_a_buffer_that_was_written_to_before_anybody_looked_counts_as_changed() -> None:
+    module = Still()
+    buffers = Buffers(module, str)
+    module.table += 1
+    assert buffers.needed() == {"table"}
+    untouched = Buffers(Still(), str)
+    assert untouched.needed() == set()
 
 
 def test_what_is_known_of_a_module_outlives_that_another_part_of_the_state_is_replaced(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_files_that_a_failed_save_left_are_not_told_as_a_deletion_alone(root):
 
 
 def test_the_mark_of_a_failed_attempt_does_not_hide_that_the_next_one_is_damaged(root):
-    failed_save(root, READ)
+    PosixStore(root).put(failed_save(root, READ).shard(0), b"-" * 99)
     (root / attempt(root).shard(0)).unlink()
     with pytest.raises(NoSuchStepError, match="the file is missing") as caught:
         showing.find(open_root(root), READ)

@@ -164,6 +164,23 @@ def test_a_plain_tensor_is_not_loaded_into_one_made_of_others(tmp_path: Path) ->
     assert inside(fresh.weight) == inside(scaled(2))
 
 
+def test_one_that_the_checkpoint_lacks_is_missing_unless_that_is_let_pass(tmp_path: Path) -> None:
+    save(tmp_path, {"model": nn.ModuleDict({"old": Layer(scaled(1))})})
+    fresh = nn.ModuleDict({"old": Layer(scaled(2)), "new": Layer(scaled(3))})
+    refused(tmp_path, {"model": fresh}, r"model\.new\.weight +missing +- +.*Scaled")
+    resume(tmp_path, {"model": fresh}, strict=False)
+    assert [inside(layer.weight) for layer in fresh.values()] == [inside(scaled(1)), inside(scaled(3))]
+
+
+def test_a_full_checkpoint_is_loaded_into_an_adapter_run_with_its_quantized_base(tmp_path: Path) -> None:
+    save(tmp_path, {"model": Layer(scaled(1))})
+    fresh = Layer(scaled(2))
+    state, options = {"model": fresh}, {"local": tmp_path / "local", "save_last": False}
+    with Checkpointer(tmp_path / "root", state, only="trainable", **options) as ckpt:
+        ckpt.resume()
+    assert inside(fresh.weight) == inside(scaled(1))
+
+
 def test_what_is_skipped_is_left_as_it_is_and_what_is_renamed_is_found(tmp_path: Path) -> None:
     save(tmp_path, {"model": Layer(scaled(1))})
     fresh = Layer(scaled(2))
@@ -291,8 +308,10 @@ def test_an_optimizer_goes_on_with_states_made_of_others_whether_or_not_it_has_b
     save(tmp_path, state)
     train(state, 3)
     fresh = trained(2, steps)
+    means = [kept["mean"] for kept in fresh["optim"].state.values()]
     resume(tmp_path, fresh)
     assert list(fresh["optim"].state[fresh["model"].weight]) == ["step", "mean"]
+    assert all(fresh["optim"].state[fresh["model"].weight]["mean"] is mean for mean in means)
     assert entries(train(fresh, 3)) == entries(state)
 
 
@@ -313,13 +332,13 @@ class Counting(Coarse):
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters)
-        self.counts: dict[str, Any] = {"steps": [0], "seen": set(), "nested": ([0],)}
+        self.counts: dict[str, Any] = {"steps": [0], "seen": set(), "nested": ([[0]],)}
         self.mine = self.param_groups
 
     def step(self, closure: Any = None) -> None:
         assert self.mine is self.param_groups
         self.counts["steps"][0] += 1
-        self.counts["nested"][0][0] += 1
+        self.counts["nested"][0][0][0] += 1
         self.counts["seen"].add("step")
         self.counts["last"] = self.counts["steps"][0]
         super().step(closure)
@@ -329,7 +348,7 @@ def test_finding_out_does_not_count_where_an_optimizer_counts_beside_its_state(t
     save(tmp_path, trained(1, 3, Counting))
     fresh = trained(2, 0, Counting)
     resume(tmp_path, fresh)
-    assert fresh["optim"].counts == {"steps": [0], "seen": set(), "nested": ([0],)}
+    assert fresh["optim"].counts == {"steps": [0], "seen": set(), "nested": ([[0]],)}
     assert len(fresh["optim"].state) == 1
 
 
