@@ -31,6 +31,7 @@ from dcpsvc.errors import (
     DcpsvcError,
     DestinationError,
     NoRunError,
+    NoSuchStepError,
     RootError,
     RunBusyError,
     StepDeletedError,
@@ -266,6 +267,7 @@ _EXITS: dict[type[Exception], int] = {
 }
 _REMEDIES: dict[type[Exception], str] = {  # the first that fits
     StepDeletedError: "dcpsvc ls ROOT shows what is there; dcpsvc pin ROOT STEP has a checkpoint stay.",
+    NoSuchStepError: "dcpsvc ls ROOT shows what is there.",
     RunBusyError: "One owner at a time: end the other job, or wait for it.",
     DestinationError: "Give another place, or another step.",
     NoRunError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",

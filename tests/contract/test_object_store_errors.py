@@ -13,6 +13,7 @@ from dcpsvc import identity
 from dcpsvc.config import Limits
 from dcpsvc.errors import (
     ConfigError,
+    NoBucketError,
     RootError,
     StoreAccessError,
     StoreError,
@@ -95,7 +96,7 @@ ANSWERS = [
     (says(403, "RequestTimeTooSkewed"), StoreAccessError),
     (says(403, "QuotaExceeded"), StoreFullError),
     (says(507, "InsufficientStorage"), StoreFullError),
-    (says(404, "NoSuchBucket"), StoreError),
+    (says(404, "NoSuchBucket"), NoBucketError),
     (says(400, "SomethingNew"), StoreError),
     (says(501, "NotImplemented"), StoreError),
 ]

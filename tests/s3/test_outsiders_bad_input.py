@@ -98,6 +98,7 @@ def test_a_bucket_that_is_not_there_is_named(s3_server: Server, look: Look) -> N
     told = look("s3://dcpsvc-no-such-bucket/run", s3_server.storage_options)
     assert "there is no such bucket" in told
     assert re.search("s3://dcpsvc-no-such-bucket/run/(run.json|manifests/)", told)
+    assert "dcpsvc: " not in told or "Create the bucket, or correct its name, or the endpoint" in told  # of a command
 
 
 def test_an_endpoint_where_nobody_is_is_named(s3_server: Server, run_root: str, look: Look) -> None:

@@ -215,6 +215,16 @@ def test_to_pin_what_is_not_committed_says_so(run):
     assert str(failed).endswith("step 7 is not committed; committed steps: 10, 20")
 
 
+def test_who_asks_for_a_step_that_is_not_there_is_told_where_to_look(run):
+    done = subprocess.run(
+        [sys.executable, "-m", "dcpsvc", "show", str(run), "7"], capture_output=True, text=True, timeout=60, check=False
+    )
+    first, second = done.stderr.splitlines()
+    assert first.endswith("step 7 is not committed; committed steps: 10, 20")
+    assert second.strip() == "dcpsvc ls ROOT shows what is there."
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 def test_latest_is_a_step_wherever_one_is_named(copy):
     newest = attempts(copy)[-1]
     assert json.loads(told("show", copy, "latest", "--json"))["attempt"] == newest

@@ -22,6 +22,7 @@ from dcpsvc.doctor.findings import Finding, Verdict, merged, ok, worst
 from dcpsvc.doctor.forecast import Measured, best_interval_s, forecast
 from dcpsvc.errors import (
     DcpsvcError,
+    NoBucketError,
     StoreAccessError,
     StoreFullError,
     StoreNotFoundError,
@@ -341,6 +342,12 @@ def test_the_remedy_is_one_for_the_kind_of_place(where, said, not_said):
         assert not_said not in text or kind is not StoreAccessError
     assert said in remedies.remedy(StoreAccessError("put", where, "no"))
     assert remedies.remedy(StoreNotFoundError("get", where, "no")) == ""
+
+
+def test_who_named_a_bucket_that_is_not_there_is_told_to_create_it_or_to_look_at_the_name():
+    text = remedies.remedy(NoBucketError("list", "s3://bucket/a", "there is no such bucket"))
+    assert text.startswith("create the bucket, or correct its name")
+    assert "endpoint" in text
 
 
 def test_a_grace_that_is_too_short_for_the_model_is_told():

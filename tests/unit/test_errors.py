@@ -52,6 +52,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "StoreError": ("put", "data/x", "refused"),
     "StoreNotFoundError": ("get", "data/x", "there is no such object"),
     "StoreObjectError": ("get", "data/x", "it is not a regular file"),
+    "NoBucketError": ("list", "s3://b/run/manifests/", "there is no such bucket"),
     "StoreAccessError": ("get", "data/x", "403"),
     "StoreFullError": ("put", "data/x", "no space left"),
     "StoreUnavailableError": ("list", "manifests/", "503"),

@@ -39,6 +39,7 @@
     |-- StoreError                  the run root's store said no
     |   |-- StoreNotFoundError
     |   |-- StoreObjectError        an object that is not what it should be
+    |   |-- NoBucketError           no bucket of that name; none is ever created
     |   |-- StoreAccessError        credentials or permissions
     |   |-- StoreFullError          no space left
     |   `-- StoreUnavailableError   transient: worth another try
@@ -90,6 +91,7 @@ from dcpsvc.errors.state import (
     UnsupportedStateError,
 )
 from dcpsvc.errors.storage import (
+    NoBucketError,
     StoreAccessError,
     StoreError,
     StoreFullError,
@@ -113,6 +115,7 @@ __all__ = [
     "FormatError",
     "LayoutError",
     "ManifestError",
+    "NoBucketError",
     "NoRunError",
     "NoSuchStepError",
     "NoValidCheckpointError",

@@ -27,6 +27,10 @@ class StoreObjectError(StoreError):
     """What lies under that key is no object of ours: too large, too short, no regular file."""
 
 
+class NoBucketError(StoreError):
+    """No bucket of that name is there; none is ever created."""
+
+
 class StoreAccessError(StoreError):
     """Credentials or permissions do not allow it."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from dcpsvc.errors import (
     DcpsvcError,
+    NoBucketError,
     StoreAccessError,
     StoreError,
     StoreFullError,
@@ -33,7 +34,7 @@ class Answer(NamedTuple):
 _CODES: dict[str, tuple[type[StoreError], str]] = {
     "NoSuchKey": (StoreNotFoundError, "there is no such object"),
     # Not StoreNotFoundError: "no object" is an answer, a missing bucket is a mistake.
-    "NoSuchBucket": (StoreError, "there is no such bucket; it is never created for you"),
+    "NoSuchBucket": (NoBucketError, "there is no such bucket; it is never created for you"),
     "InvalidBucketName": (StoreError, "that is not a valid bucket name"),
     "AccessDenied": (StoreAccessError, "access denied; these credentials may not do that here"),
     "InvalidAccessKeyId": (StoreAccessError, "the server does not know this access key"),

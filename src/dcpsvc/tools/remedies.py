@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import StoreAccessError, StoreFullError, StoreUnavailableError
+from dcpsvc.errors import NoBucketError, StoreAccessError, StoreFullError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from dcpsvc.errors import StoreError
@@ -16,13 +16,23 @@ _ACCESS = (
     "check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, -o key=... -o secret=...) and what their policy allows",
     "check the credentials that this protocol takes (-o KEY=VALUE), and what they allow",
 )
+_NO_BUCKET = (
+    "",
+    "create the bucket, or correct its name, or the endpoint (AWS_ENDPOINT_URL, -o endpoint_url=...)",
+    "create the bucket, or correct its name",
+)
 _FULL = ("free room there, or raise the quota", "raise the quota of the bucket or the user", "free room there")
 _UNAVAILABLE = (
     "see that the file system is mounted and its server answers, then try again",
     "check the network and the endpoint (AWS_ENDPOINT_URL, -o endpoint_url=...), then try again",
     "check the network and the URL, then try again",
 )
-_TEXTS = ((StoreAccessError, _ACCESS), (StoreFullError, _FULL), (StoreUnavailableError, _UNAVAILABLE))
+_TEXTS = (
+    (NoBucketError, _NO_BUCKET),
+    (StoreAccessError, _ACCESS),
+    (StoreFullError, _FULL),
+    (StoreUnavailableError, _UNAVAILABLE),
+)
 
 
 def remedy(err: StoreError) -> str:
