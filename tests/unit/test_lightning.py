@@ -11,6 +11,7 @@ import dcpsvc
 from tests.unit.one_process import told
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -47,7 +48,28 @@ class Regression(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
 
 
-def fit(folder: Path, *, until: int | None = None) -> Regression:
+class Passes(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Another order each time, which it counts by itself."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data, self.passes, self.at, self.goes_on = data, 0, 0, False
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.at, self.goes_on = self.at if self.goes_on else 0, False
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.passes)).tolist()
+        while self.at < len(order):
+            self.at += 1
+            yield self.data[order[self.at - 1]]
+        self.passes, self.at = self.passes + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"passes": self.passes, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.passes, self.at, self.goes_on = state["passes"], state["at"], True
+
+
+def fit(folder: Path, *, until: int | None = None, counts: bool = False) -> Regression:
     from dcpsvc.integrations.lightning import Checkpoints
 
     checkpoints = Checkpoints(
@@ -56,7 +78,8 @@ def fit(folder: Path, *, until: int | None = None) -> Regression:
     module = Regression(until)
     torch.manual_seed(1)
     data = torch.arange(40 * 3, dtype=torch.float32).view(40, 3)
-    loader = stateful.StatefulDataLoader(data, batch_size=4, shuffle=True)
+    kind = {"dataset": Passes(data)} if counts else {"dataset": data, "shuffle": True}
+    loader = stateful.StatefulDataLoader(batch_size=4, **kind)
     trainer = lightning.Trainer(
         max_epochs=3, callbacks=[checkpoints], enable_checkpointing=False, logger=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
@@ -80,3 +103,10 @@ def test_a_run_killed_between_two_saves_goes_on_bit_for_bit(tmp_path: Path, unti
     assert told(dict(second.state_dict())) == told(dict(straight.state_dict()))
     assert dcpsvc.latest(tmp_path / "root").step == 30
     assert dcpsvc.latest(tmp_path / "root").metrics["loss"] > 0
+
+
+def test_data_that_counts_its_passes_goes_on_with_the_next_one_between_epochs(tmp_path: Path) -> None:
+    straight = fit(tmp_path / "straight", counts=True)
+    assert len({str(straight.seen[begin : begin + 10]) for begin in (0, 10, 20)}) == 3
+    fit(tmp_path, until=12, counts=True)
+    assert fit(tmp_path, counts=True).seen == straight.seen[10:]
