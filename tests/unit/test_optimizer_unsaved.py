@@ -61,6 +61,17 @@ class Holding(torch.optim.Optimizer):
         self.optimizer.step()
 
 
+class Bare(torch.optim.Optimizer):
+    """Holds another, and is nothing by itself."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.optimizers = [torch.optim.AdamW(parameters)]
+        self.table = torch.ones(7)
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizers[0].step()
+
+
 class Averaging(torch.optim.SGD):
     """Keeps an average of one parameter, in place or as a new tensor at each step."""
 
@@ -96,7 +107,7 @@ def told(
 ) -> list[str]:
     """What is logged of a run that saves at each step, and has another plain value each time."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))  # one parameter is a single element
     state: dict[str, Any] = {"model": model, "optim": make(list(model.parameters())), "note": ""}
     caplog.set_level(logging.WARNING, logger=LOGGER)
     with dcpsvc.Checkpointer(folder / "root", state, local=folder / "local", save_last=False) as ckpt:
@@ -120,6 +131,12 @@ def test_slow_weights_are_named_at_the_first_save_and_only_once(
 def test_a_container_is_named_for_what_hangs_on_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (text,) = told(tmp_path, Holding, caplog)
     assert text.startswith("optim: Holding has tensors in slow,")
+
+
+def test_a_container_that_is_no_more_than_that_is_saved_and_not_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not told(tmp_path, Bare, caplog)
 
 
 def test_an_optimizer_held_under_another_name_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -41,7 +41,7 @@ class NoSuchStepError(RestoreError):
 
 
 class StepDeletedError(NoSuchStepError):
-    """The step is being deleted, or was deleted while it was read: by the policy of its job, or by ``dcpsvc gc``.
+    """The step is being deleted, or was deleted: while it was read, or by the start of this job.
 
     Nothing is damaged. ``under_way``: the deletion has not come to its end, or was broken off. ``left_nbytes`` are what
     is left of its files, of no use to anybody. ``was_committed``: it is known to have been; else it may as well be what

@@ -48,6 +48,13 @@ class Unsaved:
         Args:
             tell: Whether this rank is the one that logs it.
         """
+        try:
+            self._look(tell=tell)
+        except Exception as err:  # noqa: BLE001 - a hint never costs a checkpoint, whatever an optimizer is made of
+            self._told = True
+            logger.debug("%s: not looked for tensors beside its state: %s", self._name, err)
+
+    def _look(self, *, tell: bool) -> None:
         for optimizer in () if self._told else self._layers:
             if names := self._attributes(optimizer):
                 self._told = True
@@ -57,16 +64,18 @@ class Unsaved:
                         "what training needs of them is to be a value of the state by itself",
                         self._name, type(optimizer).__name__, ", ".join(names),
                     )  # fmt: skip
+                return
 
     def _attributes(self, optimizer: Optimizer) -> list[str]:
         """Those of it that are suspicious."""
-        found = {name: list(_tensors(value)) for name, value in vars(optimizer).items() if name not in _SAVED}
+        attributes = {name: value for name, value in vars(optimizer).items() if name not in _SAVED}
+        found = {name: [one for one in _tensors(value) if one.numel() > 1] for name, value in attributes.items()}
         if not any(found.values()):
             return []
         saved, shapes = self._saved(), [p.shape for group in optimizer.param_groups for p in group["params"]]
         names: list[str] = []
         for name, tensors in found.items():
-            strangers = [one for one in tensors if one.numel() > 1 and _memory(one) not in saved]
+            strangers = [one for one in tensors if _memory(one) not in saved]
             if strangers and (_is_like(strangers, shapes) or self._changes_often((id(optimizer), name), strangers)):
                 names.append(name)
         return names
@@ -100,9 +109,10 @@ def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
 
 
 def _is_like(tensors: list[torch.Tensor], shapes: list[torch.Size]) -> bool:
-    """Whether there is one of each shape, or one for all elements."""
-    total = sum(shape.numel() for shape in shapes)
-    return not Counter(shapes) - Counter(one.shape for one in tensors) or any(one.numel() == total for one in tensors)
+    """Whether there is one of each shape, or one for all elements. Single elements, which are no news, do not count."""
+    total, large = sum(shape.numel() for shape in shapes), [shape for shape in shapes if shape.numel() > 1]
+    flat = any(one.numel() == total for one in tensors)
+    return bool(large) and (flat or not Counter(large) - Counter(one.shape for one in tensors))
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -36,7 +36,9 @@ def each(work: Callable[[S], T], items: Sequence[S], at_once: int) -> list[T]:
 
     with ThreadPoolExecutor(at_once, thread_name_prefix="dcpsvc-store") as pool:
         try:
-            ended, _ = wait([pool.submit(go_through) for _ in range(at_once)], return_when=FIRST_EXCEPTION)
+            ended, _ = wait(
+                [pool.submit(go_through) for _ in range(min(at_once, len(items)))], return_when=FIRST_EXCEPTION
+            )
         finally:  # an interrupt of this thread, too
             left.clear()
         for one in ended:
