@@ -32,6 +32,7 @@ class Limits:
     def measure(self):
         """Seconds for the whole state, by all ranks at once; a core's hash alone."""
         os.sync()
+        self._together(self._copy)  # memory that was idle for a while may have been taken back
         return {
             "memcpy_s": self._together(self._copy),
             "direct_s": self._together(self._write),
