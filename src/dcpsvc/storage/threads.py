@@ -30,7 +30,7 @@ def each(work: Callable[[S], T], items: Sequence[S], at_once: int) -> list[T]:
         try:
             for index, item in _taken(left):
                 found[index] = work(item)
-        except BaseException:
+        except BaseException:  # whatever it is, nothing more begins; it is raised below
             left.clear()
             raise
 
