@@ -14,6 +14,7 @@ from benchmarks.common.crew import Crew, CrewError
 from benchmarks.common.report import Column
 from benchmarks.common.rounds import Setting, medians
 from benchmarks.peers import SYSTEMS, Entry, install
+from benchmarks.tables.page import PAGE, README, page, with_tables
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--mib", "1", "--systems", "dcpsvc,dcp_thread_cached"]
@@ -34,6 +35,12 @@ def run(script, *arguments):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_the_tables_of_the_documents_are_those_of_the_results():
+    assert PAGE.read_text() == page(), "python -m benchmarks.tables"
+    readme = README.read_text()
+    assert readme == with_tables(readme), "python -m benchmarks.tables"
 
 
 @pytest.mark.slow
