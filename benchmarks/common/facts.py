@@ -34,8 +34,9 @@ def _module():
 def _commit():
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    measured = [":/", *(f":(top,exclude){path}" for path in ("benchmarks/results", "docs", "*.md"))]
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
+        [*git, "status", "--porcelain", "-uno", "--", *measured], capture_output=True, text=True, check=False
     ).stdout
     return (head.strip() or "unknown") + (" with changes" if changed.strip() else "")
 

@@ -1,4 +1,4 @@
-"""Listings, exports, replicas, many tensors, many ranks, many saves."""
+"""Listings, exports, adapters, replicas, many tensors, many ranks, many saves."""
 
 from benchmarks.tables.markdown import result, run, table
 
@@ -25,6 +25,9 @@ def sections():
     yield "## Replicas are compared"
     yield run("replicas")
     yield replicas()
+    yield "## Adapters"
+    yield run("adapter")
+    yield adapters()
     yield "## Listings"
     yield run("listing")
     yield run("listing-ceph")
@@ -87,6 +90,15 @@ def replicas():
         for row in result("replicas")["rows"]
     ]
     return table(["DDP, of `off`", "`save()` blocks", "committed", "CPU s"], rows)
+
+
+def adapters():
+    """Bytes of one checkpoint."""
+    rows = [
+        [row["way"], row["model"], f"{row['nbytes']:,}", f"{row['of_everything']:.4f}"]
+        for row in result("adapter")["rows"]
+    ]
+    return table(["LoRA of rank 4 on the attention, AdamW", "model", "bytes", "of training everything"], rows)
 
 
 def listings():

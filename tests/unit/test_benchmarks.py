@@ -124,6 +124,17 @@ def test_the_replicas_benchmark_measures_every_way_to_compare(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_adapter_benchmark_shows_that_an_adapter_is_a_small_part_of_what_it_trains_on(tmp_path):
+    pytest.importorskip("peft")
+    rows = {row["way"]: row["nbytes"] for row in run("bench_adapter", "--small", "--dir", str(tmp_path))["rows"]}
+    assert list(tmp_path.iterdir()) == []
+    alone = rows["the adapter"]
+    assert alone < rows["the adapter and its PEFT folder"] < 1.5 * alone
+    assert 5 * alone < rows["the adapter and its base"] < rows["everything is trained"]
+
+
 def test_the_scale_benchmark_measures_every_phase_and_what_each_rank_says_does_not_grow_with_the_ranks():
     result = run("bench_scale", "--ranks", "2,512", "--tensors", "100")
     small, large = ({row["phase"]: row for row in result["rows"] if row["ranks"] == ranks} for ranks in (2, 512))
