@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dcpsvc.format import parts, peft, shardfile
 from dcpsvc.format.digest import digest
 from dcpsvc.outline import Large
-from dcpsvc.state import division
+from dcpsvc.state import claims, division
 from dcpsvc.state.division import Structure
 from dcpsvc.state.replicas import LARGE_NBYTES
 from dcpsvc.state.saveplan import ShardPlan
@@ -37,18 +37,22 @@ class Blueprint:
         placement: Where each piece lies in the file.
         plan: What DCP is told.
         part: This rank's part of the layout, as the ranks exchange it.
+        said: What this rank says of its tensors, for comparison.
         folder_nbytes: See :func:`folder_nbytes`.
     """
 
     def __init__(self, collected: Collected, rank: int, world_size: int, folder: str | None = None) -> None:
         self._structure, self._aliases = Structure(collected), dict(collected.aliases)
         shares = division.shares(collected, rank, world_size)
+        self.said = claims.of_tensors(collected)
         self.placement = shardfile.place(share.piece for share in shares)
         self.plan = ShardPlan(self.placement)
         self.part = parts.part(self.placement, rank, collected.aliases)
         self.folder_nbytes = folder_nbytes(folder, collected, self.placement.pieces)
         by_name = {share.piece.name: share for share in shares}
         self._shares = [by_name[name] for name in self.placement.names]
+        self._keys = [share.piece.key for share in self._shares]
+        self._partial = [n for n, share in enumerate(self._shares) if not share.is_whole]
         self._large = [n for n, share in enumerate(self._shares) if share.piece.nbytes >= LARGE_NBYTES]
 
     def fits(self, collected: Collected) -> bool:
@@ -57,7 +61,11 @@ class Blueprint:
 
     def sources(self, collected: Collected) -> list[torch.Tensor]:
         """The tensors, or views of them, in the order of the file."""
-        return [share.source(collected) for share in self._shares]
+        items = collected.items
+        found = [items[key].tensor for key in self._keys]
+        for number in self._partial:
+            found[number] = self._shares[number].source(found[number])
+        return found
 
     def large(self, collected: Collected, *, guarded: bool) -> list[Large]:
         """Those that take their time to copy.

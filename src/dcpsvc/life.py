@@ -35,6 +35,7 @@ from dcpsvc.preflight import DiskNeed, Size
 from dcpsvc.ranks.rendezvous import DisagreementError, Meeting
 from dcpsvc.retention import Retention
 from dcpsvc.stages import ack, adapter, commit, upload
+from dcpsvc.state.claims import Digests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,12 +59,11 @@ class Life:
     def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
         self._job, self._run, self._options, self._events = job, run, options, events
         self._retention = Retention(job, run, options, events, catalog)
-        self.catalog, self._layouts = catalog, Layouts()
+        self.catalog, self._layouts, self._said = catalog, Layouts(), Digests()
         self.abandoned = threading.Event()
         self._mine = Contribution(job.rank, self.abandoned)
         self._previous: Save | None = None
-        self._carrier = Carrier(job, run, catalog)
-        self._replaced_by = ""
+        self._carrier, self._replaced_by = Carrier(job, run, catalog), ""
         self._sync = Meeting(options.sync_timeout_s)
         self._work = Meeting(options.upload_timeout_s, silence_s=options.sync_timeout_s)
         self._folders = self._asked_for(options.adapter_folder)
@@ -103,8 +103,7 @@ class Life:
         return error
 
     def _to_commit(self, save: Save) -> Manifest:
-        need = save.proposal.disk if isinstance(save.proposal, ack.Proposal) else None
-        agreement = ack.agree(self._job, save.place, save.proposal, self._sync, lambda: self._make_room(save, need))
+        agreement = ack.agree(self._job, save.place, save.proposal, self._sync, self._room(save), digests=self._said.of)
         self._forget_previous(save)
         layout = self._mine.guarded(save, "plan", lambda: self._layout(save, agreement))
         record = self._mine.then(save, "write", layout, lambda _: self._write(save))
@@ -144,8 +143,9 @@ class Life:
         except DisagreementError as err:
             raise RootError(str(path), "; ".join(map(str, err.failures)) or f"ranks {err.missing} are gone") from None
 
-    def _make_room(self, save: Save, need: DiskNeed | None) -> Any:
-        return self._mine.tried(save, "plan", lambda: self._retention.make_room(need))
+    def _room(self, save: Save) -> Callable[[], Any]:
+        need = save.proposal.disk if isinstance(save.proposal, ack.Proposal) else None
+        return lambda: self._mine.tried(save, "plan", lambda: self._retention.make_room(need))
 
     def _within(self, work: Callable[[], T], given_up: Callable[[], str] | None = None) -> T:
         return self._job.rendezvous.clock.bounded(work, self._options.upload_timeout_s, "a call to the store", given_up)

@@ -205,8 +205,8 @@ class Saver:
         self._is_prepared = True
         self._staging.look_back()
         collected = self._state.collect(self._job.rank, values=values)
-        said = claims.claims(collected) | claims.of_option("adapter folder", self._folder)
         blueprint = self._blueprint(collected)
+        said = claims.claims(collected, blueprint.said) | claims.of_option("adapter folder", self._folder)
         outline = self._outline(save, collected, blueprint)
         self._begin_shard(save, outline, blueprint, collected)
         save.proposal = ack.Proposal(

@@ -128,6 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         upload_id = query["uploadId"][0]
         if upload_id not in uploads:
             self.answer(404, b"<Error><Code>NoSuchUpload</Code></Error>")
+        elif self.command == "PUT" and "x-amz-copy-source" in self.headers:
+            self.copy(uploads[upload_id], int(query["partNumber"][0]))
         elif self.command == "PUT":
             if self.is_whole(data):
                 uploads[upload_id][int(query["partNumber"][0])] = data
@@ -137,6 +139,13 @@ class Handler(BaseHTTPRequestHandler):
             if self.command == "POST":
                 self.server.objects[key] = b"".join(sent[number] for number in sorted(sent))
             self.answer(200 if self.command == "POST" else 204, b"<R></R>" if self.command == "POST" else b"")
+
+    def copy(self, parts: dict[int, bytes], number: int) -> None:
+        source = unquote(self.headers["x-amz-copy-source"]).lstrip("/").removeprefix("bucket/")
+        first, _, last = self.headers["x-amz-copy-source-range"].removeprefix("bytes=").partition("-")
+        parts[number] = self.server.objects[source][int(first) : int(last) + 1]
+        etag = md5(parts[number], usedforsecurity=False).hexdigest()
+        self.answer(200, f"<CopyPartResult><ETag>&quot;{etag}&quot;</ETag></CopyPartResult>".encode())
 
     def is_whole(self, data: bytes) -> bool:
         """Compare the checksum that came with the bytes, if this server does such a thing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -42,7 +41,7 @@ def test_the_same_structure_is_worked_out_once_whatever_the_values_and_their_ord
 
 
 def change(found: Collected, **changes: Any) -> Collected:
-    found.items["a"] = replace(found.items["a"], **changes)
+    found.items["a"] = found.items["a"]._replace(**changes)
     return found
 
 
@@ -59,6 +58,7 @@ OTHERS = {
     "fewer": collected(a=BASE["a"]),
     "sharing": change(collected(**BASE), sharing=Sharing.FIRST),
     "who writes": change(collected(**BASE), writes=False),
+    "how replicas are compared": change(collected(**BASE), validate="full"),
     "who holds the same": change(collected(**BASE), alike=(0, 1)),
     "whole shape": change(collected(**BASE), shape=(4, 3)),
     "offsets": change(collected(**BASE), offsets=(1, 0)),
@@ -92,7 +92,7 @@ def test_whatever_came_before_it_is_what_a_new_one_would_be(
     for state in states:
         found = collected(**{key: torch.ones(numel, dtype=dtype) for key, (dtype, numel) in state.items()})
         used, new = blueprints.of(found), Blueprint(found, 0, world_size)
-        assert (used.placement, used.part) == (new.placement, new.part)
+        assert (used.placement, used.part, used.said) == (new.placement, new.part, new.said)
         assert [tensor.shape for tensor in used.sources(found)] == [piece.sizes for piece in used.placement.pieces]
         assert all(
             source.data_ptr() == found.items[piece.key].tensor.data_ptr()

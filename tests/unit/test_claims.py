@@ -159,3 +159,10 @@ def test_making_claims_changes_nothing_and_uses_no_random_numbers() -> None:
 )
 def test_a_key_belongs_to_its_component(key: str, component: str) -> None:
     assert claims.component_of(key) == component
+
+
+def test_digests_of_one_save_after_the_other_are_those_of_each() -> None:
+    known = claims.Digests()
+    for each in (state(), state(), state(sched={"lr": 0.1}), state(sched={"lr": 0.1}), {"ema": torch.ones(5)}, state()):
+        found = said(each, verify_replicas=False)
+        assert known.of(found) == claims.digests(found)

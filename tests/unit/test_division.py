@@ -148,7 +148,7 @@ def test_what_some_ranks_hold_alike_they_write_once_together(found: list[Collect
 def test_a_share_of_a_part_is_a_view_of_those_of_its_elements_that_it_names(found: list[Collected]) -> None:
     for each, mine in zip(found, of_each(found), strict=True):
         for share in mine:
-            assert tuple(share.source(each).shape) == share.piece.sizes
+            assert tuple(share.source(each.items[share.piece.key].tensor).shape) == share.piece.sizes
 
 
 def transformer(replicas: int, shards: int, kind: str) -> list[Collected]:
@@ -197,8 +197,11 @@ def test_what_the_ranks_of_one_replica_write_they_say_alike() -> None:
 def test_a_share_is_a_view_of_the_part_it_names(state: dict[str, tuple[str, tuple[int, ...]]], world_size: int) -> None:
     found = collected(state)
     for share in (share for mine in divided(found, world_size) for share in mine):
-        assert tuple(share.source(found).shape) == share.piece.sizes
-        assert share.source(found).untyped_storage().nbytes() == ITEM_NBYTES[share.piece.dtype]
+        assert tuple(share.source(found.items[share.piece.key].tensor).shape) == share.piece.sizes
+        assert (
+            share.source(found.items[share.piece.key].tensor).untyped_storage().nbytes()
+            == ITEM_NBYTES[share.piece.dtype]
+        )
 
 
 def test_a_share_holds_the_values_of_its_rows() -> None:
@@ -206,7 +209,10 @@ def test_a_share_holds_the_values_of_its_rows() -> None:
     found.add("w", torch.arange(2 * MIB, dtype=torch.int32).view(1024, 2048), Sharing.REPLICATED)
     for share in (share for mine in divided(found, 3) for share in mine):
         first = share.piece.offsets[0]
-        assert torch.equal(share.source(found), found.items["w"].tensor[first : first + share.piece.sizes[0]])
+        assert torch.equal(
+            share.source(found.items[share.piece.key].tensor),
+            found.items["w"].tensor[first : first + share.piece.sizes[0]],
+        )
 
 
 def test_one_big_tensor_is_cut_into_equal_parts() -> None:

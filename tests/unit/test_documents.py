@@ -185,5 +185,14 @@ def test_leaves_are_told_by_dotted_path() -> None:
     }
 
 
+def test_tensors_may_be_left_out_of_the_leaves_by_name() -> None:
+    value = {"a": {"b": torch.ones(1), "c": 1}, "d": [torch.ones(1)], "e": torch.ones(1)}
+    assert documents.leaves(encode(value), "v", but={"v.a.b", "v.c"}) == {
+        "v.a.c": 1,
+        "v.d": [{"$tensor": "v.d.0"}],
+        "v.e": {"$tensor": "v.e"},
+    }
+
+
 def test_equal_values_give_equal_bytes() -> None:
     assert compact(encode({"a": [1.5, (None, b"x")]})) == compact(encode({"a": [1.5, (None, b"x")]}))

@@ -78,7 +78,13 @@ class Agreement:
 
 
 def agree(
-    job: Job, place: str, proposal: Proposal | RankFailure, meeting: Meeting, make_room: Callable[[], Any]
+    job: Job,
+    place: str,
+    proposal: Proposal | RankFailure,
+    meeting: Meeting,
+    make_room: Callable[[], Any],
+    *,
+    digests: Callable[[Claims], dict[str, str]] = claims.digests,
 ) -> Agreement:
     """The first meeting: all ranks here, same step, same structure, room on the disks. Uploader thread.
 
@@ -86,7 +92,7 @@ def agree(
         DisagreementError: Ranks are missing, failed, would save different things, or have no room even when each has
             made some; the same on every rank.
     """
-    verdict = job.meet(f"{place}/plan", _message(job, proposal), _compare, meeting)
+    verdict = job.meet(f"{place}/plan", _message(job, proposal, digests), _compare, meeting)
     if differ := verdict.get("differ"):
         assert isinstance(proposal, Proposal)  # noqa: S101 - a failure would have ended the meeting
         details = {name: proposal.said[name] for name in differ if name in proposal.said}
@@ -221,12 +227,12 @@ def _took(fields: Fields) -> tuple[float, ...]:
     return tuple(each / 1000 for each in found)
 
 
-def _message(job: Job, proposal: Proposal | RankFailure) -> Any:
+def _message(job: Job, proposal: Proposal | RankFailure, digests: Callable[[Claims], dict[str, str]]) -> Any:
     if isinstance(proposal, RankFailure):
         return proposal
     return {
         "step": proposal.step,
-        "claims": claims.digests(proposal.said),
+        "claims": digests(proposal.said),
         "layout": proposal.known_layout,
         "generation": job.group.generation + int(job.group.poisoned),
         "stamp": dict(proposal.stamp) if job.coordinates else None,

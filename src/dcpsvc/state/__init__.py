@@ -17,7 +17,7 @@ division, replicas         who writes what; hashes of what several ranks hold al
 fingerprint                of tensors, adding up over the parts that ranks hold
 documents, dtypes          values as JSON; names of dtypes
 saved, drift               a checkpoint as the components see it; where it and the state differ
-boxes                      of a saved chunk, and the host memory they go to
+chunks, boxes              which part of a tensor a rank holds; of a saved one, and the memory they go to
 saveplan, loadplan         what DCP is told when we save, and when we load
 dcp_quirks                 what DCP does to its callers, undone in one place
 =========================  =======================================================================================

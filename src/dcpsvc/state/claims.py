@@ -28,19 +28,33 @@ GROUP = "="
 _MAX_TEXT = 64
 
 
-def claims(collected: Collected) -> Claims:
-    """Everything the ranks must agree on, but for the values of replicated tensors: see ``replicas``."""
+def of_tensors(collected: Collected) -> Claims:
+    """What of that is said of tensors: the same for all saves of one structure."""
     said: Claims = defaultdict(dict)
     for key, item in collected.items.items():
         if item.sharing is not Sharing.PER_RANK:
             said[component_of(key)][key] = item.claim
+    return said
+
+
+def claims(collected: Collected, tensors: Claims | None = None) -> Claims:
+    """Everything the ranks must agree on, but for the values of replicated tensors: see ``replicas``.
+
+    Args:
+        collected: This rank's part.
+        tensors: As :func:`of_tensors` gave it for the same structure.
+    """
+    known = of_tensors(collected) if tensors is None else tensors
+    said: Claims = defaultdict(dict, {component: dict(keys) for component, keys in known.items()})
     for key, text in collected.agreed.items():
         said[component_of(key)][key] = text
     for key, of in collected.aliases.items():
         said[component_of(key)][key] = f"is {of}"
     for name, document in collected.documents.items():
-        for path, leaf in documents.leaves(document, name).items():
-            said[component_of(name)].setdefault(path, _text(leaf))  # a tensor has said more than its place already
+        mine = said[component_of(name)]
+        # A tensor has said more than its place already.
+        leaves = documents.leaves(document, name, but=mine)
+        mine |= {path: _text(leaf) for path, leaf in leaves.items() if path not in mine}
     for name in map(component_of, collected.own_documents):
         if name != INNER:  # ranks that have parts of a model may have none
             said[name][name] = "per rank"
@@ -65,6 +79,21 @@ def component_of(key: str) -> str:
 def digests(said: Claims) -> dict[str, str]:
     """One digest per component."""
     return {component: digest(compact(sorted(keys.items()))) for component, keys in said.items()}
+
+
+class Digests:
+    """As :func:`digests`, of one save after the other: most say what the last one said. One thread."""
+
+    def __init__(self) -> None:
+        self._last: Claims = {}
+        self._digests: dict[str, str] = {}
+
+    def of(self, said: Claims) -> dict[str, str]:
+        """One digest per component, worked out anew where it says something else than the last time."""
+        new = {component: keys for component, keys in said.items() if self._last.get(component) != keys}
+        kept = {component: self._digests[component] for component in said if component not in new}
+        self._last, self._digests = said, kept | digests(new)
+        return self._digests
 
 
 def differing(by_rank: Sequence[Mapping[str, str]]) -> list[str]:

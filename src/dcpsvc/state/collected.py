@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import functools
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateError, UnsupportedStateError
 from dcpsvc.state import inner, meshes
+from dcpsvc.state.chunks import local_chunk
 from dcpsvc.state.dtypes import name_of
 from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from dcpsvc.format.layout import Shape
     from dcpsvc.state.sharing import Validate
 
@@ -34,9 +34,8 @@ class Sharing(StrEnum):
     """Each rank holds its own: the key carries the rank, or is one that no other rank has."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A tensor of the state as this rank holds it.
+class Item(NamedTuple):
+    """A tensor of the state as this rank holds it. One is made for each tensor in every save.
 
     Attributes:
         tensor: The local part, not a copy.
@@ -73,7 +72,7 @@ class Item:
     @property
     def claim(self) -> str:
         """What every rank must agree on."""
-        return f"{self.dtype}{list(self.shape)} {self.sharing}{' in full' if self.validate == 'full' else ''}"
+        return _claim(self.dtype, self.shape, self.sharing, self.validate)
 
 
 class _How(TypedDict):
@@ -132,7 +131,7 @@ class Collected:
             validate: How replicas are compared.
             stored: The dtype in the file, where it is another one.
         """
-        if isinstance(tensor, DTensor | Ragged):
+        if type(tensor) not in inner.PLAIN and isinstance(tensor, DTensor | Ragged):
             sharing = Sharing.SHARDED
         self._put(key, tensor, sharing, writes=True, owner=owner, validate=validate)
         self._store_as(key, stored)
@@ -175,7 +174,7 @@ class Collected:
 
     def _store_as(self, key: str, dtype: torch.dtype | None) -> None:
         if dtype is not None and key in self.items:
-            self.items[key] = replace(self.items[key], dtype=name_of(dtype, key))
+            self.items[key] = self.items[key]._replace(dtype=name_of(dtype, key))
 
     def add_alias(self, key: str, tensor: torch.Tensor, of: str) -> bool:
         """Give a tensor a further name; False: it has none but its own, for other ranks would not know of that."""
@@ -207,11 +206,13 @@ class Collected:
             how: _How = {"holder": holder, "writes": writes, "owner": owner, "validate": validate, "alike": alike}
             self._put_parts(key, tensor, sharing, how)
             return
-        offsets, _ = local_chunk(tensor)
         local = origin = tensor
+        shape: Shape = tuple(tensor.shape)
         compared: Shape = ()
+        offsets: Shape = (0,) * len(shape)
         if isinstance(tensor, DTensor):
             _check_reduced(key, tensor)
+            offsets, _ = local_chunk(tensor)
             mesh, placements = tensor.device_mesh, tensor.placements
             alike, writes = meshes.alike(mesh, placements, self.rank), meshes.is_in(mesh, holder)
             writes = writes and bool(alike)
@@ -227,7 +228,7 @@ class Collected:
             offsets, writes = (tensor.begin,), tensor.holders.count(holder)
             alike = tensor.holders.alike
         _check_storable(key, local)
-        dtype, shape = name_of(tensor.dtype, key), tuple(tensor.shape)
+        dtype = name_of(tensor.dtype, key)
         alike = alike if len(alike) > 1 else ()
         compared = compared if len(compared) > 1 else alike
         self.items[key] = Item(
@@ -261,25 +262,13 @@ class Collected:
         """Replace every reference by a copy."""
         for key, item in self.items.items():
             copy = item.tensor.clone()
-            self.items[key] = replace(item, tensor=copy, origin=copy)
+            self.items[key] = item._replace(tensor=copy, origin=copy)
 
 
-_chunks: dict[Hashable, tuple[Shape, Shape]] = {}
-"""A pure function of the keys: torch takes 50 us for it, and there are hundreds of tensors in each save."""
-
-
-def local_chunk(tensor: torch.Tensor) -> tuple[Shape, Shape]:
-    """Offsets and sizes of what this rank holds of a tensor; of a ragged one, of the box around it."""
-    if isinstance(tensor, Ragged):
-        return tensor.bounding()
-    if not isinstance(tensor, DTensor):
-        return (0,) * tensor.dim(), tuple(tensor.shape)
-    key = (tensor.device_mesh, tensor.placements, tensor.shape)
-    if key not in _chunks:
-        chunks = tensor.__create_chunk_list__()
-        whole = ((0,) * tensor.dim(), tuple(tensor.shape))
-        _chunks[key] = (tuple(chunks[0].offsets), tuple(chunks[0].sizes)) if chunks else whole
-    return _chunks[key]
+@functools.lru_cache(maxsize=1024)
+def _claim(dtype: str, shape: Shape, sharing: Sharing, validate: Validate) -> str:
+    """Of few kinds there are many: writing the shape down takes longer than to look it up."""
+    return f"{dtype}{list(shape)} {sharing}{' in full' if validate == 'full' else ''}"
 
 
 def _check_storable(key: str, tensor: torch.Tensor) -> None:

@@ -42,22 +42,29 @@ class Share:
     rows: tuple[int, int, int] | None = None
     after: int | None = None
 
-    def source(self, collected: Collected) -> torch.Tensor:
-        """The tensor, or view of one, whose values it holds."""
-        tensor = collected.items[self.piece.key].tensor
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of that tensor, as it is."""
+        return self.rows is None and self.after is None
+
+    def source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or view of it, whose values it holds."""
         if self.after is not None:
             return tensor.narrow(0, self.after, math.prod(self.piece.sizes)).view(self.piece.sizes)
         return tensor if self.rows is None else tensor.narrow(*self.rows)
 
 
 class Structure:
-    """All that :func:`shares` goes by: equal structures are divided alike, in whatever order. Holds no tensor."""
+    """All that :func:`shares` and claims go by: equal structures are divided alike, in whatever order. No tensor."""
 
     def __init__(self, collected: Collected) -> None:
         self._items = [
-            (key, item.dtype, item.shape, item.offsets, item.sharing, item.writes, item.alike, tuple(item.tensor.shape))
+            (
+                key, item.dtype, item.shape, item.offsets, item.sharing, item.writes, item.validate, item.alike,
+                tuple(item.tensor.shape),
+            )
             for key, item in collected.items.items()
-        ]
+        ]  # fmt: skip
 
     def is_of(self, collected: Collected) -> bool:
         """Whether this is the structure of ``collected``. Makes no objects: there may be 100,000 tensors, each save."""
@@ -69,9 +76,10 @@ class Structure:
             and item.offsets == offsets
             and item.sharing is sharing
             and item.writes == writes
+            and item.validate == validate
             and (item.alike is alike or item.alike == alike)  # of thousands of ranks, mostly the same object
             and item.tensor.shape == local
-            for key, dtype, shape, offsets, sharing, writes, alike, local in self._items
+            for key, dtype, shape, offsets, sharing, writes, validate, alike, local in self._items
         )
 
 

@@ -17,7 +17,10 @@ from dcpsvc.errors import StateError, StateMismatchError, UnsupportedStateError
 from dcpsvc.state import inner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Container, Mapping
+
+TENSOR = "$tensor"
+"""Stands for a tensor."""
 
 WRAPPER = "$wrapper"
 """Stands for a tensor that is stored as those inside it."""
@@ -92,7 +95,7 @@ def decode(document: Any, path: str, tensor: Callable[[str], torch.Tensor]) -> A
 
 def tensor_names(document: Any) -> list[str]:
     """Names of the tensors a document refers to."""
-    return _names(document, {"$tensor", "$ndarray", "$scalar"})
+    return _names(document, {TENSOR, "$ndarray", "$scalar"})
 
 
 def wrapper_names(document: Any) -> list[str]:
@@ -105,19 +108,22 @@ def kind_of(document: Any) -> str:
     if not isinstance(document, dict):
         return "value"
     tag = next(iter(document), "")
-    if tag in {"$tensor", WRAPPER}:
-        return "$tensor"
+    if tag in {TENSOR, WRAPPER}:
+        return TENSOR
     return "dict" if tag in {"$dict", "$counter"} or not tag.startswith("$") else "value"
 
 
-def leaves(document: Any, path: str) -> dict[str, Any]:
-    """The document's leaves by dotted path, tagged values as they are decoded where that is plain JSON."""
-    if isinstance(document, dict) and not any(tag.startswith("$") for tag in document):
-        flat: dict[str, Any] = {}
-        for name, item in document.items():
-            flat |= leaves(item, f"{path}.{name}")
-        return flat
-    return {path: document}
+def leaves(document: Any, path: str, but: Container[str] = ()) -> dict[str, Any]:
+    """The document's leaves by dotted path, tagged values as they are decoded where that is plain JSON.
+
+    Args:
+        document: As :func:`encode` made it.
+        path: Where it stands.
+        but: Names of tensors that are left out.
+    """
+    flat: dict[str, Any] = {}
+    _flatten(document, path, flat, but)
+    return flat
 
 
 def values(document: Any, path: str) -> dict[str, Any]:
@@ -136,6 +142,19 @@ def _names(document: Any, tags: set[str]) -> list[str]:
     return names
 
 
+def _flatten(document: Any, path: str, flat: dict[str, Any], but: Container[str]) -> None:
+    if not isinstance(document, dict) or any(map(_is_tag, document)):
+        flat[path] = document
+        return
+    for name, item in document.items():
+        if not (but and type(item) is dict and item.get(TENSOR, "") in but):  # of 100,000, most are
+            _flatten(item, f"{path}.{name}", flat, but)
+
+
+def _is_tag(name: str) -> bool:
+    return name[:1] == "$"
+
+
 def _add(key: str, tensor: torch.Tensor, tensors: dict[str, torch.Tensor]) -> str:
     if key in tensors:
         raise StateError(key, "two tensors of the state would have this name")
@@ -146,7 +165,7 @@ def _add(key: str, tensor: torch.Tensor, tensors: dict[str, torch.Tensor]) -> st
 def _encode_tensor(value: torch.Tensor, key: str, tensors: dict[str, torch.Tensor]) -> Any:
     if inner.is_wrapper(value):  # detached, it would not be the one that is changed
         return {WRAPPER: _add(key, value, tensors)}
-    return {"$tensor": _add(key, value.detach(), tensors)}
+    return {TENSOR: _add(key, value.detach() if value.requires_grad else value, tensors)}
 
 
 def _encode_float(value: float) -> Any:

@@ -33,16 +33,18 @@ FIELDS = ("class", "inner", "dtype", "shape", "context", "sharding", "local")
 
 UNKNOWN: dict[str, Any] = {"class": "tensor made of others", "inner": {}, "dtype": "", "shape": []}
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+"""Types of which nothing more need be asked: neither sharded, nor made of others."""
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _MAX_NBYTES = 2000
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Whether a tensor, or what this rank holds of a DTensor, is made of others."""
-    if isinstance(tensor, DTensor):
-        return _wraps(local_of(tensor))
-    return _wraps(tensor)
+    if type(tensor) in PLAIN:  # nearly all are, and there may be 100,000
+        return False
+    return _wraps(local_of(tensor))
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +116,7 @@ def claim(found: dict[str, Any]) -> str:
 
 
 def _wraps(tensor: torch.Tensor) -> bool:
-    if type(tensor) in _PLAIN or isinstance(tensor, DTensor | AsyncCollectiveTensor):
+    if type(tensor) in PLAIN or isinstance(tensor, DTensor | AsyncCollectiveTensor):
         return False
     return is_traceable_wrapper_subclass(tensor)
 

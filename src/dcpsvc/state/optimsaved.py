@@ -13,7 +13,7 @@ import torch
 
 from dcpsvc.errors import StateMismatchError
 from dcpsvc.state import documents, refill
-from dcpsvc.state.collected import local_chunk
+from dcpsvc.state.chunks import local_chunk
 from dcpsvc.state.saved import into, like
 from dcpsvc.state.standin import Entries
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from dcpsvc.errors import StateMismatchError
 from dcpsvc.format.shardfile import INNER
-from dcpsvc.state.collected import local_chunk
+from dcpsvc.state.chunks import local_chunk
 from dcpsvc.state.drift import Drift, Terms, described
 from dcpsvc.state.dtypes import dtype_of
 from dcpsvc.state.ragged import Ragged

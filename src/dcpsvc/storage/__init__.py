@@ -21,6 +21,6 @@ storeclock              by which a store dates what is written
 shards, source          no unproven byte of a shard gets out; a shard as one store has it
 scatter, fetch          many ranges of one shard; what is needed of many
 wholefile, bounded      small files that are proven as a whole; a disk that may hang
-unchanged               what an earlier shard at the same root has already
+unchanged, rates        what an earlier shard at the same root has already; whether to copy it or to send it
 ======================  ==============================================================================
 """

@@ -74,7 +74,7 @@ class Md5:
 
 
 class Crc:
-    """``x-amz-checksum-crc32`` and its kin: cheap, where the server compares it (AWS, Ceph from 20 on).
+    """``x-amz-checksum-crc32`` and its kin: cheap here, where the server compares it (AWS, Ceph from 20 on).
 
     Args:
         name: As S3 calls it.
@@ -150,7 +150,7 @@ def crc32c() -> Crc:
 
 
 def candidates() -> list[BodySum]:
-    """Kinds that can be computed here, cheapest first."""
+    """Kinds that can be computed here, cheapest first: for this machine, which trains, not for the server."""
     return [crc32c() if util.find_spec("crc32c") else crc32(), Md5()]
 
 

@@ -1,7 +1,8 @@
 """A large local file to one S3 object: parts under way side by side, each proven by the server, all or nothing.
 
 What the server has already is not sent: parts of an upload to this very key that was cut short, and what an earlier
-object has at the same place, which the server copies. Both count only if their checksum is that of the local bytes.
+object has at the same place, which the server copies, while that is no slower than sending. Both count only if their
+checksum is that of the local bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dcpsvc.storage.direct import Direct
     from dcpsvc.storage.outgoing import Outgoing
     from dcpsvc.storage.pace import Pace
+    from dcpsvc.storage.rates import Rates
     from dcpsvc.storage.retry import Retry
     from dcpsvc.storage.s3control import Control
 
@@ -74,6 +76,7 @@ class Sender:
         pace: Of this process.
         limits: Concurrency, and the size of a part.
         retry: Of one part.
+        rates: What parts to this server took so far.
         checksum: The kind that the server compares; None: it compares none.
     """
 
@@ -82,6 +85,7 @@ class Sender:
     pace: Pace
     limits: Limits
     retry: Callable[..., Retry]
+    rates: Rates
     checksum: BodySum | None
 
     def send(self, path: str, cargo: Cargo, nbytes: int) -> Carried:
@@ -165,7 +169,8 @@ class Sender:
         if there is None or not self._proves(there, body, value):
             upload.doubt(there)
             where = {"UploadId": upload.id, "PartNumber": span.number}
-            there, how = {"ETag": self._put(Request(upload.path, "upload_part", where), body, value)}, How.SENT
+            with self.rates.timed(How.SENT, len(body)):
+                there, how = {"ETag": self._put(Request(upload.path, "upload_part", where), body, value)}, How.SENT
         return Part(span.number, len(body), str(there["ETag"]), value), how
 
     def _proves(self, there: Mapping[str, Any] | None, body: memoryview, value: str) -> bool:
@@ -178,9 +183,9 @@ class Sender:
         return str(there.get("ETag", "")).strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
 
     def _copied(self, upload: _Upload, span: Span) -> Mapping[str, Any] | None:
-        """What the server says of its own copy; None if it makes none."""
+        """What the server says of its own copy; None if it makes none, or sending is faster."""
         source = upload.source
-        if not (span.unchanged and source):
+        if not (span.unchanged and source and self.rates.copies()):
             return None
 
         def attempt() -> Mapping[str, Any]:
@@ -188,7 +193,8 @@ class Sender:
                 return self.control.copy(upload.path, upload.id, span, source)
 
         try:
-            return self._with_checksum(upload, span, self.retry(tries=_COPY_TRIES).run(attempt))
+            with self.rates.timed(How.COPIED, span.end - span.begin):
+                return self._with_checksum(upload, span, self.retry(tries=_COPY_TRIES).run(attempt))
         except StoreError as err:  # the earlier object was deleted, or may not be read; or the server cannot do it
             _log.info("event=not_copied key=%s because=%s", upload.path, err)
             upload.source = ""

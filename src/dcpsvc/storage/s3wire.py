@@ -15,6 +15,7 @@ from dcpsvc.storage.direct import Request
 from dcpsvc.storage.multipart import Sender
 from dcpsvc.storage.names import temp_name
 from dcpsvc.storage.pace import Pace
+from dcpsvc.storage.rates import Rates
 from dcpsvc.storage.remoteerror import answer_of, from_remote_error
 from dcpsvc.storage.retry import Retry
 from dcpsvc.storage.s3control import CONTROL_S, Control
@@ -68,7 +69,7 @@ class S3Wire(BlobWire):
     def __init__(self, client: Client, limits: Limits, stop: threading.Event) -> None:
         super().__init__(client.fs)
         self._limits, self._stop = limits, stop
-        self._pace = Pace(limits, pause=stop.wait)
+        self._pace, self._rates = Pace(limits, pause=stop.wait), Rates()
         self._checksum: tuple[BodySum | None] | None = None
         self._probing = threading.Lock()
         self._extra, self._direct = client.extra, client.direct
@@ -95,7 +96,8 @@ class S3Wire(BlobWire):
             return super().put_file(path, cargo, nbytes)
         checksum = self._proving(self._direct, path)
         retry = functools.partial(Retry, tries=_ENDLESS, deadline_s=self._limits.patience_s, stop=self._stop)
-        return Sender(self._control, self._direct, self._pace, self._limits, retry, checksum).send(path, cargo, nbytes)
+        sender = Sender(self._control, self._direct, self._pace, self._limits, retry, self._rates, checksum)
+        return sender.send(path, cargo, nbytes)
 
     def read_into(self, path: str, begin: int, views: Sequence[memoryview]) -> int:
         """See :class:`Wire`."""
