@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import pytest
@@ -29,17 +28,7 @@ from dcpsvc.policies import EveryNSteps, Latest
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 from dcpsvc.tools import live, livetables
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-def commands(group: click.Group = cli, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Each command with the words that call it, groups and what is in them."""
-    for name, command in group.commands.items():
-        yield (*before, name), command
-        if isinstance(command, click.Group):
-            yield from commands(command, (*before, name))
+from tests.unit.every_command import commands
 
 
 def told(*arguments: object, code: int = 0) -> str:

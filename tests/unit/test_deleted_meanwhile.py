@@ -18,8 +18,8 @@ from fsspec.registry import known_implementations
 
 import dcpsvc
 from dcpsvc import conversion, deletions
-from dcpsvc.cli import _remedy as remedy_of
 from dcpsvc.cli import cli, main
+from dcpsvc.commandline.failures import remedy as remedy_of
 from dcpsvc.errors import CorruptShardError, NoSuchStepError, StepDeletedError
 from dcpsvc.format.keys import Attempt
 from dcpsvc.reading import open_root

@@ -26,6 +26,10 @@ from dcpsvc.config import Options
 _MARK = "dcpsvc-doctor: "
 
 
+class LauncherError(click.ClickException):
+    """What was to start the ranks ended before they gave a verdict."""
+
+
 class _WithLauncher(Command):
     """Takes what follows ``--`` for itself: ROOT may be left out before it."""
 
@@ -131,7 +135,7 @@ def _through(launcher: tuple[str, ...], arguments: tuple[str, ...]) -> dict[str,
     except OSError as err:
         raise click.UsageError(f"{launcher[0]}: {err.strerror or err}") from err
     if said is None:
-        raise click.ClickException(
+        raise LauncherError(
             f"{launcher[0]} ended with {started.returncode} before its ranks gave a verdict; what it said is above"
         )
     return dict(said)
