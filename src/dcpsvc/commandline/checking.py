@@ -108,14 +108,15 @@ def _here(
     options: tuple[str, ...],
     quiet: bool,
 ) -> tuple[dict[str, Any], bool]:
-    from dcpsvc.doctor.examination import Plan, examine
+    from dcpsvc.doctor.apart import examine
+    from dcpsvc.doctor.examination import Plan
 
     plan = Plan(
         root=root, local=Options(local=local).local_dir, options=parse(options), nbytes=size, model_nbytes=model,
         ranks=ranks, mtbf_s=mtbf, grace_s=grace, timeout_s=timeout_s, quiet=quiet,
     )  # fmt: skip
-    found, rank = examine(plan)
-    return found.to_json(), rank == 0
+    found, is_speaker = examine(plan)
+    return found.to_json(), is_speaker
 
 
 def _through(launcher: tuple[str, ...], arguments: tuple[str, ...]) -> dict[str, Any]:
