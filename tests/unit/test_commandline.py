@@ -104,6 +104,14 @@ def test_ls_cuts_nothing_off_on_a_narrow_terminal(tmp_path):
         assert text in shown
 
 
+def test_show_cuts_no_name_of_a_file_in_two_on_a_narrow_terminal(run):
+    lines = on_a_terminal(80, "show", run, 10)
+    assert all(len(line) <= 80 for line in lines)
+    (found,) = [one for one in discover.committed(open_root(run)) if one.step == 10]
+    assert f"   shards  {found.data}" in lines
+    assert any(re.fullmatch(r"0 +[0-9.]+ KiB +[0-9a-f]{32} +rank-00000\.safetensors *", line) for line in lines)
+
+
 def test_status_fits_on_a_narrow_terminal_with_what_is_in_flight(monkeypatch, capsys):
     said = {"root": "r", "world_size": 1, "step": 12, "newest": 10, "committed": 1, "failed": 0, "skipped": 0}
     said |= {"blocked_s": 0.5, "in_flight": [{"step": 12, "phase": "upload"}]}
