@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +15,6 @@ from dcpsvc.commandline import failures
 from dcpsvc.errors import NoBucketError
 from dcpsvc.tools import live
 from tests.unit.every_command import call, with_json
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NO_RUN, USAGE = ("NoRunError", 3), ("BadParameter", 2)
 
@@ -112,3 +112,16 @@ def test_a_password_in_a_url_is_not_repeated_by(name, tmp_path: Path) -> None:
         assert (ended, out) == (4, "")
         assert f"{tmp_path.name}/run: no live job" in err
         assert "geheim" not in err
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+def test_a_full_disk_behind_the_output_is_told_in_a_line(more, tmp_path: Path) -> None:
+    with dcpsvc.Checkpointer(tmp_path / "root", {"x": 1}, local=tmp_path / "local") as ckpt:
+        ckpt.save(1).wait(30)
+    command = [sys.executable, "-m", "dcpsvc", "ls", str(tmp_path / "root"), *more]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    told = json.loads(line)["message"] if more else line.removeprefix("dcpsvc: ")
+    assert told == "standard output: No space left on device"

@@ -21,8 +21,8 @@ from dcpsvc.errors import (
 )
 from dcpsvc.tools import live, remedies
 
-TOLD = (DcpsvcError, live.LiveError, click.ClickException)
-"""Errors that a user can do something about; others are bugs, and show where."""
+TOLD = (DcpsvcError, live.LiveError, click.ClickException, OSError)
+"""Errors that a user can do something about; others are bugs, and show where. An OSError: of standard output."""
 
 _EXITS: dict[type[Exception], int] = {
     ConfigError: EXIT_USAGE,
@@ -50,7 +50,7 @@ def tell(err: Exception, *, as_json: bool) -> None:
     elif isinstance(err, click.ClickException):
         err.show()
     else:
-        click.echo(f"dcpsvc: {err}", err=True)
+        click.echo(f"dcpsvc: {_message(err)}", err=True)
         if advice := remedy(err):
             click.echo(f"        {advice}", err=True)
 
@@ -64,13 +64,12 @@ def exit_code(err: Exception) -> int:
 
 def document(err: Exception) -> dict[str, Any]:
     """The same as JSON-like values, the facts that an error of ours carries under their own names."""
-    if isinstance(err, click.ClickException):
-        message, facts = err.format_message(), {}
-    else:
-        message, facts = str(err), vars(err) | {name: getattr(err, name) for name in _MORE if hasattr(err, name)}
+    facts: dict[str, Any] = {}
+    if not isinstance(err, click.ClickException):
+        facts = vars(err) | {name: getattr(err, name) for name in _MORE if hasattr(err, name)}
     return {
         "error": type(err).__name__,
-        "message": message,
+        "message": _message(err),
         **{name: _plain(fact) for name, fact in facts.items()},
         "remedy": remedy(err) or None,
         "exit_code": exit_code(err),
@@ -85,6 +84,12 @@ def remedy(err: Exception) -> str:
     if isinstance(err, StepDeletedError) and not err.was_committed:  # a pin would not have helped, perhaps
         return "dcpsvc ls ROOT shows what is there."
     return next((text for kind, text in _REMEDIES.items() if isinstance(err, kind)), "")
+
+
+def _message(err: Exception) -> str:
+    if isinstance(err, OSError):
+        return f"{err.filename or 'standard output'}: {err.strerror or err}"
+    return err.format_message() if isinstance(err, click.ClickException) else str(err)
 
 
 def _plain(fact: Any) -> Any:
