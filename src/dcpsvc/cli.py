@@ -13,31 +13,29 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from dcpsvc.commandline import checking, clearing, exporting, importing, looking, mending, noting, transferring
+from dcpsvc.commandline import (
+    checking,
+    clearing,
+    exporting,
+    failures,
+    importing,
+    looking,
+    mending,
+    noting,
+    transferring,
+)
 from dcpsvc.commandline.common import (
     EXIT_DAMAGED,
-    EXIT_NOT_LIVE,
-    EXIT_UNUSABLE,
-    EXIT_USAGE,
     SECONDS,
+    Asked,
     Group,
     as_json_option,
     parse,
     print_json,
     store_options,
 )
-from dcpsvc.errors import (
-    ConfigError,
-    DcpsvcError,
-    DestinationError,
-    NoRunError,
-    NoSuchStepError,
-    RootError,
-    RunBusyError,
-    StepDeletedError,
-    StoreError,
-)
-from dcpsvc.tools import live, livetables, remedies
+from dcpsvc.storage.names import redact
+from dcpsvc.tools import live, livetables
 
 _timeout = click.option(
     "--timeout",
@@ -116,7 +114,7 @@ def status_command(root: str, options: tuple[str, ...], as_json: bool) -> None:
     """
     found = live.ranks(live.run_id(root, parse(options)))
     if not found:
-        raise live.NoLiveJobError(root)
+        raise live.NoLiveJobError(redact(root))
     if as_json:
         print_json([rank.document() for rank in found])
     else:
@@ -233,19 +231,15 @@ def demo_command(directory: str | None, tamper: bool, options: tuple[str, ...], 
 
 
 def main() -> NoReturn:
-    """Run the command line; errors of ours become one line and an exit code."""
+    """Run the command line; errors of ours become one line, or one JSON object, and an exit code."""
+    asked = Asked()
     try:
-        cli.main(prog_name="dcpsvc", standalone_mode=False)
-    except click.ClickException as err:
-        err.show()
-        sys.exit(err.exit_code)
+        cli.main(prog_name="dcpsvc", standalone_mode=False, obj=asked)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except (DcpsvcError, live.LiveError) as err:
-        click.echo(f"dcpsvc: {err}", err=True)
-        if remedy := _remedy(err):
-            click.echo(f"        {remedy}", err=True)
-        sys.exit(next((code for kind, code in _EXITS.items() if isinstance(err, kind)), EXIT_DAMAGED))
+    except failures.TOLD as err:
+        failures.tell(err, as_json=asked.for_json)
+        sys.exit(failures.exit_code(err))
     sys.exit(0)
 
 
@@ -257,29 +251,3 @@ def _ask(asked: dict[str, Any], root: str, timeout_s: float, options: tuple[str,
         print_json(answer)
     else:
         livetables.print_answer(answer, time.monotonic() - began)
-
-
-_EXITS: dict[type[Exception], int] = {
-    ConfigError: EXIT_USAGE,
-    RootError: EXIT_UNUSABLE,
-    StoreError: EXIT_UNUSABLE,
-    live.NoLiveJobError: EXIT_NOT_LIVE,
-}
-_REMEDIES: dict[type[Exception], str] = {  # the first that fits
-    StepDeletedError: "dcpsvc ls ROOT shows what is there; dcpsvc pin ROOT STEP has a checkpoint stay.",
-    NoSuchStepError: "dcpsvc ls ROOT shows what is there.",
-    RunBusyError: "One owner at a time: end the other job, or wait for it.",
-    DestinationError: "Give another place, or another step.",
-    NoRunError: "A run root holds run.json; the path is what the training script gave to Checkpointer(...).",
-    live.NoAnswerError: "dcpsvc status ROOT shows how far the job is, dcpsvc ls ROOT what is committed.",
-    live.NoLiveJobError: "Ask on a host of the job, as the job's user.",
-}
-
-
-def _remedy(err: Exception) -> str:
-    if isinstance(err, StoreError):
-        text = remedies.remedy(err)
-        return text and f"{text[0].upper()}{text[1:]}."
-    if isinstance(err, StepDeletedError) and not err.was_committed:  # a pin would not have helped, perhaps
-        return "dcpsvc ls ROOT shows what is there."
-    return next((text for kind, text in _REMEDIES.items() if isinstance(err, kind)), "")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 import dcpsvc
-from tests.e2e.jobs import TORCHRUN
+from tests.e2e.jobs import ENVIRONMENT, TORCHRUN
+from tests.s3.servers import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,3 +113,47 @@ def test_a_launcher_that_does_not_start_is_told(tmp_path):
     done = doctor(tmp_path / "root", "--", "false")
     assert done.returncode == 1
     assert "before its ranks gave a verdict" in done.stderr
+
+
+@contextlib.contextmanager
+def one_of_two(rank: int, port: int, folder: Path):
+    command = [sys.executable, "-m", "dcpsvc", "doctor", folder / "root", "--local", folder / "local", "--json"]
+    places = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with subprocess.Popen(
+        [*command, "--size", "1MiB", "--timeout", "8"],
+        env=os.environ | ENVIRONMENT | places,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def missing(process: subprocess.Popen[str]) -> str:
+    """What a doctor says of the other rank, which is its last word."""
+    out, err = process.communicate(timeout=100)
+    assert "Traceback" not in err, err
+    (finding,) = json.loads(out)["findings"]
+    assert (process.returncode, finding["name"], finding["verdict"]) == (1, "ranks", "fail")
+    assert "MASTER_ADDR" in finding["remedy"]
+    return finding["found"]
+
+
+def test_a_rank_that_never_comes_is_a_finding(tmp_path):
+    with one_of_two(0, free_port(), tmp_path) as process:
+        assert "1/2 clients joined" in missing(process)
+
+
+def test_a_rank_that_is_killed_in_the_middle_is_named(tmp_path):
+    port = free_port()
+    with one_of_two(0, port, tmp_path) as process, one_of_two(1, port, tmp_path) as other:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("root/probes/*")):
+            assert time.monotonic() < deadline
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.05)
+        other.kill()
+        assert "rank 1 did not come within" in missing(process)

@@ -22,6 +22,7 @@ from dcpsvc.format import keys
 from dcpsvc.stages import discover
 from dcpsvc.storage.base import written_s
 from dcpsvc.storage.open import open_store
+from tests.s3.commands import ARGUMENTS, CODES, options_of
 
 if TYPE_CHECKING:
     from tests.s3.servers import Server
@@ -54,37 +55,6 @@ def run(server: Server, name: str, *arguments: object, code: int = 0) -> str:
     assert server.secret_key not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
-
-
-def options_of(server: Server) -> list[str]:
-    told = (
-        (key, value if isinstance(value, str) else json.dumps(value)) for key, value in server.storage_options.items()
-    )
-    return [part for key, value in told for part in ("--option", f"{key}={value}")]
-
-
-ARGUMENTS: dict[str, tuple[object, ...]] = {
-    "ls": ("ROOT",),
-    "show": ("ROOT", 1, "--filter", "weight"),
-    "diff": ("ROOT", 1, 2, "--values"),
-    "du": ("ROOT",),
-    "verify": ("ROOT", "--jobs", 2),
-    "report": ("ROOT", "--output", "FILE"),
-    "doctor": ("ROOT", "--local", "DIR", "--size", "1MiB"),
-    "pin": ("ROOT", 1, "--note", "paper"),
-    "unpin": ("ROOT", 1),
-    "edit": ("ROOT", 2, "--set", "optim.lr=0.25"),
-    "promote": ("ROOT", 1, "ELSEWHERE"),
-    "gc": ("ROOT", "--keep", "latest:1", "--local", "DIR"),
-    "status": ("ROOT",),
-    "save": ("ROOT",),
-    "stop": ("ROOT",),
-    "fetch": ("ROOT", 1, "DIR"),
-    "cp": ("ROOT", "ELSEWHERE"),
-    "export": ("ROOT", "latest", "DIR", "--format", "hf"),
-    "import": ("FOLDER", "ELSEWHERE", 7),
-}
-CODES = {"status": 4, "save": 4, "stop": 4}  # no job lives
 
 
 @pytest.mark.parametrize(

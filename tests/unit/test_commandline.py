@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import pytest
@@ -29,17 +28,7 @@ from dcpsvc.policies import EveryNSteps, Latest
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover
 from dcpsvc.tools import live, livetables
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-def commands(group: click.Group = cli, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Each command with the words that call it, groups and what is in them."""
-    for name, command in group.commands.items():
-        yield (*before, name), command
-        if isinstance(command, click.Group):
-            yield from commands(command, (*before, name))
+from tests.unit.every_command import commands
 
 
 def told(*arguments: object, code: int = 0) -> str:
@@ -113,6 +102,14 @@ def test_ls_cuts_nothing_off_on_a_narrow_terminal(tmp_path):
     shown = " ".join(" ".join(lines).split())
     for text in ("committed", "latest 1 of 9, a multiple of 5 steps", "loss=0.25 a_long_name_of_a_metric=0.5"):
         assert text in shown
+
+
+def test_show_cuts_no_name_of_a_file_in_two_on_a_narrow_terminal(run):
+    lines = on_a_terminal(80, "show", run, 10)
+    assert all(len(line) <= 80 for line in lines)
+    (found,) = [one for one in discover.committed(open_root(run)) if one.step == 10]
+    assert f"   shards  {found.data}" in lines
+    assert any(re.fullmatch(r"0 +[0-9.]+ KiB +[0-9a-f]{32} +rank-00000\.safetensors *", line) for line in lines)
 
 
 def test_status_fits_on_a_narrow_terminal_with_what_is_in_flight(monkeypatch, capsys):

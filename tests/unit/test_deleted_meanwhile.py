@@ -18,9 +18,10 @@ from fsspec.registry import known_implementations
 
 import dcpsvc
 from dcpsvc import conversion, deletions
-from dcpsvc.cli import _remedy as remedy_of
 from dcpsvc.cli import cli, main
+from dcpsvc.commandline.failures import remedy as remedy_of
 from dcpsvc.errors import CorruptShardError, NoSuchStepError, StepDeletedError
+from dcpsvc.format import keys
 from dcpsvc.format.keys import Attempt
 from dcpsvc.reading import open_root
 from dcpsvc.stages import discover, retain
@@ -341,3 +342,39 @@ def test_a_line_that_is_wanted_of_what_was_deleted_meanwhile(root):
     delete(root, all_of_it=True)
     with pytest.raises(StepDeletedError, match="was deleted meanwhile"):
         listing.row_of(open_root(root), gone)
+
+
+class DeletingBetween(PosixStore):
+    """Step 10 is deleted by a job while somebody lists: the manifest before, and the rest at, the LIST of ``of``."""
+
+    def __init__(self, root: Path, of: str) -> None:
+        super().__init__(root)
+        self.condemned, self.of, self.listed = attempt(root), of, list[str]()
+
+    def list(self, prefix):
+        theirs = PosixStore(Path(self.url))
+        if prefix == keys.MANIFESTS:
+            retain.condemn(theirs, self.condemned, lambda: True)
+            theirs.delete(self.condemned.manifest)
+        if prefix == self.of and prefix not in self.listed:
+            retain.finish_removal(theirs, self.condemned)
+        self.listed.append(prefix)
+        return super().list(prefix)
+
+
+@pytest.mark.parametrize("of", [keys.MANIFESTS, keys.TOMBSTONES])
+def test_a_listing_does_not_say_of_what_is_deleted_in_the_middle_of_it_that_it_was_never_committed(of, root):
+    store = DeletingBetween(root, of)
+    assert [(one.step, one.state) for one in discover.listing(store)] == [(20, "committed"), (30, "committed")]
+    assert store.listed.index(keys.DATA) < store.listed.index(of)
+    assert not PosixStore(root).list(store.condemned.data)
+
+
+def test_a_listing_says_of_what_is_deleted_while_it_is_looked_at_again_that_it_may_be(root):
+    store = DeletingBetween(root, of="nothing")
+    rows = {one.step: (one.state, one.reason.partition(":")[0]) for one in discover.listing(store)}
+    assert rows == {
+        10: ("incomplete", "never committed, or being deleted"),
+        20: ("committed", ""),
+        30: ("committed", ""),
+    }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import re
 
 import pytest
 
 from dcpsvc import errors
+from dcpsvc.commandline import failures
 from dcpsvc.errors import DcpsvcError, RankFailure
 
 FAILURE = RankFailure(3, "upload", "StoreFullError", "put data/x: no space left")
@@ -143,3 +145,22 @@ def test_of_many_steps_those_around_a_mistyped_one_are_named() -> None:
     assert str(errors.NoSuchStepError("/r", 4_250, steps)) == (
         "/r: step 4250 is not committed; 1000 steps are committed, 100 to 100000; next to it 4100, 4200, 4300, 4400"
     )
+
+
+@pytest.mark.parametrize("kind", tree(), ids=lambda kind: kind.__name__)
+def test_each_error_tells_its_facts_under_their_own_names(kind: type[DcpsvcError]) -> None:
+    err = kind(*ARGUMENTS[kind.__name__])
+    told = json.loads(json.dumps(failures.document(err)))
+    assert (told["error"], told["message"]) == (kind.__name__, str(err))
+    assert not {"error", "message", "remedy", "exit_code"} & vars(err).keys()
+    assert vars(err).keys() <= told.keys()
+    assert told.get("intact") == getattr(err, "intact", None)
+    assert told["exit_code"] in {1, 2, 3}
+
+
+def test_what_ranks_said_of_a_failed_save_stays_apart() -> None:
+    told = failures.document(errors.SaveFailedError(40, "cafe-0", 30, (FAILURE,)))
+    assert told["failures"] == [
+        {"rank": 3, "phase": "upload", "error": "StoreFullError", "text": "put data/x: no space left"}
+    ]
+    assert (told["step"], told["newest"], told["intact"]) == (40, 30, "step 30 remains the newest commit")

@@ -26,6 +26,10 @@ from dcpsvc.config import Options
 _MARK = "dcpsvc-doctor: "
 
 
+class LauncherError(click.ClickException):
+    """What was to start the ranks ended before they gave a verdict."""
+
+
 class _WithLauncher(Command):
     """Takes what follows ``--`` for itself: ROOT may be left out before it."""
 
@@ -104,14 +108,15 @@ def _here(
     options: tuple[str, ...],
     quiet: bool,
 ) -> tuple[dict[str, Any], bool]:
-    from dcpsvc.doctor.examination import Plan, examine
+    from dcpsvc.doctor.apart import examine
+    from dcpsvc.doctor.examination import Plan
 
     plan = Plan(
         root=root, local=Options(local=local).local_dir, options=parse(options), nbytes=size, model_nbytes=model,
         ranks=ranks, mtbf_s=mtbf, grace_s=grace, timeout_s=timeout_s, quiet=quiet,
     )  # fmt: skip
-    found, rank = examine(plan)
-    return found.to_json(), rank == 0
+    found, is_speaker = examine(plan)
+    return found.to_json(), is_speaker
 
 
 def _through(launcher: tuple[str, ...], arguments: tuple[str, ...]) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def _through(launcher: tuple[str, ...], arguments: tuple[str, ...]) -> dict[str,
     except OSError as err:
         raise click.UsageError(f"{launcher[0]}: {err.strerror or err}") from err
     if said is None:
-        raise click.ClickException(
+        raise LauncherError(
             f"{launcher[0]} ended with {started.returncode} before its ranks gave a verdict; what it said is above"
         )
     return dict(said)

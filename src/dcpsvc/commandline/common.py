@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -105,7 +106,31 @@ class Group(Command, click.Group):
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<prefix>[kKMGTP]?)(?P<binary>i?)B?")
 _DURATION = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<unit>s|min|h|d|)")
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+
+@dataclass(slots=True)
+class Asked:
+    """What holds for a call of the program whatever command it comes to.
+
+    Attributes:
+        for_json: ``--json`` was given: an error is told in JSON, too.
+    """
+
+    for_json: bool = False
+
+
+def _asked_for_json(context: click.Context, _: click.Parameter, value: bool) -> bool:
+    context.ensure_object(Asked).for_json = value
+    return value
+
+
+as_json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,  # before all that may be wrong with the others
+    callback=_asked_for_json,
+    help="Print one JSON document instead of a table; an error, too.",
+)
 store_options = click.option(
     "-o",
     "--option",
@@ -160,6 +185,11 @@ def parse(options: tuple[str, ...]) -> dict[str, Any]:
 def print_json(document: Any) -> None:
     """One document on standard output; NaN and infinities as strings, which is all that JSON allows."""
     click.echo(json.dumps(_finite(document), indent=1, allow_nan=False))
+
+
+def json_line(document: Any) -> str:
+    """The same in one line, for where more is printed."""
+    return json.dumps(_finite(document), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

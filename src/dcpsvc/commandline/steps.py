@@ -52,13 +52,20 @@ def number(store: Store, step: Step) -> int:
 def pick(store: Store, step: Step, attempt: str | None = None, option: str = "--attempt") -> Manifest:
     """The checkpoint that was meant; of several attempts the newest, which is said, with the option that names one.
 
+    Args:
+        store: The run root.
+        step: As it was typed.
+        attempt: Of that step.
+        option: With which the command takes it; empty if it does not.
+
     Raises:
         NoSuchStepError: There is none, or it is damaged.
     """
     found = showing.find(store, number(store, step), attempt)
     others = attempts(store, found.step)
     if attempt is None and len(others) > 1:
-        click.echo(f"step {found.step} has {len(others)} attempts; taking {found.attempt} ({option})", err=True)
+        named = f" ({option})" if option else ""
+        click.echo(f"step {found.step} has {len(others)} attempts; taking {found.attempt}{named}", err=True)
     return found
 
 

@@ -117,7 +117,7 @@ def _wanted(source: Store, steps: Sequence[Step]) -> list[Manifest]:
     from dcpsvc.storage.threads import at_once
 
     if steps:
-        return [pick(source, step) for step in sorted({number(source, step) for step in steps})]
+        return [pick(source, step, option="") for step in sorted({number(source, step) for step in steps})]
     seen = discover.look(source, at_once=at_once(source))
     whole = [one.manifest for one in seen if one.counts and one.manifest is not None]
     if not whole:

@@ -22,6 +22,7 @@ from dcpsvc.progress import duration
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import Meeting
 from dcpsvc.reading import latest
+from dcpsvc.storage.names import redact
 from dcpsvc.storage.open import open_store
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def _sum_up(plan: Plan, said: list[dict[str, Any]]) -> dict[str, Any]:
         expected = forecast(measured, plan.model_nbytes, plan.mtbf_s, plan.ranks, copied=copied, step=plan.like)
         findings.append(preemption(expected, plan.grace_s))
     return Examination(
-        root=plan.root or str(plan.local),
+        root=redact(plan.root or str(plan.local)),
         ranks=len(said),
         findings=tuple(findings),
         measured=measured,

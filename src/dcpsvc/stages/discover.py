@@ -207,7 +207,7 @@ def look(store: Store, notes: SideFiles | None = None, *, at_once: int = READERS
     metrics = notes.metrics({one.checkpoint.key: one.checkpoint.metrics for one in found})
     found = [_with(one, listed_metrics(metrics[one.checkpoint.key])) for one in found]
     found += [Seen(_incomplete(attempt, "a newer job had taken the run root over", sizes)) for attempt in fenced]
-    found += [Seen(one) for one in _without_manifest(store, sizes, {*listed.attempts})]
+    found += [Seen(one) for one in _without_manifest(store, sizes, {*listed.attempts}, at_once)]
     return sorted(found, key=lambda one: _age(one.checkpoint))
 
 
@@ -279,11 +279,18 @@ def _check_sizes(found: Manifest, sizes: dict[str, int]) -> None:
             raise CorruptShardError(path, f"has {sizes[path]} bytes, the manifest says {nbytes}")
 
 
-def _without_manifest(store: Store, sizes: dict[str, int], manifests: set[Attempt]) -> list[Checkpoint]:
+def _without_manifest(store: Store, sizes: dict[str, int], manifests: set[Attempt], at_once: int) -> list[Checkpoint]:
+    """Attempts of which files are left. What was deleted since ``sizes`` were looked at was a checkpoint, perhaps."""
     folders = {key[: key.rfind("/") + 1] for key in sizes}
-    attempts = {attempt for folder in folders if (attempt := keys.attempt_below(folder)) is not None} - manifests
+    attempts = list({one for folder in folders if (one := keys.attempt_below(folder)) is not None} - manifests)
     condemned = deletions.condemned(store) if attempts else ()
-    return [_incomplete(attempt, _CONDEMNED if attempt in condemned else _NEVER, sizes) for attempt in attempts]
+    # After the marks: who deletes takes the mark away when no file is left.
+    left = zip(attempts, each(lambda one: store.list(one.data), attempts, at_once), strict=True)
+    return [
+        _incomplete(attempt, _CONDEMNED if attempt in condemned else _NEVER, dict(entries))
+        for attempt, entries in left
+        if entries
+    ]
 
 
 def _incomplete(attempt: Attempt, reason: str, sizes: dict[str, int]) -> Checkpoint:

@@ -13,6 +13,7 @@ from dcpsvc.control import place, wire
 from dcpsvc.control.wire import ProtocolError
 from dcpsvc.format import keys, run
 from dcpsvc.reading import open_root
+from dcpsvc.storage.names import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -46,15 +47,15 @@ class NotDoneError(LiveError):
     """The job was asked, and it did not do it.
 
     Attributes:
-        error: Type of what went wrong in the job; empty where the job did not say.
+        cause: Type of what went wrong in the job; empty where the job did not say.
     """
 
-    def __init__(self, text: str, error: str = "") -> None:
-        super().__init__(text, error)
-        self.text, self.error = text, error
+    def __init__(self, text: str, cause: str = "") -> None:
+        super().__init__(text, cause)
+        self.text, self.cause = text, cause
 
     def __str__(self) -> str:
-        return f"{self.error}: {self.text}" if self.error else self.text
+        return f"{self.cause}: {self.text}" if self.cause else self.text
 
 
 class NoAnswerError(NotDoneError):
@@ -116,12 +117,12 @@ def speaker(root: str, storage_options: Mapping[str, Any] | None = None) -> Live
     """
     live = ranks(run_id(root, storage_options))
     if not live or live[0].rank is None:
-        raise NoLiveJobError(root, tuple(rank.pid for rank in live))
+        raise NoLiveJobError(redact(root), tuple(rank.pid for rank in live))
     lowest = [rank for rank in live if rank.rank == live[0].rank]
     if len(lowest) > 1:
         pids = " and ".join(str(rank.pid) for rank in lowest)
         raise NotDoneError(
-            f"{root}: processes {pids} both say they are rank {live[0].rank}: end the job that is not wanted"
+            f"{redact(root)}: processes {pids} both say they are rank {live[0].rank}: end the job that is not wanted"
         )
     return lowest[0]
 

@@ -159,6 +159,7 @@ def _print_facts(shown: Shown, row: Row) -> None:
         "tier": "+".join(row.tiers),
         "versions": "  ".join(f"{name} {value}" for name, value in manifest.versions.items()),
         "layout": manifest.layout.path,
+        "shards": manifest.key.data,  # once: with it each would be too long for a terminal
     }
     if shown.lineage is not None:
         facts["made"] = str(shown.lineage)
@@ -172,7 +173,7 @@ def _print_shards(manifest: Manifest) -> None:
     for column in shards.columns:
         column.overflow = "fold"
     for shard in manifest.shards[:_SHARDS]:
-        shards.add_row(str(shard.rank), size(shard.nbytes), shard.digest, shard.path)
+        shards.add_row(str(shard.rank), size(shard.nbytes), shard.digest, shard.path.removeprefix(manifest.key.data))
     out.print(shards)
     if (more := len(manifest.shards) - _SHARDS) > 0:
         out.print(f"... and {more} more shards; --json lists all", highlight=False)
