@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ class Arenas:
     def __init__(self, budget_nbytes: int | None, at_most: int, free_nbytes: Callable[[], int | None]) -> None:
         self._budget_nbytes, self._at_most, self._free_nbytes = budget_nbytes, at_most, free_nbytes
         self._arenas: list[Arena] = []
-        self._preparing: threading.Thread | None = None
+        self._preparing: list[threading.Thread] = []
         self._closed = threading.Event()
         self._has_warned = False
         self.device: torch.device | None = None
@@ -58,9 +59,10 @@ class Arenas:
 
     def prepare(self, work: Callable[[], None]) -> None:
         """Do something on a thread of its own, such as :meth:`make_ready`; the next :meth:`take` waits for it."""
-        before = self._preparing
-        self._preparing = threading.Thread(target=_after, args=(before, work), name="dcpsvc-prepare", daemon=True)
-        self._preparing.start()
+        before = [thread for thread in self._preparing if thread.is_alive()]
+        after = threading.Thread(target=_after, args=(before, work), name="dcpsvc-prepare", daemon=True)
+        self._preparing = [*before, after]
+        after.start()
 
     def settle(self) -> None:
         """Wait for what was begun by :meth:`prepare`.
@@ -68,11 +70,9 @@ class Arenas:
         Raises:
             TimeoutError: The system does not give the memory, and does not refuse it either.
         """
-        if self._preparing is not None:
-            self._preparing.join(_PATIENCE_S)
-            if self._preparing.is_alive():
-                raise TimeoutError(f"memory for staging is not there after {_PATIENCE_S} s")
-            self._preparing = None
+        if not _have_ended(self._preparing):
+            raise TimeoutError(f"memory for staging is not there after {_PATIENCE_S} s")
+        self._preparing = []
 
     def close(self) -> None:
         """Nobody takes one any more: what is being prepared is called off. Those that are lent stay as they are."""
@@ -152,9 +152,18 @@ def _fits(nbytes: int, spare_nbytes: int | None) -> bool:
     return spare_nbytes is None or nbytes <= spare_nbytes
 
 
-def _after(before: threading.Thread | None, work: Callable[[], None]) -> None:
+def _after(before: list[threading.Thread], work: Callable[[], None]) -> None:
     """In the background, where training has the first right to the processor."""
     linux.yield_to_training()
-    if before is not None:
-        before.join()
-    work()
+    if _have_ended(before):
+        work()
+    else:  # take() waits for those that hang, and says so
+        logger.debug("nothing more is prepared: what was begun before is not ready after %s s", _PATIENCE_S)
+
+
+def _have_ended(threads: list[threading.Thread]) -> bool:
+    """Wait for all of them; False if one still runs when the patience is over."""
+    ends = time.monotonic() + _PATIENCE_S
+    for thread in threads:
+        thread.join(max(0.0, ends - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)

@@ -309,3 +309,24 @@ def test_closing_calls_off_what_is_being_prepared() -> None:
     arenas.close()
     assert arenas.nbytes == 0
     assert "dcpsvc-prepare" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_what_hangs_keeps_nothing_waiting_for_ever_and_no_memory_is_taken_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dcpsvc.arenas._PATIENCE_S", 0.05)
+    arenas, go, done = Arenas(None, 2, lambda: None), threading.Event(), []
+    arenas.prepare(lambda: done.append(go.wait(SECONDS)))
+    for _ in range(2):
+        arenas.prepare(lambda: done.append(False))
+    hangs, *waiting = arenas._preparing
+    for thread in waiting:
+        thread.join(SECONDS)
+    assert not any(thread.is_alive() for thread in waiting)
+    with pytest.raises(TimeoutError, match="memory for staging is not there"):
+        arenas.take(MIB)
+    assert done == []
+    go.set()
+    hangs.join(SECONDS)
+    assert isinstance(arenas.take(MIB), Arena)
+    assert done == [True]
