@@ -11,7 +11,7 @@ _VIEWS = {_aten.detach.default, _aten.slice.Tensor, _aten.view.default, _aten.al
 
 
 class OnADevice(torch.Tensor):
-    """Says that it is on ``meta``: the one device, beside the host, that every torch knows.
+    """Says that it is on ``lazy``: a device that every torch knows, and nothing here uses.
 
     Attributes:
         held: What it holds.
@@ -24,7 +24,7 @@ class OnADevice(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor, copies: list[int] | None = None) -> Self:
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), dtype=held.dtype, device="meta"
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device="lazy"
         )
 
     def __init__(self, held: torch.Tensor, copies: list[int] | None = None) -> None:
