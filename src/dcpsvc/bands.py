@@ -6,15 +6,16 @@ a time. A band has memory from its first byte to its last only.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
+
+import torch
 
 from dcpsvc.state import boxes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import torch
+    from collections.abc import Iterable, Iterator, Sequence
 
 _BAND_NBYTES = 8 << 20
 
@@ -34,6 +35,16 @@ def bands(place: boxes.Place, offsets: Sequence[int], lengths: Sequence[int], ta
         count = min(step, rows - row)
         part = target.narrow(0, row, count) if offsets else target
         yield Band(place, first + row, count, (tuple(offsets[1:]), tuple(lengths[1:])), part)
+
+
+def await_streams(targets: Iterable[torch.Tensor]) -> None:
+    """Have all be done that this thread's streams were given: bands are copied by threads that have others.
+
+    Else a ``zeros()`` that is still to run on a stream of the caller's would come after the bytes.
+    """
+    for device in {target.device for target in targets if not target.is_cpu}:
+        with contextlib.suppress(RuntimeError, ValueError):  # no streams there
+            torch.accelerator.current_stream(device).synchronize()
 
 
 class Band:

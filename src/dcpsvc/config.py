@@ -142,7 +142,8 @@ class Options:
 
     grace_s: float = 25.0
     """After a stop was asked for: time until the process must have ended. The local commit comes first; an upload that
-    does not fit is finished by the next start on this disk. torchrun kills 30 s after SIGTERM."""
+    does not fit is finished by the next start on this disk. torchrun kills 30 s after SIGTERM, or as
+    ``$TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` says (torch 2.12)."""
 
     divergence: Divergence | None = None
     """When the training counts as diverged: saves are tagged then, and no resume takes them unless asked to. Its state

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcpsvc import preflight
-from dcpsvc.bands import bands
+from dcpsvc.bands import await_streams, bands
 from dcpsvc.errors import LayoutError, StateMismatchError
 from dcpsvc.format.shardfile import of_components
 from dcpsvc.progress import unseen
@@ -177,6 +177,7 @@ class CheckpointReader(StorageReader):
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         targets = [planner.resolve_tensor(item) for item in tensors]
+        await_streams(targets)
         self._deliver(self._needs(tensors, targets))
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)

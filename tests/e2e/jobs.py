@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 BOUND_S = 60
 TORCHRUN = (
@@ -70,3 +70,15 @@ def live_job(folder: Path, is_ready: Callable[[Path], bool], *, saves: bool) -> 
         finally:
             process.terminate()
             process.wait(BOUND_S)
+
+
+def processes_of(directory: Path) -> list[int]:
+    """Whoever runs with its working directory there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if path.readlink() == directory and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found

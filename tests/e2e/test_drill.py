@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from dcpsvc.tools import processes
 from dcpsvc.tools.judging import Course, judge
+from tests.e2e.jobs import processes_of
 
 BOUND_S = 170
 PATIENT = "--grace=100"
@@ -85,18 +85,6 @@ def drill(*arguments, command):
     )
     assert finished.stdout, finished.stderr
     return finished, json.loads(finished.stdout)
-
-
-def processes_of(directory):
-    """Whoever runs with its working directory there."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            if path.readlink() == directory and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import dcpsvc
 from tests.ranks.harness import die, run_ranks, values
 from tests.ranks.models import checkpointer
 from tests.ranks.parallelisms import KINDS, Job, Model
+from tests.ranks.test_reading_together import Far
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -60,6 +61,24 @@ def resume_and_train(rank, world, root, kind):
         prints = job.prints()
         losses = job.train(10, 10)
     return {"losses": losses, "saved": prints, "end": job.prints()}
+
+
+def resume_from_both_tiers(rank, world, root, kind):
+    """Once from the disk that the ranks before have left, once from the run root alone; what came back, from where."""
+    found = []
+    for local in (root.parent / "local", root.parent / f"another-disk-{rank}"):
+        job, store, told = Job(kind, seed=5), Far(root), []
+        job.train(100, 2)
+        options = {"store": store, "local": local, "save_last": False, "on_event": told.append}
+        with checkpointer(root, job.state, **options) as ckpt:
+            store.given_out.clear()
+            assert ckpt.resume() == 10
+            given_nbytes = sum(store.given_out.values())
+            prints = job.prints()
+            job.train(10, 1)
+        detail = next(event.detail for event in told if event.name == dcpsvc.Point.RESUMED)
+        found.append({"prints": prints, "given_nbytes": given_nbytes, "detail": detail})
+    return found
 
 
 def load_each(rank, world, roots, kind):
@@ -186,6 +205,24 @@ def test_a_checkpoint_of_any_kind_is_loaded_exactly_by_every_other(runs, kind, c
             print("\nloaded by, saved by " + ", ".join(KINDS))
         print(f"\n{kind:18}" + "".join("  exact" if fits else "  WRONG" for fits in exact.values()), end=" ")
     assert all(exact.values())
+
+
+@pytest.mark.parametrize(
+    ("saved", "kind"),
+    [("TP", "FSDP2 x TP"), ("FSDP2 x TP", "TP"), ("FSDP2 x TP", "FSDP2 on 3"), ("HSDP 2x2", "FSDP2 x TP")],
+)
+def test_another_mesh_goes_on_exactly_from_the_disk_of_the_one_before_and_from_the_run_root(runs, saved, kind):
+    root, straight = runs(saved)
+    wanted = together(seen["saved"] for seen in straight)
+    ranks = values(run_ranks(KINDS[kind][0], resume_from_both_tiers, root, kind, timeout_s=100))
+    for near, far in ranks:
+        assert near["given_nbytes"] == 0
+        assert "from local disks" in near["detail"]
+        assert "from local disks" not in far["detail"]
+        assert "from the run root" in far["detail"]
+    assert sum(far["given_nbytes"] for _, far in ranks) > 0
+    for found in zip(*ranks, strict=True):
+        assert together(each["prints"] for each in found) == wanted
 
 
 def test_the_table_of_the_docs_has_every_kind_and_its_ranks():

@@ -14,6 +14,7 @@ from dcpsvc.bands import bands
 from dcpsvc.format.digest import BLOCK_NBYTES
 from dcpsvc.state.boxes import Place
 from dcpsvc.storage.scatter import Needs, deliver
+from tests.unit.on_a_device import OnADevice
 
 if TYPE_CHECKING:
     import random
@@ -54,6 +55,9 @@ def test_any_box_arrives_whole(box: tuple[tuple[int, ...], list[int], list[int]]
     wanted = chunk[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))]
     strided = torch.full((*lengths, 2), -1.0, dtype=dtype)[..., 0]
     assert torch.equal(filled(chunk, offsets, lengths, strided, order), wanted.to(dtype))
+    away = OnADevice(torch.full((*lengths, 2), -1.0, dtype=dtype)[..., 0])
+    filled(chunk, offsets, lengths, away, order)
+    assert torch.equal(away.held, wanted.to(dtype))
 
 
 def test_only_the_rows_of_the_box_are_asked_for_and_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +76,20 @@ def test_a_band_has_memory_only_while_it_is_being_filled() -> None:
     assert band._memory is not None
     band.filled(band.end - band.begin - half)
     assert band._memory is None
+
+
+def test_a_box_on_a_device_gets_each_band_by_one_copy_and_a_file_read_in_order_has_one_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bands_module, "_BAND_NBYTES", 3 * 400)
+    chunk, target = torch.rand(50, 100), OnADevice(torch.zeros(20, 7))
+    image = bytes(BEGIN) + chunk.view(-1).view(torch.uint8).numpy().tobytes()
+    found = list(bands(Place(0, BEGIN, (50, 100), "F32"), [10, 5], [20, 7], target))
+    needs, most = Needs(found, len(image)), 0
+    for begin in range(0, len(image), 90):
+        end = min(begin + 90, len(image))
+        deliver(needs.parts(begin, end), begin, memoryview(image)[begin:end])
+        most = max(most, sum(band._memory is not None for band in found))
+    assert torch.equal(target.held, chunk[10:30, 5:12])
+    assert target.copies == [3 * 7 * 4] * 6 + [2 * 7 * 4]
+    assert most == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import get_args_parser
 
 from dcpsvc.cli import cli
@@ -93,7 +94,7 @@ def test_the_composed_job_trains_on_the_bucket_of_the_composed_server(monkeypatc
 def test_the_composed_job_s_local_tier_outlives_its_container_and_the_ranks_have_time_to_stop() -> None:
     job = COMPOSE["services"]["job"]
     assert f"nvme:{environment()[LOCAL_VARIABLE]}" in job["volumes"]
-    used = {volume.split(":")[0] for service in COMPOSE["services"].values() for volume in service["volumes"]}
+    used = {volume.split(":")[0] for service in COMPOSE["services"].values() for volume in service.get("volumes", [])}
     assert used == COMPOSE["volumes"].keys()
     assert int(job["stop_grace_period"].removesuffix("s")) > 30
 
@@ -123,7 +124,7 @@ def test_the_batch_script_starts_every_node_and_is_queued_again_only_if_it_did_n
     given = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "STATUS": str(status), "USER": "me",
         "SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]",
-        "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": str(restarts),
     }  # fmt: skip
     done = subprocess.run(["/bin/bash", str(BATCH)], env=given, check=False, timeout=20)
     assert done.returncode == status
@@ -131,14 +132,35 @@ def test_the_batch_script_starts_every_node_and_is_queued_again_only_if_it_did_n
     assert ("scontrol requeue 77" in log) is requeued
     (started,) = (shlex.split(line) for line in log if line.startswith("srun "))
     options = launched(started[started.index("torchrun") :])
-    assert (options.nnodes, options.rdzv_endpoint, options.rdzv_id) == ("2", "node-1:29500", "77")
+    assert (options.nnodes, options.rdzv_endpoint, options.rdzv_id) == ("2", "node-1:20077", "77")
     assert options.training_script == "train.py"
 
 
-def test_the_batch_script_asks_for_a_signal_before_its_end_and_to_be_queued_again() -> None:
-    asked = re.findall(r"^#SBATCH --(\S+)", BATCH.read_text(), re.MULTILINE)
-    assert {"requeue", "signal=USR1@300"} <= set(asked)
-    assert f"export {LOCAL_VARIABLE}=" in BATCH.read_text()
+def test_the_batch_script_asks_for_a_signal_to_its_own_shell_and_leaves_ranks_and_torchrun_their_time() -> None:
+    script = BATCH.read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", script, re.MULTILINE))
+    assert "requeue" in asked
+    signalled = re.fullmatch(r"B:(\w+)@(\d+)", asked["signal"])
+    assert signalled, "torchrun would hear it"
+    assert f"""trap 'touch "$STOP"' {signalled[1]}""" in script
+    assert grace_s(script) < kill_s(script) < int(signalled[2])
+    assert f"export {LOCAL_VARIABLE}=" in script
+
+
+def grace_s(text: str) -> int:
+    """What the training is told."""
+    (found,) = re.findall(r"--grace-s[ =](\d+)", text)
+    return int(found)
+
+
+def kill_s(text: str) -> int:
+    """What torchrun is told, as it reads it."""
+    (found,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT\D+(\d+)", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", found)
+        read = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout
+    assert str(read) == found
+    return int(found)
 
 
 def test_the_kubernetes_job_is_indexed_and_its_pods_meet_at_the_first_one() -> None:
@@ -157,6 +179,8 @@ def test_a_kubernetes_pod_stops_before_it_is_killed_has_a_role_and_keeps_its_loc
     assert command == "dcpsvc"
     asked = cli.commands[name].make_context(name, list(arguments))
     assert asked.params["timeout_s"] < POD["terminationGracePeriodSeconds"]
+    job = (ROOT / "examples" / "kubernetes" / "job.yaml").read_text()
+    assert grace_s(job) < kill_s(job) < POD["terminationGracePeriodSeconds"]
     assert f"--root={asked.params['root']}" in CONTAINER["args"]
     assert POD["serviceAccountName"] == ACCOUNT["metadata"]["name"]
     assert "eks.amazonaws.com/role-arn" in ACCOUNT["metadata"]["annotations"]

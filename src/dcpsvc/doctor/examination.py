@@ -259,7 +259,10 @@ def preemption(expected: Forecast, grace_s: float) -> Finding:
     found = f"{duration(grace_s)} of grace; two local commits take {duration(need_s)}"
     if need_s <= grace_s:
         return ok("preemption", found)
-    remedy = "ask the cluster for a longer grace (terminationGracePeriodSeconds, --signal=TERM@120), or use more ranks"
+    remedy = (
+        "ask the cluster for a longer grace (terminationGracePeriodSeconds, --signal=B:USR1@300), and torchrun "
+        "(TORCH_ELASTIC_SHUTDOWN_TIMEOUT), or use more ranks"
+    )
     return Finding(name="preemption", verdict=Verdict.WARN, found=found, remedy=remedy)
 
 
