@@ -67,6 +67,7 @@ class CheckpointReader(StorageReader):
     ) -> None:  # fmt: skip
         self.manifest, self.layout, self._hold, self._stores = manifest, layout, hold, stores
         self.shards = {record.rank: VerifiedShard(stores, record, once=once) for record in manifest.shards}
+        self._said: dict[int, dict[str, Any]] = {}
         self._documents: dict[str, Any] | None = None
         self._metadata: Metadata | None = None
         self._own_shard = -1
@@ -75,12 +76,17 @@ class CheckpointReader(StorageReader):
         self._check_places()
 
     def documents(self, *ranks: int) -> dict[str, Any]:
-        """The JSON documents held by the shards of ``ranks``."""
-        shards = [self.shards[rank] for rank in sorted(set(ranks))]
-        found: dict[str, Any] = {}
-        for of_rank in each(VerifiedShard.documents, shards, at_once(self._stores[-1])):
-            found |= of_rank
-        return found
+        """The JSON documents held by the shards of ``ranks``: read side by side, and each once.
+
+        Raises:
+            CorruptShardError: Of the first of them that is damaged; names its file.
+            StoreError: A store did not answer.
+        """
+        asked = sorted(set(ranks))
+        new = [rank for rank in asked if rank not in self._said]
+        read = each(lambda rank: self.shards[rank].documents(), new, at_once(self._stores[-1]))
+        self._said |= zip(new, read, strict=True)
+        return {name: document for rank in asked for name, document in self._said[rank].items()}
 
     def saved_for(self, rank: int) -> Saved:
         """The checkpoint as one rank's components see it."""

@@ -17,11 +17,13 @@ from dcpsvc.state.dtypes import dtype_of
 from dcpsvc.state.ragged import Ragged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from dcpsvc.format.layout import Layout, Shape, Tensor
 
 _LARGE_NBYTES = 1 << 20
+_ASKED_AT_ONCE = 16
+"""Ranks asked for what they had of their own where the first may do: as many as are read side by side from afar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class Saved:
         world_size: Ranks that wrote the checkpoint.
         step: Its training step.
         ranks: How many there are now; 0: as many as wrote it.
-        documents_of: Gives the JSON values in the shard of a rank that wrote the checkpoint.
+        documents_of: Gives the JSON values in the shards of ranks that wrote the checkpoint; several are read side by
+            side, and each once.
         terms: What the user asked to be let pass.
         drift: Where what is wanted and what was saved differ, as far as was looked.
         bases: What this rank says about what of the modules is not saved, by component.
@@ -58,7 +61,7 @@ class Saved:
     world_size: int
     step: int
     ranks: int = 0
-    documents_of: Callable[[int], Mapping[str, Any]] | None = None
+    documents_of: Callable[..., Mapping[str, Any]] | None = None
     terms: Terms = field(default_factory=Terms)
     drift: Drift = field(default_factory=Drift)
     bases: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -97,17 +100,29 @@ class Saved:
         return found
 
     def own_documents(self, component: str) -> Iterator[Any]:
-        """What the ranks that wrote the checkpoint had of a component of their own: this rank's source first."""
+        """What the ranks that wrote the checkpoint had of a component of their own: this rank's source first.
+
+        The others are asked, some side by side, when those before did not do.
+        """
         name, source = self.saved_name(component), self.source_rank
-        for rank in [source, *(rank for rank in range(self.world_size) if rank != source)]:
-            if (found := self.document_of(rank, name)) is not None:
-                yield found
+        asked, left = [source], [rank for rank in range(self.world_size) if rank != source]
+        while asked:
+            yield from (found for found in self.documents_by_rank(name, asked) if found is not None)
+            asked, left = left[:_ASKED_AT_ONCE], left[_ASKED_AT_ONCE:]
+
+    def documents_by_rank(self, name: str, ranks: Sequence[int]) -> list[Any]:
+        """What each of these ranks, that wrote the checkpoint, had under a name of its own; None of who had nothing.
+
+        Raises:
+            CorruptShardError: Of the first of them whose shard is damaged; names it.
+            StoreError: A store did not answer.
+        """
+        said = self.documents if self.documents_of is None else self.documents_of(*ranks)
+        return [said.get(own_name(name, rank)) for rank in ranks]
 
     def document_of(self, rank: int, name: str) -> Any:
-        """What a rank that wrote the checkpoint had under a name of its own; None if nothing."""
-        if rank == self.source_rank or self.documents_of is None:
-            return self.documents.get(own_name(name, rank))
-        return self.documents_of(rank).get(own_name(name, rank))
+        """Likewise, of one."""
+        return self.documents_by_rank(name, [rank])[0]
 
     def record(self, key: str, names: Iterable[str] = ()) -> dict[str, Any] | None:
         """What a tensor was that is stored as those inside it; None if it is not.

@@ -152,7 +152,7 @@ class ValueComponent:
     def _of_all(self, saved: Saved) -> list[Any]:
         """What each rank had that wrote the checkpoint."""
         name = saved.saved_name(self._name)
-        found = [saved.document_of(rank, name) for rank in range(saved.world_size)]
+        found = saved.documents_by_rank(name, range(saved.world_size))
         if None in found:
             raise StateMismatchError(name, f"the checkpoint holds nothing of that name of rank {found.index(None)}")
         return found

@@ -7,7 +7,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from dcpsvc.format.digest import BLOCK_NBYTES
 from dcpsvc.progress import unseen
+from dcpsvc.storage.scatter import PIECE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +23,13 @@ AT_ONCE = 8
 
 FILES_AT_ONCE = min(AT_ONCE, 2 * (os.cpu_count() or 1))
 """Pieces of files: more threads than that only take the processors from each other."""
+
+_LARGEST_NBYTES = 4 * PIECE_NBYTES
+"""Of a piece of a file that takes no memory: finding and opening the file is a dozen calls, and after each of them a
+thread waits for the interpreter."""
+
+_TURNS = 4
+"""Pieces of each thread, at the least, so that all end at about the same time."""
 
 
 def fetch(
@@ -58,11 +67,13 @@ def fetch(
 
     def work(done: Callable[[int], None]) -> Iterator[Callable[[], None]]:
         for rank, needed in sorted(needs.items()):
-            for piece in needed.pieces(None if within is None else within.get(rank, ())):
+            largest = large if proving or (direct and needed.in_place) else PIECE_NBYTES
+            for piece in needed.pieces(None if within is None else within.get(rank, ()), largest):
                 yield functools.partial(one, shards[rank], piece, done)
 
     total = sum(needed.nbytes(None if within is None else within.get(rank, ())) for rank, needed in needs.items())
-    at_once = FILES_AT_ONCE if all(shards[rank].cached for rank in needs) else AT_ONCE
+    files = all(shards[rank].cached for rank in needs)
+    at_once, large = (FILES_AT_ONCE, _large(total)) if files else (AT_ONCE, PIECE_NBYTES)
     with watch(total) as done, ThreadPoolExecutor(at_once, thread_name_prefix="dcpsvc-read") as pool:
         try:
             for _ in pool.map(lambda each: each(), work(done)):
@@ -70,3 +81,9 @@ def fetch(
         except BaseException:  # an interrupt too: what is not begun need not be
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _large(total_nbytes: int) -> int:
+    """Of a piece of a file that takes no memory."""
+    share = total_nbytes // (_TURNS * FILES_AT_ONCE) // BLOCK_NBYTES * BLOCK_NBYTES
+    return min(max(share, PIECE_NBYTES), _LARGEST_NBYTES)

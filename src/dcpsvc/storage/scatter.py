@@ -160,15 +160,21 @@ class Needs:
         """Bytes of all pieces."""
         return sum(high - low for low, high in _common(self.runs(), within))
 
-    def pieces(self, within: Sequence[Range] | None = None) -> Iterator[Piece]:
+    @property
+    def in_place(self) -> bool:
+        """Every byte goes to one place in memory that is there already."""
+        return len(self._layers) <= 1 and all(isinstance(sink, Segment) for sink in self.sinks())
+
+    def pieces(self, within: Sequence[Range] | None = None, nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
         """Everything, in pieces in the order of the file.
 
         Args:
             within: Only of these ranges of whole blocks, ascending; None: of all.
+            nbytes: Of the largest piece, whole blocks.
         """
         for low, high in _common(self.runs(), within):
-            for begin in range(low, high, PIECE_NBYTES):
-                end = min(begin + PIECE_NBYTES, high)
+            for begin in range(low, high, nbytes):
+                end = min(begin + nbytes, high)
                 yield Piece(begin, end, tuple(self.parts(begin, end)))
 
     def parts(self, begin: int, end: int) -> Iterator[Part]:

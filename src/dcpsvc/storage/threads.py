@@ -21,28 +21,31 @@ def at_once(store: ReadableStore) -> int:
 
 
 def each(work: Callable[[S], T], items: Sequence[S], at_once: int) -> list[T]:
-    """What ``work`` gives for each, in order, some at a time. After an error, which is raised, nothing more begins."""
+    """What ``work`` gives for each, in order, some at a time.
+
+    After an error nothing more begins, and what is under way ends. Of several errors the first in order is raised: what
+    fails each time gives the same one each time, on every rank.
+    """
     if at_once == 1 or len(items) <= 1:
         return [work(item) for item in items]
-    left, found = deque(enumerate(items)), dict[int, T]()
+    left, found, failed = deque(enumerate(items)), dict[int, T](), dict[int, BaseException]()
 
     def go_through() -> None:
-        try:
-            for index, item in _taken(left):
+        for index, item in _taken(left):
+            try:
                 found[index] = work(item)
-        except BaseException:  # whatever it is, nothing more begins; it is raised below
-            left.clear()
-            raise
+            except BaseException as err:  # whatever it is, nothing more begins; it is raised below
+                left.clear()
+                failed[index] = err
+                raise
 
     with ThreadPoolExecutor(at_once, thread_name_prefix="dcpsvc-store") as pool:
         try:
-            ended, _ = wait(
-                [pool.submit(go_through) for _ in range(min(at_once, len(items)))], return_when=FIRST_EXCEPTION
-            )
+            wait([pool.submit(go_through) for _ in range(min(at_once, len(items)))], return_when=FIRST_EXCEPTION)
         finally:  # an interrupt of this thread, too
             left.clear()
-        for one in ended:
-            one.result()
+    if failed:
+        raise failed[min(failed)]
     return [found[index] for index in range(len(items))]
 
 

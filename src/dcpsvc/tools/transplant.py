@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from dcpsvc.errors import StateError
@@ -66,8 +67,9 @@ def write_shards(
     """
     records: list[ShardRecord] = []
     begins: dict[tuple[str, int, tuple[int, ...]], int] = {}
+    by_rank = _chunks(layout)
     for rank, shard in enumerate(shards):
-        chunks = _chunks(layout, rank)
+        chunks = by_rank.pop(rank, {})
         placement = shardfile.place(chunks)
         for piece, begin in zip(placement.pieces, placement.begins, strict=True):
             begins[piece.key, rank, piece.offsets] = begin
@@ -78,14 +80,13 @@ def write_shards(
     return records, _moved(layout, begins)
 
 
-def _chunks(layout: Layout, rank: int) -> dict[Piece, Chunk]:
-    """What lies in a shard."""
-    return {
-        Piece(name, tensor.dtype, tensor.shape, chunk.offsets, chunk.sizes): chunk
-        for name, tensor in layout.tensors.items()
-        for chunk in tensor.chunks
-        if chunk.rank == rank
-    }
+def _chunks(layout: Layout) -> dict[int, dict[Piece, Chunk]]:
+    """What lies in the shard of each rank that has any."""
+    found: dict[int, dict[Piece, Chunk]] = defaultdict(dict)
+    for name, tensor in layout.tensors.items():
+        for chunk in tensor.chunks:
+            found[chunk.rank][Piece(name, tensor.dtype, tensor.shape, chunk.offsets, chunk.sizes)] = chunk
+    return found
 
 
 def _read(
