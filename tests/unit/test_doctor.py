@@ -110,6 +110,15 @@ def test_a_disk_that_cannot_hold_the_checkpoints_fails_with_numbers(tmp_path):
     assert machine.disk_space(dataclasses.replace(small, shard_nbytes=1)).verdict == "ok"
 
 
+def test_a_disk_that_cannot_hold_the_adapter_folders_fails_with_numbers(tmp_path):
+    small = machine.Machine(local=tmp_path, shard_nbytes=1, folder_nbytes=1 << 60)
+    found = machine.disk_space(small)
+    assert (found.verdict, found.found.partition("need ")[2]) == (
+        "fail", "3072.00 PiB, 1024.00 PiB of each for the adapter folder",
+    )  # fmt: skip
+    assert machine.disk_space(dataclasses.replace(small, folder_nbytes=1)).verdict == "ok"
+
+
 def test_memory_too_small_for_copies_is_said_before_the_first_save(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemAvailable: 1024 kB\n")
     found = machine.memory(machine.Machine(local=tmp_path, shard_nbytes=1 << 20, proc=tmp_path))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from dcpsvc import Checkpointer
 from dcpsvc.errors import RestoreFailedError, UnsupportedStateError
 from tests.unit.one_process import resume, save, told
 from tests.unit.training import OPTIMIZERS, Container, Net, everything, seed, train, training
@@ -210,3 +211,24 @@ def test_optimizers_in_a_container_come_back_with_their_state_and_hyper_paramete
     resume(tmp_path, fresh)
     assert told(fresh["optim"].state_dict()) == told(saved["optim"].state_dict())
     assert [len(each.state) for each in fresh["optim"].optimizers] == [2, 2]
+
+
+def test_an_optimizer_that_was_exchanged_in_its_container_is_the_one_that_is_saved_and_loaded(tmp_path: Path) -> None:
+    def exchanged(ckpt: Checkpointer, state: dict[str, Any]) -> Checkpointer:
+        state["optim"].optimizers[1] = SGD(state["model"].out.parameters(), lr=0.5, momentum=0.9)
+        return ckpt
+
+    def contained() -> dict[str, Any]:
+        model = Net()
+        return {"model": model, "optim": Container([model.hidden, model.out])}
+
+    saved, fresh = contained(), contained()
+    options: dict[str, Any] = {"local": tmp_path / "local", "save_last": False}
+    with exchanged(Checkpointer(tmp_path / "root", saved, **options), saved) as ckpt:
+        saved["model"](torch.ones(4, 4)).sum().backward()
+        saved["optim"].step()
+        ckpt.save(1).wait(30)
+    with exchanged(Checkpointer(tmp_path / "root", fresh, **options), fresh) as ckpt:
+        ckpt.resume()
+    assert told(fresh["optim"].state_dict()) == told(saved["optim"].state_dict())
+    assert [list(entries) for entries in fresh["optim"].optimizers[1].state.values()] == [["momentum_buffer"]] * 2

@@ -133,6 +133,26 @@ def test_a_container_is_named_for_what_hangs_on_it(tmp_path: Path, caplog: pytes
     assert text.startswith("optim: Holding has tensors in slow,")
 
 
+class Exchanging(torch.optim.Optimizer):
+    """Holds another from its first step on."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.optimizer: Optimizer = torch.optim.AdamW(parameters)
+        super().__init__(self.optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        if not isinstance(self.optimizer, Lookahead):
+            self.optimizer = Lookahead([p for group in self.param_groups for p in group["params"]], made="for each")
+        self.optimizer.step()
+
+
+def test_an_optimizer_that_was_exchanged_in_its_container_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (text,) = told(tmp_path, Exchanging, caplog)
+    assert text.startswith("optim: Lookahead has tensors in slow,")
+
+
 def test_a_container_that_is_no_more_than_that_is_saved_and_not_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

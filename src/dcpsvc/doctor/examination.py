@@ -7,7 +7,6 @@ import secrets
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -22,11 +21,13 @@ from dcpsvc.progress import duration
 from dcpsvc.ranks.job import Job
 from dcpsvc.ranks.rendezvous import Meeting
 from dcpsvc.reading import latest
+from dcpsvc.stages import discover
 from dcpsvc.storage.names import redact
 from dcpsvc.storage.open import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
+    from pathlib import Path
 
     from dcpsvc.storage.base import Store
 
@@ -44,6 +45,7 @@ class Plan:
         nbytes: What each rank saves in the rehearsal.
         model_nbytes: Size of the checkpoints to come; None takes that of the newest commit, if there is one.
         like: Its step then.
+        folder_nbytes: What of that size is the folder of PEFT, on rank 0's disk.
         ranks: That will share it; None takes as many as wrote that commit, else as many as examine.
         mtbf_s: Mean time between failures of the job to come.
         grace_s: What the cluster leaves a job between SIGTERM and SIGKILL.
@@ -57,6 +59,7 @@ class Plan:
     nbytes: int = 64 << 20
     model_nbytes: int | None = None
     like: int | None = None
+    folder_nbytes: int = 0
     ranks: int | None = None
     mtbf_s: float = 86400.0
     grace_s: float = 25.0
@@ -143,7 +146,7 @@ def _examine(job: Job, plan: Plan) -> Any:
     findings = _clocks(job, meeting)
     masks: list[tuple[str, list[int]]] = job.meet("doctor/cpus", machine.mask(), lambda said: said, meeting)
     root, local = _places(plan, token)
-    was_there = _folders(root)
+    was_there = rehearsal.folders_above(root)
     store, trouble = _opened(root, plan)
     looked = _look_at(job, store, token, meeting)
     plan = _sized(job, plan, looked, meeting)
@@ -158,7 +161,7 @@ def _examine(job: Job, plan: Plan) -> Any:
     job.meet("doctor/tidy", None, lambda _: None, meeting)
     if job.coordinates and store is not None:
         findings.append(rehearsal.remove(store))
-        _prune(root, was_there)
+        rehearsal.prune(root, was_there)
     mine = {"findings": [one.to_json() for one in findings], "measured": measured and measured.to_json()}
     return job.meet("doctor/end", mine, lambda all_: _sum_up(plan, all_), meeting)
 
@@ -187,12 +190,13 @@ def _sized(job: Job, plan: Plan, looked: list[Finding], meeting: Meeting) -> Pla
     if job.coordinates and plan.model_nbytes is None and plan.root is not None and worst(looked) is not Verdict.FAIL:
         with suppress(DcpsvcError):
             if (newest := latest(plan.root, storage_options=plan.options, checked=False)) is not None:
-                mine = [newest.step, newest.nbytes, newest.world_size]
+                folder = discover.read_manifest(open_store(plan.root, plan.options), newest.key).adapter
+                mine = [newest.step, newest.nbytes, newest.world_size, folder.nbytes if folder else 0]
     told = job.meet("doctor/size", mine, lambda said: next(filter(None, said), None), meeting)
     if told is None:
         return plan
-    step, nbytes, ranks = told
-    return replace(plan, like=step, model_nbytes=nbytes, ranks=plan.ranks or ranks)
+    step, nbytes, ranks, folder_nbytes = told
+    return replace(plan, like=step, model_nbytes=nbytes, ranks=plan.ranks or ranks, folder_nbytes=folder_nbytes)
 
 
 def _save_s(job: Job, plan: Plan, measured: Measured | None) -> float | None:
@@ -205,10 +209,14 @@ def _save_s(job: Job, plan: Plan, measured: Measured | None) -> float | None:
 
 
 def _machine(job: Job, plan: Plan, masks: list[tuple[str, list[int]]]) -> machine.Machine:
-    shard_nbytes = None if plan.model_nbytes is None else plan.model_nbytes // (plan.ranks or job.world_size)
+    shards = None if plan.model_nbytes is None else plan.model_nbytes - plan.folder_nbytes
+    shard_nbytes = None if shards is None else shards // (plan.ranks or job.world_size)
+    folder_nbytes = plan.folder_nbytes if masks[0][0] == machine.mask()[0] else 0
     here = tuple(frozenset(cpus) for host, cpus in masks if host == machine.mask()[0])
     ranks = preflight.ranks_here(os.environ)
-    return machine.Machine(local=plan.local, shard_nbytes=shard_nbytes, ranks=ranks, masks=here)
+    return machine.Machine(
+        local=plan.local, shard_nbytes=shard_nbytes, ranks=ranks, folder_nbytes=folder_nbytes, masks=here
+    )
 
 
 def _places(plan: Plan, token: str) -> tuple[str, Path]:
@@ -278,23 +286,3 @@ def _slowest(measured: list[dict[str, Any] | None]) -> Measured | None:
 
 def _largest(said: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: max(one[name] for one in said) for name in said[0]}
-
-
-def _folders(root: str) -> set[Path]:
-    """Those above ``root`` that are there already; a URL has none."""
-    return set() if "://" in root else {folder for folder in Path(root).absolute().parents if folder.exists()}
-
-
-def _prune(root: str, was_there: set[Path]) -> None:
-    """Remove the empty folders that were made; on a URL there are none."""
-    if "://" in root:
-        return
-    path = Path(root).absolute()
-    for folder in sorted(path.rglob("*"), reverse=True):
-        with suppress(OSError):
-            folder.rmdir()
-    for folder in (path, *path.parents):
-        if folder in was_there:
-            return
-        with suppress(OSError):
-            folder.rmdir()

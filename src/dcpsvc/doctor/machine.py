@@ -39,6 +39,7 @@ class Machine:
         local: Where the local tier is or will be.
         shard_nbytes: What one rank will write at each save; None if nobody said.
         ranks: Ranks on this machine.
+        folder_nbytes: Of the folder of PEFT of each checkpoint, if it goes to this machine's disk.
         keep_local: Checkpoints that stay on the local tier.
         proc: As ``/proc``.
         shm: As ``/dev/shm``.
@@ -49,6 +50,7 @@ class Machine:
     local: Path
     shard_nbytes: int | None = None
     ranks: int = 1
+    folder_nbytes: int = 0
     keep_local: int = 2
     proc: Path = Path("/proc")
     shm: Path = Path(_SHM)
@@ -115,12 +117,14 @@ def disk_space(machine: Machine) -> Finding:
     free = room.f_bavail * room.f_frsize
     if machine.shard_nbytes is None:
         return ok("disk space", f"{size(free)} free at {machine.local}")
-    need = machine.shard_nbytes * machine.ranks * (machine.keep_local + 1)
-    room_for = f"{machine.keep_local + 1} checkpoints of {machine.ranks} ranks need {size(need)}"
+    one = machine.shard_nbytes * machine.ranks + machine.folder_nbytes
+    need = one * (machine.keep_local + 1)
+    folder = f", {size(machine.folder_nbytes)} of each for the adapter folder" if machine.folder_nbytes else ""
+    room_for = f"{machine.keep_local + 1} checkpoints of {machine.ranks} ranks need {size(need)}{folder}"
     found = f"{size(free)} free at {machine.local}; {room_for}"
     if free >= need:
         return ok("disk space", found)
-    enough = free >= machine.shard_nbytes * machine.ranks * 2
+    enough = free >= one * 2
     verdict = Verdict.WARN if enough else Verdict.FAIL
     return Finding(name="disk space", verdict=verdict, found=found, remedy="give local= a larger disk, or keep_local=1")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,6 @@ from dcpsvc.tools import verifying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from dcpsvc.storage.base import Store
 
@@ -159,3 +160,23 @@ def remove(store: Store) -> Finding:
         remedy = f"remove {store.url} by hand"
         return Finding(name="delete", verdict=Verdict.WARN, found=f"{len(left)} objects stay", remedy=remedy)
     return ok("delete", "nothing is left")
+
+
+def folders_above(root: str) -> set[Path]:
+    """Those above ``root`` that are there already; a URL has none."""
+    return set() if "://" in root else {folder for folder in Path(root).absolute().parents if folder.exists()}
+
+
+def prune(root: str, was_there: set[Path]) -> None:
+    """Remove the empty folders that were made; on a URL there are none."""
+    if "://" in root:
+        return
+    path = Path(root).absolute()
+    for folder in sorted(path.rglob("*"), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
+    for folder in (path, *path.parents):
+        if folder in was_there:
+            return
+        with suppress(OSError):
+            folder.rmdir()

@@ -51,7 +51,6 @@ class OptimizerComponent:
     def __init__(self, name: str, given: Any, modules: Sequence[ModuleComponent]) -> None:
         self._name, self._modules, self._declaration = name, modules, given
         self._given: Optimizer = bare(given)
-        self._optimizers: list[Optimizer] = unwrapped(self._given)
         self._declared: Validate | None = given.validate if isinstance(given, Replicated) else None
         self._unsaved = Unsaved(name, self._given)
         self._look()
@@ -91,7 +90,7 @@ class OptimizerComponent:
     def _look(self) -> View:
         refuse_own_state(self._name, self._given)
         members = [member for component in self._modules for member in component.sharded.members]
-        self._view = View(self._name, self._optimizers, members)
+        self._view = View(self._name, unwrapped(self._given), members)  # those it holds may have been exchanged
         self._names = Names(self._name, self._view, self._modules)
         self._found: tuple[Saved, SavedOptimizer] | None = None
         return self._view

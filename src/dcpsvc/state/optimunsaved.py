@@ -1,6 +1,8 @@
 """Tensors that hang on an optimizer beside its state, as the slow weights of a Lookahead may: not saved, and so told.
 
-Tables that never change, as those of 8-bit optimizers, are none of these.
+Tables that never change, as those of 8-bit optimizers, are none of these. Gradients are none, either, while they are
+those of parameters. Of one that keeps them beyond ``zero_grad()`` it is told: between two steps nothing tells them from
+slow weights, and to watch every step would cost more than a needless warning.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dcpsvc.state import inner
 from dcpsvc.state.optimview import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch.optim import Optimizer
 
@@ -37,7 +39,7 @@ class Unsaved:
     """
 
     def __init__(self, name: str, optimizer: Optimizer) -> None:
-        self._name, self._layers = name, layers(optimizer)
+        self._name, self._optimizer = name, optimizer
         self._seen: dict[tuple[int, str], Seen] = {}
         self._changes = Counter[tuple[int, str]]()
         self._told = False
@@ -55,8 +57,9 @@ class Unsaved:
             logger.debug("%s: not looked for tensors beside its state: %s", self._name, err)
 
     def _look(self, *, tell: bool) -> None:
-        for optimizer in () if self._told else self._layers:
-            if names := self._attributes(optimizer):
+        there = () if self._told else layers(self._optimizer)  # those it holds may have been exchanged
+        for optimizer in there:
+            if names := self._attributes(optimizer, there):
                 self._told = True
                 if tell:
                     logger.warning(
@@ -66,13 +69,13 @@ class Unsaved:
                     )  # fmt: skip
                 return
 
-    def _attributes(self, optimizer: Optimizer) -> list[str]:
-        """Those of it that are suspicious."""
+    def _attributes(self, optimizer: Optimizer, there: Sequence[Optimizer]) -> list[str]:
+        """Those of one, of those that are there, that are suspicious."""
         attributes = {name: value for name, value in vars(optimizer).items() if name not in _SAVED}
         found = {name: [one for one in _tensors(value) if one.numel() > 1] for name, value in attributes.items()}
         if not any(found.values()):
             return []
-        saved, shapes = self._saved(), [p.shape for group in optimizer.param_groups for p in group["params"]]
+        saved, shapes = _saved(there), [p.shape for group in optimizer.param_groups for p in group["params"]]
         names: list[str] = []
         for name, tensors in found.items():
             strangers = [one for one in tensors if _memory(one) not in saved]
@@ -87,12 +90,13 @@ class Unsaved:
         self._seen[attribute] = seen
         return self._changes[attribute] > 1
 
-    def _saved(self) -> set[int]:
-        """Where the tensors lie that are saved, or that gradients are in."""
-        parameters = [p for each in self._layers for group in each.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        states = [tensor for each in self._layers for tensor in _tensors([each.state, each.param_groups])]
-        return {_memory(tensor) for tensor in (*parameters, *gradients, *states)}
+
+def _saved(optimizers: Sequence[Optimizer]) -> set[int]:
+    """Where the tensors lie that are saved, or that gradients are in."""
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    states = [tensor for each in optimizers for tensor in _tensors([each.state, each.param_groups])]
+    return {_memory(tensor) for tensor in (*parameters, *gradients, *states)}
 
 
 def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
