@@ -58,13 +58,18 @@ def takes_its_time(handler: Handler) -> None:
 
 
 @pytest.fixture
-def copied(server: Server, tmp_path: Path) -> Callable[[str, Earlier], int]:
+def limits() -> Limits:
+    return Limits(part_nbytes=PART, concurrency=1)
+
+
+@pytest.fixture
+def copied(server: Server, tmp_path: Path, limits: Limits) -> Callable[[str, Earlier], int]:
     """Parts that were copied when the file went to a key; what it is there was looked at."""
     server.objects["run/earlier"] = CONTENT
     server.faults.extend([takes_its_time] * 1000)
     path = tmp_path / "file"
     path.write_bytes(CONTENT)
-    store = ObjectStore("s3://bucket/run", server.options(), limits=Limits(part_nbytes=PART, concurrency=1))
+    store = ObjectStore("s3://bucket/run", server.options(), limits=limits)
     store._wire._rates = Rates(server.clock)
 
     def carry(key: str, earlier: Earlier) -> int:
@@ -89,6 +94,14 @@ def test_where_copying_takes_longer_than_sending_the_rest_is_sent_but_for_a_part
     server.copy_s = 1.1 * SEND_S
     assert copied("a", SECOND_HALF) == KNOWN
     assert copied("b", ALL) == (HALF - KNOWN + 2 * HALF) // ANEW
+
+
+@pytest.mark.parametrize("limits", [Limits(part_nbytes=PART, concurrency=1, nbytes_per_s=2**40)])
+def test_where_a_limit_is_set_to_what_is_sent_all_that_is_unchanged_is_copied(
+    server: Server, copied: Callable[[str, Earlier], int]
+) -> None:
+    server.copy_s = 1.1 * SEND_S
+    assert [copied("a", SECOND_HALF), copied("b", ALL)] == [HALF, 2 * HALF]
 
 
 def test_copying_that_has_become_faster_is_found_out(server: Server, copied: Callable[[str, Earlier], int]) -> None:

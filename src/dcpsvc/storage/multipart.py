@@ -185,7 +185,8 @@ class Sender:
     def _copied(self, upload: _Upload, span: Span) -> Mapping[str, Any] | None:
         """What the server says of its own copy; None if it makes none, or sending is faster."""
         source = upload.source
-        if not (span.unchanged and source and self.rates.copies()):
+        # Where a limit is set to what is sent, what is not sent lets other parts go earlier.
+        if not (span.unchanged and source and (self.limits.nbytes_per_s or self.rates.copies())):
             return None
 
         def attempt() -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ ANEW = 16
 class Rates:
     """What parts took to get to one server, by how they went, and which way is the faster one now. Any thread.
 
-    What a part waits for counts, too: a limit on the rate of what is sent, and others that are under way.
+    What a part waits for counts, too: others that are under way, and a link or a server that is slow.
 
     Args:
         clock: Seconds that only grow.
