@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from dcpsvc.pending import StepOutcome
+    from dcpsvc.outcomes import StepOutcome
 
 
 class Checkpoints(Callback):
@@ -123,8 +123,8 @@ class Checkpoints(Callback):
             for name, value in trainer.callback_metrics.items()
             if self._validated_step == step or value is not self._validated.get(name)
         }
-        self._outcome = outcome = self.checkpointer.step(step, metrics=numbers)
-        if outcome.should_stop:
+        self._outcome = self.checkpointer.step(step, metrics=numbers)
+        if self._outcome.should_stop:
             trainer.should_stop = True
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
