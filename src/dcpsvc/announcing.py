@@ -10,8 +10,6 @@ from dcpsvc.events import Point
 from dcpsvc.preflight import mebibytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.pending import Statistics
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from dcpsvc.settling import OpenRun
 
 logger = logging.getLogger("dcpsvc")
-
-_LISTED = 5
 
 
 class Announcer:
@@ -100,10 +96,6 @@ class Announcer:
             f"blocked {statistics.blocked_s:.2f} s ({share:.2f} % of {elapsed_s:.0f} s)",
             self._how_to_go_on(statistics.newest),
         ]
-        if statistics.kept:
-            parts.append(f"kept: {_shortened(statistics.kept)}")
-        if statistics.failures:
-            parts.append(f"failures: {_shortened(statistics.failures)}")
         every = self._options.every
         if steps is not None and every is not None and every.steps is not None and steps < every.steps:
             parts.append(f"no scheduled save was due: the run came to step {steps}, every={every.steps}")
@@ -132,12 +124,6 @@ class Announcer:
     def next_due(self, step: int) -> str:
         """When the next save is due, for people."""
         return self._next_save(step)
-
-
-def _shortened(lines: Sequence[str]) -> str:
-    """As many as one can read."""
-    more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-    return "; ".join([*lines[:_LISTED], *more])
 
 
 def _next(start: int, steps: int) -> int:

@@ -25,7 +25,6 @@ class Catalog:
         leftovers: Attempts of this job that failed; what is left of them goes with the next commit.
         newest_local: Newest step whose shards are all durable on the ranks' local tiers.
         slowest: The rank that the newest commit of this job waited for, for people; empty if none stood out.
-        kept: Coordinator: why each checkpoint stays, by step, as of the newest commit; empty without a policy.
         manifests: Coordinator: valid commits, ascending; read at the first retention.
     """
 
@@ -36,7 +35,6 @@ class Catalog:
     leftovers: set[Attempt] = field(default_factory=set)
     newest_local: int | None = None
     slowest: str = ""
-    kept: dict[int, str] = field(default_factory=dict)
     manifests: list[Manifest] | None = None
 
     @property

@@ -129,8 +129,6 @@ class Statistics:
         resumed_from: Step that was loaded; None on a fresh run.
         slowest: The rank that the newest commit of this job waited for, where and how long; empty if none stood out.
         retries: Calls to stores that were made again, in this process since the Checkpointer was opened.
-        kept: Why each checkpoint stays, a line for each, as of the newest commit of this job; on rank 0, with a policy.
-        failures: What the newest failed saves failed of.
     """
 
     accepted: int
@@ -144,5 +142,3 @@ class Statistics:
     resumed_from: int | None
     slowest: str = ""
     retries: int = 0
-    kept: tuple[str, ...] = ()
-    failures: tuple[str, ...] = ()

@@ -186,7 +186,6 @@ class Retention:
         commits = keeping.commits_of(self._catalog.manifests, self._notes, time.time())
         self._remark(commits)
         decision = decide(self._options.keep, commits, protected=self._catalog.in_use)
-        self._catalog.kept = {key.step: why for key, why in decision.keep.items() if isinstance(key, Attempt)}
         removed: list[tuple[Attempt, str]] = []
         for attempt, why in ((key, why) for key, why in decision.remove.items() if isinstance(key, Attempt)):
             outcome = self._remove(attempt) if self._pace.more() else Removal.LATER

@@ -53,8 +53,6 @@ class Standing:
             resumed_from=self.resumed_from,
             slowest=self.catalog.slowest,
             retries=retries() - self._retried_before,
-            kept=tuple(f"step {step}: {why}" for step, why in tuple(self.catalog.kept.items())),
-            failures=tuple(uploader.failures),
         )
 
     def status(self) -> dict[str, Any]:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from dcpsvc.life import Life
     from dcpsvc.save import Save
 
-_REMEMBERED = 3
-"""Failures that are told at the end."""
-
 
 class Uploader:
     """The thread and its counters.
@@ -37,7 +34,6 @@ class Uploader:
         skipped: Saves given up for newer ones.
         consecutive_failures: Since the last commit, or since they were last raised.
         nbytes: Committed, all ranks.
-        failures: What the newest ones of those failed of, oldest first.
         last_error: Of the newest save, until it has been raised; None if that save was committed.
     """
 
@@ -47,7 +43,6 @@ class Uploader:
         self._changed = threading.Condition()
         self._stopping = False
         self.accepted = self.committed = self.failed = self.skipped = self.consecutive_failures = self.nbytes = 0
-        self.failures: deque[str] = deque(maxlen=_REMEMBERED)
         self.last_error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dcpsvc-uploader", daemon=True)
         self._thread.start()
@@ -157,5 +152,4 @@ class Uploader:
             self.nbytes += save.pending.timings.nbytes
         else:
             self.failed += 1
-            self.failures.append(str(error))
             self.consecutive_failures += 1

@@ -9,22 +9,10 @@ import pytest
 import torch
 
 import dcpsvc
-from dcpsvc import Best, Checkpointer, Every
-from dcpsvc.errors import StoreFullError
-from dcpsvc.format.keys import attempt_below
-from dcpsvc.storage.posix import PosixStore
+from dcpsvc import Checkpointer, Every
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-class FullAtStep3(PosixStore):
-    """Takes no shard of that step."""
-
-    def put_file(self, key: str, path: Path, **options: Any) -> None:
-        if (attempt := attempt_below(key)) is not None and attempt.step == 3:
-            raise StoreFullError("put_file", f"{self.url}/{key}", "no room is left")
-        super().put_file(key, path, **options)
 
 
 @pytest.fixture
@@ -82,29 +70,6 @@ def test_the_summary_says_what_there_is_what_it_cost_and_how_to_go_on(tmp_path: 
     assert "blocked 0." in closed
     assert "resume from step 7" in closed
     assert f"dcpsvc show {tmp_path / 'run'} 7" in closed
-
-
-def test_the_summary_names_the_best_with_their_metrics_and_what_failed(tmp_path: Path, said: Any) -> None:
-    losses = {1: 0.5, 2: 0.25, 3: 0.75, 4: 0.125, 5: 1.0}
-    state = {"model": torch.nn.Linear(4, 4)}
-    with Checkpointer(
-        FullAtStep3(tmp_path / "run"), state, local=tmp_path / "local", keep=Best(2, "loss", "min"), save_last=False
-    ) as ckpt:
-        for step, loss in losses.items():
-            ckpt.save(step, metrics={"loss": loss})
-            ckpt.wait(30)
-        kept, (failure,) = ckpt.statistics().kept, ckpt.statistics().failures
-    assert kept == (
-        "step 4: best 1 of 2 by loss (0.125)",
-        "step 2: best 2 of 2 by loss (0.25)",
-        "step 5: newest commit",
-    )
-    assert "step 3" in failure
-    assert "no room" in failure
-    (closed,) = said("event=closed")
-    assert "4 committed, 1 failed" in closed
-    assert f"kept: {'; '.join(kept)}" in closed
-    assert f"failures: {failure}" in closed
 
 
 def test_the_summary_of_a_run_without_a_scheduled_save_says_so(tmp_path: Path, said: Any) -> None:
