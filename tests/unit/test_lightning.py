@@ -110,34 +110,3 @@ def test_data_that_counts_its_passes_goes_on_with_the_next_one_between_epochs(tm
     assert len({str(straight.seen[begin : begin + 10]) for begin in (0, 10, 20)}) == 3
     fit(tmp_path, until=12, counts=True)
     assert fit(tmp_path, counts=True).seen == straight.seen[10:]
-
-
-class Validated(Regression):
-    """Each validation finds the number of the step it comes after, or the negative of it in later epochs."""
-
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        self.log("val", torch.tensor(float(self.global_step if self.current_epoch == 0 else -self.global_step)))
-
-
-@pytest.mark.parametrize(
-    ("interval", "expected"),
-    [(5, {5: 5.0, 10: 10.0, 15: -15.0, 20: -20.0}), (4, {5: None, 10: None, 15: None, 20: None}),
-     (10, {5: None, 10: 10.0, 15: None, 20: -20.0})],
-    ids=["as often as it saves", "at other steps", "at the end of epochs"],
-)  # fmt: skip
-def test_a_commit_has_the_metrics_of_a_validation_of_its_own_step_and_of_no_other(
-    tmp_path: Path, interval: int, expected: dict[int, float | None]
-) -> None:
-    from dcpsvc.integrations.lightning import Checkpoints
-
-    checkpoints = Checkpoints(tmp_path / "root", every=dcpsvc.Every(steps=5), local=tmp_path / "local")
-    data = torch.arange(40 * 3, dtype=torch.float32).view(40, 3)
-    loaders = [torch.utils.data.DataLoader(data, batch_size=size) for size in (4, 40)]
-    trainer = lightning.Trainer(
-        max_epochs=2, callbacks=[checkpoints], enable_checkpointing=False, logger=False, accelerator="cpu",
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, val_check_interval=interval,
-    )  # fmt: skip
-    trainer.fit(Validated(None), *loaders)
-    found = {each.step: each.metrics for each in dcpsvc.list_checkpoints(tmp_path / "root")}
-    assert {step: metrics.get("val") for step, metrics in found.items()} == expected
-    assert all(metrics["loss"] > 0 for metrics in found.values())

@@ -6,9 +6,7 @@
     Trainer(callbacks=[checkpoints], enable_checkpointing=False).fit(model, loader)
 
 It resumes from the newest commit by itself. The place in the data is exact inside an epoch with torchdata's
-StatefulDataLoader, and at the beginning of one with any other. Each commit has the metrics of its own step: those of
-a validation that follows the save are recorded with it, and no later one has them, so that ``keep=dcpsvc.Best(...)``
-compares what belongs together.
+StatefulDataLoader, and at the beginning of one with any other.
 """
 
 from __future__ import annotations
@@ -25,8 +23,6 @@ from dcpsvc.state.sharing import PerRank
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
-
-    from dcpsvc.outcomes import StepOutcome
 
 
 class Checkpoints(Callback):
@@ -51,10 +47,6 @@ class Checkpoints(Callback):
         self._root, self._resume, self._more, self._options = root, resume, dict(state or {}), options
         self._seen = 0
         self._generators: dict[str, Any] | None = None
-        self._outcome: StepOutcome | None = None
-        self._before: dict[str, Any] = {}
-        self._validated: dict[str, Any] = {}
-        self._validated_step = 0
         self.checkpointer: Checkpointer | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -92,22 +84,6 @@ class Checkpoints(Callback):
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._step(trainer)
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """What there is now is not of this validation."""
-        del pl_module
-        self._before = dict(trainer.callback_metrics)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """It was of the step before: the checkpoint of that step gets the numbers, if there is one."""
-        del pl_module
-        if self.checkpointer is None or trainer.sanity_checking:
-            return
-        found = trainer.callback_metrics.items()
-        self._validated = {name: value for name, value in found if value is not self._before.get(name)}
-        self._validated_step = step = int(trainer.global_step)
-        if self._outcome is not None and self._outcome.step == step and self._outcome.pending is not None:
-            self.checkpointer.record_metrics(step, {name: float(value) for name, value in self._validated.items()})
-
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step of all."""
         del pl_module
@@ -118,13 +94,8 @@ class Checkpoints(Callback):
         if self.checkpointer is None or step <= self._seen:
             return
         self._seen = step
-        numbers = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if self._validated_step == step or value is not self._validated.get(name)
-        }
-        self._outcome = self.checkpointer.step(step, metrics=numbers)
-        if self._outcome.should_stop:
+        numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if self.checkpointer.step(step, metrics=numbers).should_stop:
             trainer.should_stop = True
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
