@@ -202,8 +202,6 @@ class Resuming:
             loaded = brought or self._agreed(f"{where}/read", lambda: intake.read(loaded))[0]
         else:
             loaded, _ = self._agreed(f"{where}/read", lambda: intake.read(intake.look(chosen, terms)))
-        if warning := loaded.saved.drift.warning:
-            self._warn("%s", warning)
         message = self._apply(loaded) or loaded.sources
         self._sources = Sources(*self._meet(f"{where}/applied", message, _sum, changed=True))
         summary = restore.summary(loaded.saved, loaded.components, sorted(terms.skip))
@@ -233,13 +231,12 @@ class Resuming:
         except Exception as err:  # noqa: BLE001 - whatever it is: reading alone says whether it can be read at all
             why = f"rank {self.job.rank}: {type(err).__name__}: {err}"
         if reasons := self._meet(f"{where}/together", why, lambda said: [each for each in said if each]):
-            self._warn("every rank reads the checkpoint by itself: %s", reasons[0])
+            logger.log(
+                logging.WARNING if self.job.coordinates else logging.DEBUG,
+                "every rank reads the checkpoint by itself: %s", reasons[0],
+            )  # fmt: skip
             return None
         return loaded
-
-    def _warn(self, message: str, fact: str) -> None:
-        """Once for all ranks."""
-        logger.log(logging.WARNING if self.job.coordinates else logging.DEBUG, message, fact)
 
     def _apply(self, loaded: Taken) -> RankFailure | None:
         try:

@@ -152,36 +152,6 @@ def test_what_is_not_strict_loads_what_both_sides_have(tmp_path: Path) -> None:
     assert moments(fresh, "first.weight") == moments(saved, "first.weight")
 
 
-def test_what_is_let_pass_is_warned_of_as_a_table_and_named_in_the_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "dcpsvc")
-    save(tmp_path, trained(two()))
-    resume(tmp_path, trained(two("first", "other")) | {"new": {"n": 2}}, strict=False)
-    (warning,) = [record.getMessage() for record in caplog.records if "lets pass" in record.getMessage()]
-    rows = {tuple(line.split()[:2]) for line in warning.splitlines()[2:-1]}
-    assert rows == {
-        ("model.other.weight", "missing"), ("model.other.bias", "missing"),
-        ("model.second.weight", "unexpected"), ("model.second.bias", "unexpected"),
-        ("optim.param_groups.0.other.weight", "missing"), ("optim.param_groups.0.other.bias", "missing"),
-        ("optim.param_groups.0.second.weight", "unexpected"), ("optim.param_groups.0.second.bias", "unexpected"),
-        ("new", "missing"),
-    }  # fmt: skip
-    (line,) = [record.getMessage() for record in caplog.records if "loaded: model, optim" in record.getMessage()]
-    kept = "not in the checkpoint, so it keeps what it has: model.other.bias, model.other.weight, new and 2 more"
-    assert kept in line
-    unused = "in the checkpoint, and not used: model.second.bias, model.second.weight, optim.param_groups.0.second.bias"
-    assert f"{unused} and 1 more" in line
-
-
-def test_nothing_is_said_where_everything_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "dcpsvc")
-    save(tmp_path, trained(two()))
-    resume(tmp_path, trained(two()), strict=False)
-    assert any("loaded: model, optim" in text for text in caplog.messages)
-    assert not [text for text in caplog.messages if "lets pass" in text or "keeps what it has" in text]
-
-
 def test_a_shape_that_differs_is_refused_also_where_nothing_is_strict(tmp_path: Path) -> None:
     save(tmp_path, trained(two()))
     with pytest.raises(RestoreFailedError, match=r"model\.second\.bias +shape"):

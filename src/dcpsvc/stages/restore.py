@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 FEW_NBYTES = 64 << 20
 """So much may wait in memory without a word."""
 
-_NAMED = 3
-"""Keys in one line."""
-
 Bring = Callable[[dict[int, Needs]], None]
 
 
@@ -159,24 +156,11 @@ def summary(saved: Saved, loaded: Mapping[str, Component], skipped: Sequence[str
     names = {name.split("@", 1)[0].split(".", 1)[0] for name in saved.documents} - {INNER}
     if left := sorted(names - set(loaded) - set(skipped)):
         parts.append(f"in the checkpoint but not in the state: {', '.join(left)}")
-    parts += _one_sided(saved)
     own = [name for name in loaded if own_name(saved.saved_name(name), saved.source_rank) in saved.documents]
     if saved.resized and own:
         resized = "; ".join(_resized(saved, {name: getattr(loaded[name], "resize", None) for name in own}))
         parts.append(f"{saved.world_size} -> {saved.ranks} ranks: {resized}")
     return "; ".join(parts)
-
-
-def _one_sided(saved: Saved) -> Iterator[str]:
-    """Keys that only one side has, and that were let pass."""
-    words = {
-        "missing": "not in the checkpoint, so it keeps what it has",
-        "unexpected": "in the checkpoint, and not used",
-    }
-    for kind, word in words.items():
-        if keys := saved.drift.of_passed(kind):
-            more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-            yield f"{word}: {', '.join(keys[:_NAMED])}{more}"
 
 
 def _resized(saved: Saved, policies: Mapping[str, Resize | None]) -> Iterator[str]:

@@ -148,8 +148,8 @@ class AppState:
                 continue
             if saved.has(name):
                 chosen[name] = component
-            else:
-                saved.one_sided(name, "missing", "-", f"a component; skip=[{name!r}] starts without it")
+            elif saved.terms.strict:
+                saved.drift.add(name, "missing", "-", f"a component; skip=[{name!r}] starts without it")
         return chosen
 
     def _owners(self) -> dict[int, int]:

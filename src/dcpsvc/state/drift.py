@@ -69,33 +69,14 @@ class Terms:
 
 @dataclass(slots=True)
 class Drift:
-    """Collects differences while the components look at a checkpoint.
-
-    Attributes:
-        step: Of the checkpoint.
-        found: What is refused.
-        passed: Keys that only one side has, where the user lets them pass.
-    """
+    """Collects differences while the components look at a checkpoint."""
 
     step: int = 0
     found: list[Difference] = field(default_factory=list[Difference])
-    passed: list[Difference] = field(default_factory=list[Difference])
 
-    def add(self, key: str, kind: str, saved: str, here: str, *, passes: bool = False) -> None:
+    def add(self, key: str, kind: str, saved: str, here: str) -> None:
         """Note one."""
-        (self.passed if passes else self.found).append(Difference(key, kind, saved, here))
-
-    def of_passed(self, kind: str) -> list[str]:
-        """The keys that were let pass, sorted."""
-        return sorted(one.key for one in self.passed if one.kind == kind)
-
-    @property
-    def warning(self) -> str:
-        """What was let pass, as a table; empty if that is nothing."""
-        if not self.passed:
-            return ""
-        rows = _sorted(self.passed)
-        return f"strict=False lets pass: {_counted(rows, self.step)}\n{_table(rows)}\nmissing ones keep what they have"
+        self.found.append(Difference(key, kind, saved, here))
 
     def check(self) -> None:
         """Refuse if there is any.
@@ -104,7 +85,7 @@ class Drift:
             StructureMismatchError: With the table of all of them.
         """
         if self.found:
-            found = _sorted(self.found)
+            found = sorted(self.found, key=lambda one: (one.key, one.kind))
             raise StructureMismatchError(found[0].key, _reason(self.step, found))
 
 
@@ -114,17 +95,9 @@ def described(tensor: torch.Tensor) -> str:
 
 
 def _reason(step: int, found: Sequence[Difference]) -> str:
-    ways = "skip=['key'] leaves a key as it is, rename={'saved': 'here'} maps names, strict=False lets missing and "
-    return f"{_counted(found, step)}\n{_table(found)}\n{ways}unexpected ones pass"
-
-
-def _sorted(found: Iterable[Difference]) -> list[Difference]:
-    return sorted(found, key=lambda one: (one.key, one.kind))
-
-
-def _counted(found: Sequence[Difference], step: int) -> str:
     count = f"{len(found)} difference{'s' if len(found) > 1 else ''}"
-    return f"{count} between the checkpoint of step {step} and the state"
+    ways = "skip=['key'] leaves a key as it is, rename={'saved': 'here'} maps names, strict=False lets missing and "
+    return f"{count} between the checkpoint of step {step} and the state\n{_table(found)}\n{ways}unexpected ones pass"
 
 
 def _table(found: Sequence[Difference]) -> str:

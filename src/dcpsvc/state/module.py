@@ -104,12 +104,12 @@ class ModuleComponent:
             self._buffers.keep({self._without_name(key) for key in saved_too})
             needed = saved_too | self._with_name(self._buffers.always())
             self._check_base(saved, saved_too)
-        if self.part is None:
+        if self.part is None and saved.terms.strict:
             prefix = f"{saved.saved_name(self.name)}."
             theirs = {saved.terms.name_here(key): key for key in saved.layout.names() if key.startswith(prefix)}
             for key in sorted(theirs.keys() - mine.keys()):
                 if not saved.terms.skips(key) and not _is_inside(key, mine):
-                    saved.one_sided(key, "unexpected", saved.described(theirs[key]), "-")
+                    saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
         mine = self._kept(mine, needed)
         there = {key for key, value in mine.items() if refill.has(saved, key, value)}
         tied = {id(mine[key]) for key in there}  # by one of its names it is there: others may know no ties

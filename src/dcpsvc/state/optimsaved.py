@@ -133,14 +133,16 @@ class SavedOptimizer:
         if len(mine) != len(theirs):
             reason = f"saved with {len(theirs)} parameter groups, here there are {len(mine)}"
             raise StateMismatchError(self._component, reason)
+        if not saved.terms.strict:
+            return
         for index, (ours, saved_names) in enumerate(zip(mine, theirs, strict=True)):
             where = f"{self._component}.param_groups.{index}"
             for name in ours.keys() - saved_names:
                 if not saved.terms.skips(self._names.key(ours[name])):
-                    saved.one_sided(f"{where}.{name}", "missing", "-", "a parameter")
+                    saved.drift.add(f"{where}.{name}", "missing", "-", "a parameter")
             if is_shared and self._component in saved.documents:
                 for name in saved_names - ours.keys():
-                    saved.one_sided(f"{where}.{name}", "unexpected", "a parameter", "-")
+                    saved.drift.add(f"{where}.{name}", "unexpected", "a parameter", "-")
 
     def _fits(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter has the shape it had; noted if it has not."""

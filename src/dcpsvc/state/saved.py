@@ -152,10 +152,10 @@ class Saved:
         """
         theirs = saved_key or self.saved_name(key)
         saved = self.layout.find(theirs)
-        if self.terms.skips(key):
+        if self.terms.skips(key) or (saved is None and not self.terms.strict):
             return []
         if saved is None:
-            self.one_sided(key, "missing", "-", described(template))
+            self.drift.add(key, "missing", "-", described(template))
         elif tuple(template.shape) != saved.shape:
             self.drift.add(key, "shape", self.described(theirs), described(template))
         elif template.dtype != dtype_of(saved.dtype) and not (cast and dtype_of(saved.dtype).is_floating_point):
@@ -163,10 +163,6 @@ class Saved:
         else:
             return [self.want_box(theirs, *local_chunk(template))]
         return []
-
-    def one_sided(self, key: str, kind: str, saved: str, here: str) -> None:
-        """Note a key that only one side has: refused, or let pass where the terms say so."""
-        self.drift.add(key, kind, saved, here, passes=not self.terms.strict)
 
     def described(self, saved_key: str) -> str:
         """Dtype and shape of a saved tensor, for people."""

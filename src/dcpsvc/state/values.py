@@ -192,11 +192,9 @@ class ValueComponent:
         theirs, mine = {name: one["kind"] for name, one in document.get("own", {}).items()}, target.kinds
         for name in sorted(theirs.keys() | mine.keys()):
             there, here = theirs.get(name, "-"), mine.get(name, "-")
-            key = f"{self._name}.own.{name}"
-            if "-" in {there, here}:
-                saved.one_sided(key, "missing" if there == "-" else "unexpected", there, here)
-            elif there != here:
-                saved.drift.add(key, "kind", there, here)
+            kind = "missing" if there == "-" else "unexpected" if here == "-" else "kind"
+            if there != here and (kind == "kind" or saved.terms.strict):
+                saved.drift.add(f"{self._name}.own.{name}", kind, there, here)
 
     def _current(self) -> Any:
         target = bare(self._given)
