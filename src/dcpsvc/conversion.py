@@ -178,9 +178,14 @@ def _values(
     found: dict[str, Any] = {}
     for name, document in of_components(reader.documents(*range(reader.manifest.world_size))).items():
         for path, leaf in flattened(document, name).items():
-            if path not in tensors:
+            if path not in tensors and not _is_shared(name, path, leaf):
                 found[path] = documents.decode(leaf, path, tensors.__getitem__)
     return found
+
+
+def _is_shared(name: str, path: str, leaf: Any) -> bool:
+    """Whether a leaf of one rank is a tensor of all, as an optimizer's under FSDP1: that stands by itself."""
+    return documents.tensor_names(leaf) == [name.partition("@")[0] + path.removeprefix(name)]
 
 
 def _by_parameter(document: Any, name: str) -> dict[str, Any]:
