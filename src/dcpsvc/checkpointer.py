@@ -118,7 +118,7 @@ class Checkpointer:
             step: A committed step; None takes the newest that is whole on all ranks and not tagged as diverged.
             skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
             rename: Saved keys by their dotted beginning, and what they are called here.
-            strict: False lets pass what only the checkpoint or only the state has; shapes and dtypes must fit.
+            strict: False lets pass, and tells, what only one side has; shapes and dtypes must fit.
             even_diverged: Take the newest even if it is tagged; one that is named is taken anyway.
 
         Returns:

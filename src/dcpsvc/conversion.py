@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from dcpsvc.format.layout import Layout
     from dcpsvc.storage.base import Store
     from dcpsvc.tools.exporting import Source
 
@@ -71,7 +72,7 @@ def export_dcp(
     reader = CheckpointReader(shown.manifest, shown.layout, [store])
     about = {"run_id": shown.manifest.run_id, "step": step, "attempt": shown.manifest.attempt, "format": "dcp"}
     component = component or ("model" if flat else "")
-    keys = [key for key in shown.layout.names() if key.startswith(f"{component}." if component else "")]
+    keys = _below(shown.layout, component)
     if component and not keys:
         raise ExportError(f"{store.url} step {step}", f"no tensors below {component!r}")
     keys = shown.layout.names() if flat else keys
@@ -92,6 +93,16 @@ def export_dcp(
     _finish(folder)
 
 
+def planned_nbytes(layout: Layout, component: str = "") -> int:
+    """What an export of a component reads, or of all; tied tensors once."""
+    return sum(layout.tensors[name].nbytes for name in {layout.aliases.get(k, k) for k in _below(layout, component)})
+
+
+def _below(layout: Layout, component: str) -> list[str]:
+    prefix = f"{component}." if component else ""
+    return [key for key in layout.names() if key.startswith(prefix)]
+
+
 def export_torch(
     source: Source,
     store: Store,
@@ -109,8 +120,7 @@ def export_torch(
     """
     folder = Folder(directory, {"format": "torch", "dtype": dtype, "component": source.component} | source.identity())
     reader = CheckpointReader(source.manifest, source.layout, [store])
-    prefix = f"{source.component}."
-    keys = [key for key in source.layout.names() if key.startswith(prefix)]
+    prefix, keys = f"{source.component}.", _below(source.layout, source.component)
     if not folder.has(_FILE):
         with source.held():
             scratch = folder.path / _SCRATCH
@@ -168,9 +178,14 @@ def _values(
     found: dict[str, Any] = {}
     for name, document in of_components(reader.documents(*range(reader.manifest.world_size))).items():
         for path, leaf in flattened(document, name).items():
-            if path not in tensors:
+            if path not in tensors and not _is_shared(name, path, leaf):
                 found[path] = documents.decode(leaf, path, tensors.__getitem__)
     return found
+
+
+def _is_shared(name: str, path: str, leaf: Any) -> bool:
+    """Whether a leaf of one rank is a tensor of all, as an optimizer's under FSDP1: that stands by itself."""
+    return documents.tensor_names(leaf) == [name.partition("@")[0] + path.removeprefix(name)]
 
 
 def _by_parameter(document: Any, name: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Intake:
             ranks=self.job.world_size,
             documents_of=reader.documents,
             terms=terms,
-            drift=Drift(chosen.attempt.step),
+            drift=Drift(chosen.attempt.step, terms.strict),
         )
         components = self.state.chosen(saved)
         wants = states.wants(components, saved)

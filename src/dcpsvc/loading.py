@@ -83,7 +83,8 @@ def load(
         step: A committed step; None takes the newest that is whole.
         skip: Components, or keys of modules and optimizers by their dotted beginning, to leave as they are.
         rename: Saved keys by their dotted beginning, and what they are called here.
-        strict: False lets pass what only the checkpoint or only the state has. Shapes and dtypes must fit all the same.
+        strict: False lets pass what only the checkpoint or only the state has, and logs it as a warning. Shapes and
+            dtypes must fit all the same.
         only: ``trainable``: parameters that need no gradient are loaded only if the checkpoint has them.
         storage_options: For fsspec.
         sync_timeout_s: Longest wait for a peer.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dcpsvc.intake import Taken
     from dcpsvc.ranks.job import Job
     from dcpsvc.state.app import AppState
-    from dcpsvc.state.drift import Terms
+    from dcpsvc.state.drift import Drift, Terms
     from dcpsvc.storage.base import Store
 
 logger = logging.getLogger("dcpsvc")
@@ -202,10 +202,20 @@ class Resuming:
             loaded = brought or self._agreed(f"{where}/read", lambda: intake.read(loaded))[0]
         else:
             loaded, _ = self._agreed(f"{where}/read", lambda: intake.read(intake.look(chosen, terms)))
+        self._tell(loaded.saved.drift)
         message = self._apply(loaded) or loaded.sources
         self._sources = Sources(*self._meet(f"{where}/applied", message, _sum, changed=True))
         summary = restore.summary(loaded.saved, loaded.components, sorted(terms.skip))
         return f"{summary}; read {self._sources}", loaded.versions
+
+    def _tell(self, drift: Drift) -> None:
+        """What is about to be left as it is, or unused; of parts of a model by each holder."""
+        if told := drift.summary():
+            logger.log(
+                logging.WARNING if self.job.coordinates or drift.own else logging.DEBUG,
+                "step %s, rank %s: the state and the checkpoint differ: %s\n%s",
+                drift.step, self.job.rank, told, drift.table(),
+            )  # fmt: skip
 
     def _agreed(self, where: str, work: Callable[[], Taken]) -> tuple[Taken, bool]:
         """What this rank's work gives, once all have done theirs, over the base that the checkpoint is for.

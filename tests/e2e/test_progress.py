@@ -38,9 +38,9 @@ LONG = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Steps 1 and 2 of 4 MiB in ``root``, and step 1 in ``model`` as safetensors."""
+    """Steps 1 and 2 of 4 MiB and 2 MiB beside in ``root``, and step 1 in ``model`` as safetensors."""
     folder = tmp_path_factory.mktemp("run")
-    state = {"model": torch.nn.Linear(1024, 1024), "note": "hello"}
+    state = {"model": torch.nn.Linear(1024, 1024), "other": torch.zeros(1 << 19), "note": "hello"}
     with dcpsvc.Checkpointer(folder / "root", state, local=folder / "local") as ckpt:
         for step in (1, 2):
             ckpt.save(step).wait(30)
@@ -91,6 +91,20 @@ def test_a_terminal_shows_bytes_rate_and_time_left_and_is_clean_afterwards(what,
     assert seen.endswith("\x1b[1A\x1b[2K")  # the bar is wiped out
     assert said
     assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "how"),
+    [
+        ("6.0", ("dcp",)), ("4.0", ("dcp", "--component", "model")), ("6.0", ("dcp", "--flat")),
+        ("4.0", ("hf",)), ("4.0", ("torch",)),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_bar_of_an_export_ends_full_with_what_was_asked_for(nbytes, how, places):
+    _, seen = on_a_terminal(command(("export", "ROOT", 1, "OUT", "--format", *how), places))
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    assert re.findall(r"([0-9.]+)/([0-9.]+) MiB", plain)[-1] == (nbytes, nbytes)
 
 
 @pytest.mark.parametrize(("what", "arguments"), [LONG["verify"], LONG["doctor"]], ids=["verify", "doctor"])

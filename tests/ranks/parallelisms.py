@@ -231,11 +231,11 @@ class Job:
         found: dict[str, str] = {}
         for name, parameter in self.core.named_parameters():
             plain = name.replace("_checkpoint_wrapped_module.", "")
-            found[f"model.{plain}"] = _hash(parameter)
+            found[f"model.{plain}"] = hashed(parameter)
             for entry, value in sorted(self.optimizer.state.get(parameter, {}).items()):
-                found[f"optim.{plain}.{entry}"] = _hash(value)
+                found[f"optim.{plain}.{entry}"] = hashed(value)
         for name, buffer in self.core.named_buffers():
-            found[f"model.{name}"] = _hash(buffer)
+            found[f"model.{name}"] = hashed(buffer)
         return found
 
     def _gathered(self) -> dict[str, str]:
@@ -246,9 +246,9 @@ class Job:
             states = FullyShardedDataParallel.optim_state_dict(self.model, self.optimizer)["state"]
         if self.kind in {"FSDP1", "FSDP1 2x2"}:  # torch 2.13 on CPU gives exp_avg_sq for exp_avg there
             states = self._concatenated(whole)
-        found = {f"model.{name}": _hash(value) for name, value in whole.items()}
+        found = {f"model.{name}": hashed(value) for name, value in whole.items()}
         for name, entries in states.items():
-            found |= {f"optim.{name}.{entry}": _hash(value) for entry, value in sorted(entries.items())}
+            found |= {f"optim.{name}.{entry}": hashed(value) for entry, value in sorted(entries.items())}
         return found
 
     def _concatenated(self, whole: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -267,7 +267,8 @@ class Job:
         return found
 
 
-def _hash(value: torch.Tensor) -> str:
+def hashed(value: torch.Tensor) -> str:
+    """Of a whole tensor, with what it is. Collective for a sharded one."""
     whole = value.full_tensor() if isinstance(value, DTensor) else value
     data = whole.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{whole.dtype} {list(whole.shape)} {hashlib.sha256(data).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""R27 R30: every way to divide a job: killed after a commit it goes on bit for bit, and each loads what each saved.
+"""R27 R30 R33: every way to divide a job: killed it goes on bit for bit, each loads what each saved, and exports it.
 
 ``pytest tests/ranks/test_parallelisms.py -s`` prints the matrix.
 """
@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import fully_shard
 
 import dcpsvc
+from dcpsvc import conversion
+from dcpsvc.reading import open_root
+from dcpsvc.tools.exporting import Source, export_hf
 from tests.ranks.harness import die, run_ranks, values
 from tests.ranks.models import checkpointer
-from tests.ranks.parallelisms import KINDS, Job, Model
+from tests.ranks.parallelisms import KINDS, Job, Model, hashed
 from tests.ranks.test_reading_together import Far
 
 pytestmark = pytest.mark.timeout(300)
@@ -223,6 +229,37 @@ def test_another_mesh_goes_on_exactly_from_the_disk_of_the_one_before_and_from_t
     assert sum(far["given_nbytes"] for _, far in ranks) > 0
     for found in zip(*ranks, strict=True):
         assert together(each["prints"] for each in found) == wanted
+
+
+# --- exported ---------------------------------------------------------------------------------------
+
+
+def of_hf(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def of_dcp(folder):
+    kinds = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: kind for name, kind in kinds.items() if isinstance(kind, TensorStorageMetadata)}
+    state = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in tensors.items()}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return {name.replace("optim.state.", "optim."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_holds_every_byte_that_was_saved(runs, kind, tmp_path):
+    root, seen = runs(kind)
+    saved = together(each["saved"] for each in seen)
+    store = open_root(root)
+    source = Source(store, 10, "model")
+    export_hf(source, tmp_path / "hf", max_shard_nbytes=800)
+    conversion.export_torch(source, store, tmp_path / "torch")
+    conversion.export_dcp(store, 10, tmp_path / "dcp")
+    model = {name: told for name, told in saved.items() if name.startswith("model.")}
+    for found in (of_hf(tmp_path / "hf"), torch.load(tmp_path / "torch" / "model.pt", weights_only=True)):
+        assert {f"model.{name}": hashed(tensor) for name, tensor in found.items()} == model
+    assert {name: hashed(tensor) for name, tensor in of_dcp(tmp_path / "dcp").items()} == saved
 
 
 def test_the_table_of_the_docs_has_every_kind_and_its_ranks():

@@ -12,8 +12,9 @@ from torch import nn
 
 from dcpsvc import conversion
 from dcpsvc.reading import open_root
-from dcpsvc.tools.exporting import Source
+from dcpsvc.tools.exporting import Source, export_peft, planned_nbytes
 from tests.unit.one_process import save
+from tests.unit.test_adapter_folders import Adapted
 from tests.unit.training import seed
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 EXPORT = """
 import os, signal, sys
 from dcpsvc import conversion
-from dcpsvc.tools.exporting import Source
+from dcpsvc.tools.exporting import Source, export_peft
 from dcpsvc.reading import open_root
 
 kind, root, out, event, number, log = sys.argv[1:]
@@ -45,6 +46,8 @@ options = {"dtype": "BF16", "progress": told, "batch_nbytes": 1}
 sys.addaudithook(lambda name, arguments: die(name == event and str(arguments[0]).startswith(out)))
 if kind == "dcp":
     conversion.export_dcp(store, 7, out, **options)
+elif kind == "peft":
+    export_peft(Source(store, 7, "model"), out, dtype="BF16", progress=told)
 else:
     conversion.export_torch(Source(store, 7, "model"), store, out, **options)
 """
@@ -56,6 +59,9 @@ POINTS = [
     ("torch", "progress", 1), ("torch", "progress", 2), ("torch", "progress", 4), ("torch", "os.rename", 1),
     ("torch", "os.rmdir", 1), ("torch", "os.remove", 1),
 ]  # fmt: skip
+
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def model() -> nn.Module:
@@ -124,3 +130,19 @@ def test_what_an_export_had_kept_is_read_again_if_it_is_not_what_it_was(tmp_path
     told: list[int] = []
     assert export(kind, tmp_path, told.append) == expected
     assert told[0] < before < sum(told)
+
+
+def test_a_killed_export_of_adapters_keeps_those_that_are_whole_and_goes_on(tmp_path: Path) -> None:
+    save(tmp_path, {"model": Adapted("default", "other")}, step=7)
+    source, out = Source(open_root(tmp_path / "root"), 7, "model"), tmp_path / "out"
+    export_peft(source, out, dtype="BF16")
+    out.rename(tmp_path / "expected")
+    killed("peft", tmp_path, "os.rename", 3)  # the first adapter has its file and its configuration
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("adapter_*")}
+    told: list[int] = []
+    export_peft(source, out, dtype="BF16", progress=told.append)
+    assert before == {name: (out / name).stat().st_mtime_ns for name in ADAPTER}
+    for name in [*ADAPTER, *(f"other/{name}" for name in ADAPTER)]:
+        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert [path.name for path in (out / "other").iterdir() if path.name not in ADAPTER] == []
+    assert sum(told) == planned_nbytes(source, adapters=True)

@@ -97,7 +97,7 @@ def _export(
     if kind == "dcp":
         from dcpsvc import conversion
 
-        total = sum(tensor.nbytes for tensor in showing.layout_of(store, found).tensors.values())
+        total = conversion.planned_nbytes(showing.layout_of(store, found), "" if flat else component or "")
         with progress.shown("exported", total, quiet=quiet) as advance:
             conversion.export_dcp(
                 store, found.step, directory, attempt=found.attempt, component=component or "", flat=flat, dtype=dtype,
@@ -105,7 +105,8 @@ def _export(
             )  # fmt: skip
     else:
         source = exporting.Source(store, found.step, component or "model", found.attempt)
-        with progress.shown("exported", exporting.planned_nbytes(source), quiet=quiet) as advance:
+        total = exporting.planned_nbytes(source, adapters=kind == "peft")
+        with progress.shown("exported", total, quiet=quiet) as advance:
             if kind == "hf":
                 exporting.export_hf(source, directory, dtype=dtype, max_shard_nbytes=max_mib * _MIB, progress=advance)
             elif kind == "peft":

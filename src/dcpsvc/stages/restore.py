@@ -154,8 +154,10 @@ def summary(saved: Saved, loaded: Mapping[str, Component], skipped: Sequence[str
     if skipped:
         parts.append(f"skipped: {', '.join(skipped)}")
     names = {name.split("@", 1)[0].split(".", 1)[0] for name in saved.documents} - {INNER}
-    if left := sorted(names - set(loaded) - set(skipped)):
+    if left := sorted(names - {saved.saved_name(name) for name in loaded} - set(skipped)):
         parts.append(f"in the checkpoint but not in the state: {', '.join(left)}")
+    if told := saved.drift.summary():
+        parts.append(told)
     own = [name for name in loaded if own_name(saved.saved_name(name), saved.source_rank) in saved.documents]
     if saved.resized and own:
         resized = "; ".join(_resized(saved, {name: getattr(loaded[name], "resize", None) for name in own}))

@@ -148,7 +148,7 @@ class AppState:
                 continue
             if saved.has(name):
                 chosen[name] = component
-            elif saved.terms.strict:
+            else:
                 saved.drift.add(name, "missing", "-", f"a component; skip=[{name!r}] starts without it")
         return chosen
 

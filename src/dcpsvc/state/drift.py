@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-_SHOWN = 30
+_SHOWN, _NAMED = 30, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,30 @@ class Terms:
 
 @dataclass(slots=True)
 class Drift:
-    """Collects differences while the components look at a checkpoint."""
+    """Collects differences while the components look at a checkpoint.
+
+    Attributes:
+        step: Of the checkpoint.
+        strict: Whether what only one side has is refused.
+        found: What is refused.
+        passed: What only one side has, and is let pass.
+        own: This rank speaks for others, too, of what rank 0 does not know.
+    """
 
     step: int = 0
+    strict: bool = True
     found: list[Difference] = field(default_factory=list[Difference])
+    passed: list[Difference] = field(default_factory=list[Difference])
+    own: bool = False
 
     def add(self, key: str, kind: str, saved: str, here: str) -> None:
-        """Note one."""
-        self.found.append(Difference(key, kind, saved, here))
+        """Note one: it is refused, unless it is let pass."""
+        refused = self.strict or kind not in {"missing", "unexpected"}
+        (self.found if refused else self.passed).append(Difference(key, kind, saved, here))
+
+    def let_pass(self, key: str, kind: str, saved: str, here: str) -> None:
+        """Note one that is told only."""
+        self.passed.append(Difference(key, kind, saved, here))
 
     def check(self) -> None:
         """Refuse if there is any.
@@ -85,13 +101,33 @@ class Drift:
             StructureMismatchError: With the table of all of them.
         """
         if self.found:
-            found = sorted(self.found, key=lambda one: (one.key, one.kind))
+            found = _sorted(self.found)
             raise StructureMismatchError(found[0].key, _reason(self.step, found))
+
+    def summary(self) -> str:
+        """How much was let pass, with the names of a few; empty if nothing was."""
+        missing = [one.key for one in _sorted(self.passed) if one.kind == "missing"]
+        unused = [one.key for one in _sorted(self.passed) if one.kind == "unexpected"]
+        parts = [f"{len(missing)} not in the checkpoint, so not loaded: {_few(missing)}"] if missing else []
+        parts += [f"{len(unused)} of the checkpoint not used: {_few(unused)}"] if unused else []
+        return "; ".join(parts)
+
+    def table(self) -> str:
+        """What was let pass, a line each."""
+        return _table(_sorted(self.passed))
 
 
 def described(tensor: torch.Tensor) -> str:
     """Dtype and shape, for people."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _sorted(differences: Iterable[Difference]) -> list[Difference]:
+    return sorted(differences, key=lambda one: (one.key, one.kind))
+
+
+def _few(keys: Sequence[str]) -> str:
+    return ", ".join([*keys[:_NAMED], *(["..."] if len(keys) > _NAMED else [])])
 
 
 def _reason(step: int, found: Sequence[Difference]) -> str:

@@ -11,6 +11,8 @@ from dcpsvc.errors import StateMismatchError, UnsupportedStateError
 from dcpsvc.state import documents
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dcpsvc.state.saved import Saved
     from dcpsvc.state.wrappers import Names
 
@@ -36,16 +38,34 @@ class ExtraStates:
         found = [child for path, child in self._module.named_modules() if self._names.of(path) == owner]
         next((one for one in found if type(one).set_extra_state is not takes), found[-1]).set_extra_state(value)
 
+    def note(self, saved: Saved, mine: Iterable[str]) -> None:
+        """Which of those that are no tensors only one side has.
+
+        Args:
+            saved: The checkpoint.
+            mine: Their keys here.
+        """
+        prefix, here, owners = f"{saved.saved_name(self._component)}.", set(mine), self._owners()
+        found = {saved.terms.name_here(k) for k in saved.documents if k.startswith(prefix) and k.endswith(SUFFIX)}
+        for key in (key for key in sorted(found ^ here) if not saved.terms.skips(key)):
+            if key in here:
+                saved.drift.let_pass(key, "missing", "-", "an extra state")
+            elif self._owner(key) not in owners:
+                saved.drift.add(key, "unexpected", "an extra state", "-")
+
     def put_values(self, saved: Saved) -> None:
         """All that are no tensors."""
         prefix = f"{saved.saved_name(self._component)}."
+        owners = self._owners()
         found = {saved.terms.name_here(k): v for k, v in saved.documents.items() if k.startswith(prefix)}
-        here = {self._names.of(path) for path, _ in self._module.named_modules()}
         for key, document in found.items():
             if not key.endswith(SUFFIX) or saved.terms.skips(key):
                 continue
-            if saved.terms.strict or self._owner(key) in here:
+            if self._owner(key) in owners:
                 self.put(key, documents.decode(document, key, _no_tensor))
+
+    def _owners(self) -> set[str]:
+        return {self._names.of(path) for path, _ in self._module.named_modules()}
 
     def _owner(self, key: str) -> str:
         return key[len(self._component) + 1 :].removesuffix(SUFFIX).rstrip(".")

@@ -104,12 +104,10 @@ class ModuleComponent:
             self._buffers.keep({self._without_name(key) for key in saved_too})
             needed = saved_too | self._with_name(self._buffers.always())
             self._check_base(saved, saved_too)
-        if self.part is None and saved.terms.strict:
-            prefix = f"{saved.saved_name(self.name)}."
-            theirs = {saved.terms.name_here(key): key for key in saved.layout.names() if key.startswith(prefix)}
-            for key in sorted(theirs.keys() - mine.keys()):
-                if not saved.terms.skips(key) and not _is_inside(key, mine):
-                    saved.drift.add(key, "unexpected", saved.described(theirs[key]), "-")
+        if self.part is None:
+            self._note_unused(saved, mine)
+            self._extras.note(saved, [key for key in self._state() if key not in mine])
+        saved.drift.own |= self.part is not None and self.part.holder == saved.rank
         mine = self._kept(mine, needed)
         there = {key for key, value in mine.items() if refill.has(saved, key, value)}
         tied = {id(mine[key]) for key in there}  # by one of its names it is there: others may know no ties
@@ -147,6 +145,18 @@ class ModuleComponent:
             for key, value in state.items()
             if key in self._trained or key.endswith(extrastates.SUFFIX) or (key in buffers and not _is_parameter(value))
         }
+
+    def _note_unused(self, saved: Saved, mine: Mapping[str, Any]) -> None:
+        """What the checkpoint has of the module, and the module has not, or takes under another name."""
+        prefix = f"{saved.saved_name(self.name)}."
+        for theirs in (key for key in saved.layout.names() if key.startswith(prefix)):
+            key = saved.terms.name_here(theirs)
+            if saved.terms.skips(key) or _is_inside(key, mine):
+                continue
+            if key not in mine:
+                saved.drift.add(key, "unexpected", saved.described(theirs), "-")
+            elif saved.saved_name(key) != theirs:
+                saved.drift.let_pass(theirs, "unexpected", saved.described(theirs), f"{saved.saved_name(key)} instead")
 
     def _needed(self, rank: int) -> set[str]:
         """Buffers that this rank saves, where not all are: those of which it has a part, and of others the holder."""

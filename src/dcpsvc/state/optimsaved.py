@@ -133,14 +133,12 @@ class SavedOptimizer:
         if len(mine) != len(theirs):
             reason = f"saved with {len(theirs)} parameter groups, here there are {len(mine)}"
             raise StateMismatchError(self._component, reason)
-        if not saved.terms.strict:
-            return
         for index, (ours, saved_names) in enumerate(zip(mine, theirs, strict=True)):
             where = f"{self._component}.param_groups.{index}"
             for name in ours.keys() - saved_names:
                 if not saved.terms.skips(self._names.key(ours[name])):
                     saved.drift.add(f"{where}.{name}", "missing", "-", "a parameter")
-            if is_shared and self._component in saved.documents:
+            if is_shared and saved.saved_name(self._component) in saved.documents:
                 for name in saved_names - ours.keys():
                     saved.drift.add(f"{where}.{name}", "unexpected", "a parameter", "-")
 

@@ -116,7 +116,7 @@ def _fits(saved: Saved, key: str, theirs: str, tensor: torch.Tensor, there: dict
         plain = saved.layout.find(theirs)
         if plain is not None:
             saved.drift.add(key, "kind", saved.described(theirs), inner.told(here))
-        elif saved.terms.strict:
+        else:
             saved.drift.add(key, "missing", "-", inner.told(here))
         return False
     odd = next((name for name in inner.FIELDS if there.get(name) != here.get(name)), None)

@@ -152,7 +152,7 @@ class Saved:
         """
         theirs = saved_key or self.saved_name(key)
         saved = self.layout.find(theirs)
-        if self.terms.skips(key) or (saved is None and not self.terms.strict):
+        if self.terms.skips(key):
             return []
         if saved is None:
             self.drift.add(key, "missing", "-", described(template))

@@ -174,8 +174,7 @@ def export_hf(
         config = source.about().get("config")
         folder = Folder(directory, about | source.identity())
         for name, part in files.items():
-            if not folder.has(name):
-                folder.write(name, source.safetensors(ordered(part), progress))
+            _put(folder, name, source, part, progress)
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
@@ -201,17 +200,30 @@ def export_peft(
         CorruptShardError: The checkpoint is damaged; names the file.
     """
     with source.held():
-        about = source.about()
-        if not about.get("peft"):
-            raise ExportError(source.component, f"{peft.NONE}; --format hf writes it as it is")
-        adapters = peft.adapters(source.component, about, source.entries(dtype))
+        adapters = _adapters(source, dtype)
         kind = {"format": "peft", "dtype": dtype, "component": source.component}
         folder = Folder(directory, kind | source.identity())
         for adapter in adapters:
             source.check_plain(adapter.entries)
-            folder.write(f"{adapter.below}{peft.MODEL}", source.safetensors(ordered(adapter.entries), progress))
-            folder.write(f"{adapter.below}{peft.CONFIG}", [adapter.config])
+            _put(folder, f"{adapter.below}{peft.MODEL}", source, adapter.entries, progress)
+            if not folder.has(config := f"{adapter.below}{peft.CONFIG}"):
+                folder.write(config, [adapter.config])
     folder.finish()
+
+
+def _adapters(source: Source, dtype: str | None) -> list[peft.Adapter]:
+    about = source.about()
+    if not about.get("peft"):
+        raise ExportError(source.component, f"{peft.NONE}; --format hf writes it as it is")
+    return peft.adapters(source.component, about, source.entries(dtype))
+
+
+def _put(folder: Folder, name: str, source: Source, entries: list[Entry], progress: Callable[[int], None]) -> None:
+    """A file of tensors; one that is whole already stays."""
+    if folder.has(name):
+        progress(sum(entry.tensor.nbytes for entry in entries))
+    else:
+        folder.write(name, source.safetensors(ordered(entries), progress))
 
 
 def _divide(entries: list[Entry], max_nbytes: int) -> dict[str, list[Entry]]:
@@ -229,6 +241,13 @@ def _divide(entries: list[Entry], max_nbytes: int) -> dict[str, list[Entry]]:
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, 1)}
 
 
-def planned_nbytes(source: Source) -> int:
-    """What an export of the whole module reads."""
-    return sum(entry.tensor.nbytes for entry in source.entries(None))
+def planned_nbytes(source: Source, *, adapters: bool = False) -> int:
+    """What an export of the whole module reads, or of its adapters.
+
+    Raises:
+        ExportError: It has no adapters of PEFT, or at several places.
+    """
+    entries = source.entries(None)
+    if adapters:
+        entries = [entry for adapter in _adapters(source, None) for entry in adapter.entries]
+    return sum(entry.tensor.nbytes for entry in entries)

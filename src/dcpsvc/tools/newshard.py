@@ -63,11 +63,15 @@ class _Body:
         """More of it."""
         write_all(self._fd, data)
         self.nbytes += len(data)
-        self._rest += data
-        whole = len(self._rest) // BLOCK_NBYTES * BLOCK_NBYTES
-        if whole:
-            self._table += digest.table(memoryview(bytes(self._rest[:whole])))
-            del self._rest[:whole]
+        begun = (BLOCK_NBYTES - len(self._rest)) % BLOCK_NBYTES  # a block is copied only where two writes share it
+        view = memoryview(data)
+        self._rest += view[:begun]
+        if 0 < len(self._rest) < BLOCK_NBYTES:
+            return
+        self._table += digest.table(memoryview(bytes(self._rest)))
+        whole = begun + (len(view) - begun) // BLOCK_NBYTES * BLOCK_NBYTES
+        self._table += digest.table(view[begun:whole])
+        self._rest = bytearray(view[whole:])
 
     def finish(self, rank: int, path: str) -> ShardRecord:
         """The table behind it; durable when this returns."""
