@@ -68,7 +68,7 @@ class Annotator:
             noted: Future[None] = Future()
             noted.set_result(None)
             return noted
-        return self._ask(step, functools.partial(sidefiles.record, self._remote, metrics=checked))
+        return self._ask(step, functools.partial(self._record, metrics=checked))
 
     def pin(self, step: int, note: str) -> Future[None]:
         """See :func:`dcpsvc.sidefiles.pin`."""
@@ -130,6 +130,10 @@ class Annotator:
         else:
             if not promise.done():
                 promise.set_result(None)
+
+    def _record(self, attempt: Attempt, metrics: Mapping[str, float]) -> None:
+        sidefiles.record(self._remote, attempt, metrics)
+        self._catalog.record(attempt, metrics)
 
     def _attempt(self, step: int) -> Attempt:
         if (attempt := self._catalog.attempts.get(step)) is None:

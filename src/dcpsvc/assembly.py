@@ -98,7 +98,7 @@ def assemble(
     last = LastStep(state, job.rank)
     saves = Saves(Admission(job, options, uploader), saver, uploader, last, catalog=catalog, events=events)
     steering = Steering(job, options, functools.partial(saves.is_overdue, options.every))
-    announcer = Announcer(job, run, options, events)
+    announcer = Announcer(job, run, options, events, catalog)
     annotator = Annotator(
         job, remote, catalog, lambda: uploader.under_way, last=last, timeout_s=options.upload_timeout_s
     )
