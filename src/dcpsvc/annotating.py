@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dcpsvc.catalog import Catalog
     from dcpsvc.format.keys import Attempt
+    from dcpsvc.laststep import LastStep
     from dcpsvc.ranks.job import Job
     from dcpsvc.save import Save
     from dcpsvc.storage.base import Store
@@ -35,13 +36,21 @@ class Annotator:
         remote: The run root.
         catalog: What is committed.
         under_way: Saves that are neither committed nor failed: their requests wait for them.
+        last: The last step, which may be saved at the end, and has its metrics until then.
         timeout_s: Longest time a request may take.
     """
 
     def __init__(
-        self, job: Job, remote: Store, catalog: Catalog, under_way: Callable[[], tuple[Save, ...]], timeout_s: float
+        self,
+        job: Job,
+        remote: Store,
+        catalog: Catalog,
+        under_way: Callable[[], tuple[Save, ...]],
+        *,
+        last: LastStep,
+        timeout_s: float,
     ) -> None:
-        self._writes, self._remote, self._catalog = job.coordinates, remote, catalog
+        self._writes, self._remote, self._catalog, self._last = job.coordinates, remote, catalog, last
         self._under_way, self._timeout_s = under_way, timeout_s
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: set[Future[None]] = set()
@@ -49,13 +58,17 @@ class Annotator:
         self._closed = False
 
     def record(self, step: int, metrics: Mapping[str, float]) -> Future[None]:
-        """See :func:`dcpsvc.sidefiles.record`.
+        """See :func:`dcpsvc.sidefiles.record`; done at once for the last step, if no save of it was begun.
 
         Raises:
             ConfigError: Something is no number.
         """
         checked = sidefiles.numbers_of(metrics)
-        return self._ask(step, functools.partial(sidefiles.record, self._remote, metrics=checked))
+        if self._last.add(step, checked):
+            noted: Future[None] = Future()
+            noted.set_result(None)
+            return noted
+        return self._ask(step, functools.partial(self._record, metrics=checked))
 
     def pin(self, step: int, note: str) -> Future[None]:
         """See :func:`dcpsvc.sidefiles.pin`."""
@@ -117,6 +130,10 @@ class Annotator:
         else:
             if not promise.done():
                 promise.set_result(None)
+
+    def _record(self, attempt: Attempt, metrics: Mapping[str, float]) -> None:
+        sidefiles.record(self._remote, attempt, metrics)
+        self._catalog.record(attempt, metrics)
 
     def _attempt(self, step: int) -> Attempt:
         if (attempt := self._catalog.attempts.get(step)) is None:

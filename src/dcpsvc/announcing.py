@@ -7,9 +7,11 @@ import time
 from typing import TYPE_CHECKING
 
 from dcpsvc.events import Point
+from dcpsvc.policies import Best
 from dcpsvc.preflight import mebibytes
 
 if TYPE_CHECKING:
+    from dcpsvc.catalog import Catalog
     from dcpsvc.config import Options
     from dcpsvc.events import Events
     from dcpsvc.pending import Statistics
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dcpsvc")
 
+_CAUSE_LENGTH = 240
+
 
 class Announcer:
     """Speaks on the coordinator; the observers of the other ranks hear it too."""
 
-    def __init__(self, job: Job, run: OpenRun, options: Options, events: Events) -> None:
-        self._job, self._run, self._options, self._events = job, run, options, events
+    def __init__(self, job: Job, run: OpenRun, options: Options, events: Events, catalog: Catalog) -> None:
+        self._job, self._run, self._options, self._events, self._catalog = job, run, options, events, catalog
         self._began = time.monotonic()
 
     def opened(self, newest: int | None, predicted: Size | None) -> None:
@@ -94,6 +98,8 @@ class Announcer:
         parts = [
             f"{statistics.committed} committed, {statistics.failed} failed, {statistics.skipped} skipped",
             f"blocked {statistics.blocked_s:.2f} s ({share:.2f} % of {elapsed_s:.0f} s)",
+            *(f"failed: {cause[:_CAUSE_LENGTH]}" for cause in statistics.failures),
+            *self._best(),
             self._how_to_go_on(statistics.newest),
         ]
         every = self._options.every
@@ -102,6 +108,13 @@ class Announcer:
         if why:
             parts.append(f"stopped by {why}")
         self._events.emit(Point.CLOSED, step=statistics.newest, detail="; ".join(parts))
+
+    def _best(self) -> list[str]:
+        """What each rule by a metric puts first, from what is known already: nothing is read."""
+        commits = self._catalog.with_late_metrics()
+        rules = [rule for rule in self._options.keep.parts() if isinstance(rule, Best)]
+        steps = {commit.key: commit.step for commit in commits}
+        return [f"step {steps[key]} is {why}" for rule in rules for key, why in rule.reasons(commits).items()]
 
     def _how_to_go_on(self, newest: int | None) -> str:
         if newest is None:

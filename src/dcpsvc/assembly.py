@@ -98,8 +98,10 @@ def assemble(
     last = LastStep(state, job.rank)
     saves = Saves(Admission(job, options, uploader), saver, uploader, last, catalog=catalog, events=events)
     steering = Steering(job, options, functools.partial(saves.is_overdue, options.every))
-    announcer = Announcer(job, run, options, events)
-    annotator = Annotator(job, remote, catalog, lambda: uploader.under_way, options.upload_timeout_s)
+    announcer = Announcer(job, run, options, events, catalog)
+    annotator = Annotator(
+        job, remote, catalog, lambda: uploader.under_way, last=last, timeout_s=options.upload_timeout_s
+    )
     return Assembly(
         job=job, run=run, catalog=catalog, uploader=uploader, saver=saver, saves=saves, last=last, steering=steering,
         announcer=announcer, annotator=annotator, predicted=predicted,

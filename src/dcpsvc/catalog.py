@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Mapping
 
+    from dcpsvc.commits import Commit
     from dcpsvc.format.keys import Attempt
     from dcpsvc.format.manifest import Manifest
 
@@ -26,6 +27,8 @@ class Catalog:
         newest_local: Newest step whose shards are all durable on the ranks' local tiers.
         slowest: The rank that the newest commit of this job waited for, for people; empty if none stood out.
         manifests: Coordinator: valid commits, ascending; read at the first retention.
+        commits: Coordinator: what the newest retention has left, with all metrics that it found.
+        late: Coordinator: metrics that this job has recorded since.
     """
 
     attempts: dict[int, Attempt] = field(default_factory=dict)
@@ -36,11 +39,21 @@ class Catalog:
     newest_local: int | None = None
     slowest: str = ""
     manifests: list[Manifest] | None = None
+    commits: tuple[Commit, ...] = ()
+    late: dict[Hashable, dict[str, float]] = field(default_factory=dict["Hashable", dict[str, float]])
 
     @property
     def newest(self) -> int | None:
         """The newest committed step."""
         return max(self.attempts, default=None)
+
+    def record(self, attempt: Attempt, metrics: Mapping[str, float]) -> None:
+        """Metrics of a commit, which are durable beside it. Any thread."""
+        self.late[attempt] = {**self.late.get(attempt, {}), **metrics}
+
+    def with_late_metrics(self) -> list[Commit]:
+        """What is committed, with every metric that is known here."""
+        return [replace(one, metrics={**one.metrics, **self.late.get(one.key, {})}) for one in self.commits]
 
     def taken(self, step: int) -> Attempt | None:
         """The attempt that committed a step, or may have."""

@@ -194,10 +194,10 @@ class Checkpointer:
         """Add numbers to a checkpoint after it was saved, as an evaluation does. Any rank or thread; rank 0's count.
 
         They count from the next commit on, for ``Best(...)``; where a name was recorded before, the later number does.
-        Returns at once; a save that is still under way gets them when it is committed.
+        Returns at once; a save under way gets them when it is committed, the last step when the end saves it.
 
         Returns:
-            Done when they are durable; holds a CheckpointGoneError if there is no such checkpoint, or no longer.
+            Done when they are durable (of an unsaved last step, at once); CheckpointGoneError: no such checkpoint.
 
         Raises:
             ConfigError: Something is no number.

@@ -66,6 +66,13 @@ class LastStep:
         except Exception as err:  # noqa: BLE001 - a step that saves nothing must not fail; the save reports it
             logging.getLogger("dcpsvc").debug("values of the last step are not kept: %s", err)
 
+    def add(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Metrics that come late, for the step that was told last and not saved. False if it is another one."""
+        if step != self.unsaved:
+            return False
+        self.metrics = {**self.metrics, **metrics}
+        return True
+
     def begin_at(self, step: int) -> None:
         """Training continues after this step, which is a checkpoint."""
         self.step = self.saved = step

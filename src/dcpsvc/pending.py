@@ -129,6 +129,7 @@ class Statistics:
         resumed_from: Step that was loaded; None on a fresh run.
         slowest: The rank that the newest commit of this job waited for, where and how long; empty if none stood out.
         retries: Calls to stores that were made again, in this process since the Checkpointer was opened.
+        failures: Why the last few saves that failed did.
     """
 
     accepted: int
@@ -142,3 +143,4 @@ class Statistics:
     resumed_from: int | None
     slowest: str = ""
     retries: int = 0
+    failures: tuple[str, ...] = ()

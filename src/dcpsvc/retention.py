@@ -182,6 +182,7 @@ class Retention:
         """Coordinator: decide, delete from the run root, say what and why. Damaged commits neither count nor go."""
         if self._catalog.manifests is None:
             self._catalog.manifests = self._within(self._valid_commits)
+        self._catalog.late.clear()  # they are durable, so the look finds them
         self._within(self._notes.look)
         commits = keeping.commits_of(self._catalog.manifests, self._notes, time.time())
         self._remark(commits)
@@ -193,6 +194,8 @@ class Retention:
                 break
             if outcome is not Removal.HELD:
                 removed.append((attempt, why))
+        gone = dict(removed)
+        self._catalog.commits = tuple(commit for commit in commits if commit.key not in gone)
         return removed
 
     def _remove(self, attempt: Attempt) -> Removal:

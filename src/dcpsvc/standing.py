@@ -53,6 +53,7 @@ class Standing:
             resumed_from=self.resumed_from,
             slowest=self.catalog.slowest,
             retries=retries() - self._retried_before,
+            failures=tuple(uploader.failures),
         )
 
     def status(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from dcpsvc.errors import FencedError, RankFailure, SaveFailedError, SaveSkippedError, WaitTimeoutError
+from dcpsvc.errors import FencedError, RankFailure, SaveError, SaveFailedError, SaveSkippedError, WaitTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from dcpsvc.life import Life
     from dcpsvc.save import Save
+
+_FAILURES_TOLD = 3
 
 
 class Uploader:
@@ -34,6 +36,7 @@ class Uploader:
         skipped: Saves given up for newer ones.
         consecutive_failures: Since the last commit, or since they were last raised.
         nbytes: Committed, all ranks.
+        failures: Why the last few that failed did.
         last_error: Of the newest save, until it has been raised; None if that save was committed.
     """
 
@@ -43,6 +46,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._stopping = False
         self.accepted = self.committed = self.failed = self.skipped = self.consecutive_failures = self.nbytes = 0
+        self.failures: deque[str] = deque(maxlen=_FAILURES_TOLD)
         self.last_error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dcpsvc-uploader", daemon=True)
         self._thread.start()
@@ -152,4 +156,10 @@ class Uploader:
             self.nbytes += save.pending.timings.nbytes
         else:
             self.failed += 1
+            self.failures.append(_cause(error))
             self.consecutive_failures += 1
+
+
+def _cause(error: BaseException) -> str:
+    """What it says, without what was intact then."""
+    return str(error).removesuffix(f"; {error.intact}") if isinstance(error, SaveError) else str(error)

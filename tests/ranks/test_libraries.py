@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dcpsvc
@@ -36,15 +37,19 @@ def alone(tmp_path, straight, killed, resumed, *more):
 # --- accelerate -----------------------------------------------------------------------------------------
 
 
-def accelerated(root):
+def accelerated(root, kind):
     """The loop of accelerate's own examples."""
     from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration
+    from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
 
     from dcpsvc.integrations.accelerate import Checkpoints
 
     config = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=2)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=config)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if kind == "FSDP2" else None
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=config, fsdp_plugin=plugin)
+    if kind == "FSDP2":  # without a GPU it wraps in DDP all the same, and says nothing; its own FSDP2 can be asked for
+        assert accelerator.distributed_type is DistributedType.MULTI_CPU
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.25), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -57,9 +62,10 @@ def accelerated(root):
     return accelerator, (model, optimizer, loader, schedule), Checkpoints(accelerator, root, **options)
 
 
-def accelerate_steps(root, commit, until):
+def accelerate_steps(root, kind, commit, until):
     """Batches, two to a step, 8 steps to an epoch; what each gave, by the step it belongs to."""
-    accelerator, (model, optimizer, loader, schedule), run = accelerated(root)
+    accelerator, (model, optimizer, loader, schedule), run = accelerated(root, kind)
+    assert {isinstance(parameter, DTensor) for parameter in model.parameters()} == {kind == "FSDP2"}
     seen = []
     with run:
         run.resume()
@@ -79,23 +85,24 @@ def accelerate_steps(root, commit, until):
                     return seen
 
 
-def accelerate_straight(rank, world, root, commit):
-    return [each for each in accelerate_steps(root, commit, 20) if each[1] >= commit]
+def accelerate_straight(rank, world, root, kind, commit):
+    return [each for each in accelerate_steps(root, kind, commit, 20) if each[1] >= commit]
 
 
-def accelerate_killed(rank, world, root, commit):
-    accelerate_steps(root, commit, commit + 2)
+def accelerate_killed(rank, world, root, kind, commit):
+    accelerate_steps(root, kind, commit, commit + 2)
     die()
 
 
-def accelerate_resumed(rank, world, root, commit):
-    return accelerate_steps(root, None, 20)
+def accelerate_resumed(rank, world, root, kind, commit):
+    return accelerate_steps(root, kind, None, 20)
 
 
 @needs("accelerate", "torchdata")
 @pytest.mark.parametrize("commit", [6, 8], ids=["inside an epoch", "after its last batch"])
-def test_what_accelerate_prepared_goes_on_in_the_data_bit_for_bit(tmp_path, commit):
-    straight, resumed = alone(tmp_path, accelerate_straight, accelerate_killed, accelerate_resumed, commit)
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_what_accelerate_prepared_goes_on_in_the_data_bit_for_bit(tmp_path, kind, commit):
+    straight, resumed = alone(tmp_path, accelerate_straight, accelerate_killed, accelerate_resumed, kind, commit)
     assert resumed == straight
     assert resumed[0][0][0] == (0 if commit == 6 else 1)
     assert resumed[0][-1][0] == 2
@@ -122,6 +129,20 @@ def test_a_loader_of_accelerate_that_cannot_tell_where_it_is_is_refused_with_the
     (outcome,) = run_ranks(1, accelerate_without_positions, tmp_path / "run", timeout_s=120)
     assert outcome.raised is not None
     assert "use_stateful_dataloader=True" in outcome.raised.text
+
+
+def trainer_that_asks_for_fsdp(rank, world, root):
+    import transformers
+
+    given = transformers.TrainingArguments(str(root), use_cpu=True, fsdp=True, report_to=[])
+    made = transformers.Trainer(model=nn.Linear(3, 1), args=given)
+    return made.accelerator.distributed_type.value, made.is_fsdp_enabled
+
+
+@needs("accelerate", "transformers")
+def test_a_trainer_that_asks_for_fsdp_has_ddp_without_a_gpu(tmp_path):
+    told = values(run_ranks(2, trainer_that_asks_for_fsdp, tmp_path / "out", timeout_s=120))
+    assert told == [("MULTI_CPU", False)] * 2
 
 
 # --- lightning ------------------------------------------------------------------------------------------

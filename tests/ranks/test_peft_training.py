@@ -1,6 +1,7 @@
 """R34: what PEFT trains inside a larger model, on two ranks, killed and gone on; its folder is PEFT's own."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dcpsvc
-from tests.ranks.harness import die, run_ranks, values
+from tests.ranks.harness import die, raised_by, run_ranks, values
 from tests.ranks.models import checkpointer
 
 pytestmark = [
@@ -120,3 +121,33 @@ def test_an_adapter_inside_a_larger_model_goes_on_bit_for_bit_and_peft_loads_its
     here = {name: p.tolist() for name, p in loaded.named_parameters() if "lora" in name}
     prefix = "module.inner." if wrap == "DDP" else "inner."
     assert here == {name.removeprefix(prefix): value for name, value in found[0][2].items()}
+
+
+def over_a_named_base(rank, world, root, wrap, name):
+    """Saves over the first base of all, or says what a resume over one comes to, and whether nothing is touched."""
+    model = Outer()
+    if name == "tiny-other":
+        with torch.no_grad():
+            model.front.weight[0, 0] += 1
+    model.inner.peft_config["default"].base_model_name_or_path = name
+    if wrap == "FSDP2":
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    state = {"model": DistributedDataParallel(model) if wrap == "DDP" else model}
+    with checkpointer(root, state, only="trainable", save_last=False) as ckpt:
+        before = whole(state)
+        error = raised_by(ckpt.resume)
+        if not dcpsvc.list_checkpoints(root):
+            ckpt.save(1).wait()
+        return error, whole(state) == before
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("DDP", "FSDP2"), ("FSDP2", "DDP")])
+def test_a_base_that_peft_calls_otherwise_is_refused_by_both_names_on_every_rank(tmp_path, saved, resumed):
+    values(run_ranks(2, over_a_named_base, tmp_path / "run", saved, "tiny-one"))
+    assert dcpsvc.storage_reader(tmp_path / "run").manifest.versions["base.model"].startswith("tiny-one ")
+    for error, untouched in values(run_ranks(2, over_a_named_base, tmp_path / "run", resumed, "tiny-other")):
+        assert error.type == "RestoreFailedError"
+        assert re.search(r"tiny-one [0-9a-f]{16}.* tiny-other [0-9a-f]{16}", error.text), error.text
+        assert untouched
+    same = values(run_ranks(2, over_a_named_base, tmp_path / "run", resumed, "tiny-one"))
+    assert [error for error, _ in same] == [None, None]

@@ -72,6 +72,43 @@ def test_the_summary_says_what_there_is_what_it_cost_and_how_to_go_on(tmp_path: 
     assert f"dcpsvc show {tmp_path / 'run'} 7" in closed
 
 
+class Unreadable:
+    """Its state cannot be had once."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def state_dict(self) -> dict[str, int]:
+        if self.broken:
+            raise OSError("the sensor is gone")
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_the_summary_has_the_best_with_their_values_and_why_a_save_failed(tmp_path: Path, said: Any) -> None:
+    losses = {1: 0.5, 2: 0.2, 3: 0.1, 4: 0.4, 5: 0.9}
+    sensor = Unreadable()
+    with Checkpointer(
+        tmp_path / "run", {"sensor": sensor}, local=tmp_path / "local", keep=dcpsvc.Best(2, "loss", "min")
+    ) as ckpt:
+        for step, loss in losses.items():
+            sensor.broken = step == 3
+            try:
+                ckpt.save(step, metrics={"loss": loss}).wait()
+            except dcpsvc.DcpsvcError:
+                assert step == 3
+            ckpt.wait()
+        ckpt.record_metrics(5, {"loss": 0.3}).result()
+    (closed,) = said("event=closed")
+    assert "4 committed, 1 failed, 0 skipped" in closed
+    assert "; step 2 is best 1 of 2 by loss (0.2); step 5 is best 2 of 2 by loss (0.3); " in closed
+    assert "failed: step 3 (attempt" in closed
+    assert "the sensor is gone; step 2 is" in closed
+    assert "resume from step 5" in closed
+
+
 def test_the_summary_of_a_run_without_a_scheduled_save_says_so(tmp_path: Path, said: Any) -> None:
     run(tmp_path, 37, every=Every(steps=500))
     (closed,) = said("event=closed")

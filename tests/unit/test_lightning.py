@@ -110,3 +110,61 @@ def test_data_that_counts_its_passes_goes_on_with_the_next_one_between_epochs(tm
     assert len({str(straight.seen[begin : begin + 10]) for begin in (0, 10, 20)}) == 3
     fit(tmp_path, until=12, counts=True)
     assert fit(tmp_path, counts=True).seen == straight.seen[10:]
+
+
+class Validated(Regression):
+    """Its validation says ten times the step, and what it is called in training too."""
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("val_loss", 10.0 * self.global_step, batch_size=1)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_score", -10.0 * self.global_step)
+
+
+def validated(folder: Path, *, val_check_interval: int, max_steps: int = 20, **options: Any) -> dict[int, Any]:
+    """The metrics of each commit of a run of 10 steps an epoch."""
+    from dcpsvc.integrations.lightning import Checkpoints
+
+    data = torch.arange(40 * 3, dtype=torch.float32).view(40, 3)
+    trainer = lightning.Trainer(
+        max_steps=max_steps, val_check_interval=val_check_interval, logger=False, accelerator="cpu",
+        callbacks=[Checkpoints(folder / "root", local=folder / "local", **options)], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    trainer.fit(Validated(None), loader, torch.utils.data.DataLoader(data[:2]))
+    return {found.step: found.metrics for found in dcpsvc.list_checkpoints(folder / "root")}
+
+
+def values_of(found: dict[int, Any]) -> dict[int, float | None]:
+    assert all("loss" in metrics for metrics in found.values())
+    assert all(metrics.get("val_score", 0) == -metrics.get("val_loss", 0) for metrics in found.values())
+    return {step: metrics.get("val_loss") for step, metrics in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("val_check_interval", "every", "expected"),
+    [
+        (5, 5, {5: 50.0, 10: 100.0, 15: 150.0, 20: 200.0}),
+        (4, 2, {step: 10.0 * step if step in {4, 8, 14, 18} else None for step in range(2, 21, 2)}),
+        (3, 5, {5: None, 10: None, 15: None, 20: None}),
+    ],
+    ids=["at each save", "at some saves", "between saves"],
+)
+def test_what_a_validation_logs_is_recorded_with_its_own_step_and_with_no_later_one(
+    tmp_path: Path, val_check_interval: int, every: int, expected: dict[int, float | None]
+) -> None:
+    found = validated(tmp_path, val_check_interval=val_check_interval, every=dcpsvc.Every(steps=every))
+    assert values_of(found) == expected
+
+
+def test_a_validation_after_the_last_step_goes_into_the_save_at_the_end(tmp_path: Path) -> None:
+    found = validated(tmp_path, val_check_interval=7, max_steps=17, every=dcpsvc.Every(steps=5))
+    assert values_of(found) == {5: None, 10: None, 15: None, 17: 170.0}
+
+
+def test_the_best_by_a_validation_are_those_that_it_came_after(tmp_path: Path) -> None:
+    keep = dcpsvc.Best(2, "val_loss", "min") | dcpsvc.Latest(2)
+    found = validated(tmp_path, val_check_interval=4, every=dcpsvc.Every(steps=2), keep=keep)
+    assert values_of(found) == {4: 40.0, 8: 80.0, 18: 180.0, 20: None}

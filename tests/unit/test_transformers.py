@@ -60,6 +60,7 @@ def trainer(folder: Path, *, root: Path | None = None, until: int | None = None,
             found = {"eval_score": self.scores[step]} if step in self.scores else {"eval_other": 0.0}
             self.weights[step] = told(dict(self.model.state_dict()))
             self.log(dict(found))
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             return found
 
     transformers.set_seed(0)
@@ -119,6 +120,14 @@ def test_the_last_checkpoint_holds_the_last_model_although_the_best_is_loaded(tm
     loaded = {"model": transformers.GPT2LMHeadModel(made.model.config)}
     dcpsvc.load(tmp_path / "root", loaded, 20)
     assert told(dict(loaded["model"].state_dict())) == made.weights[20]
+
+
+def test_an_evaluation_of_a_step_that_dcpsvc_saves_is_recorded_with_it(tmp_path: Path) -> None:
+    made = trainer(tmp_path, **(SCORED | {"save_steps": 30}))
+    made.checkpoint_options = made.checkpoint_options | {"every": dcpsvc.Every(steps=8), "save_last": True}
+    made.train()
+    found = dcpsvc.list_checkpoints(tmp_path / "root")
+    assert {one.step: one.metrics.get("eval_score") for one in found} == {8: 0.9, 16: 0.9, 20: 0.7}
 
 
 def test_a_best_checkpoint_of_before_a_kill_is_loaded_after_the_resume(tmp_path: Path) -> None:

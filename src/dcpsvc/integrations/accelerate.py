@@ -6,7 +6,7 @@
 
     with Checkpoints(accelerator, "s3://bucket/runs/exp42", every=dcpsvc.Every(steps=500)) as run:
         run.resume()
-        while run.epoch < epochs:
+        while run.epoch < epochs and not run.checkpointer.stop_reason:
             for batch in run.batches(loader):
                 with accelerator.accumulate(model):
                     ...

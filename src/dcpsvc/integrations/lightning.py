@@ -6,7 +6,8 @@
     Trainer(callbacks=[checkpoints], enable_checkpointing=False).fit(model, loader)
 
 It resumes from the newest commit by itself. The place in the data is exact inside an epoch with torchdata's
-StatefulDataLoader, and at the beginning of one with any other.
+StatefulDataLoader, and at the beginning of one with any other. What a validation logs is recorded with the step that it
+came after, and with no later one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Checkpoints(Callback):
         super().__init__()
         self._root, self._resume, self._more, self._options = root, resume, dict(state or {}), options
         self._seen = 0
+        self._validated: dict[str, int] = {}
         self._generators: dict[str, Any] | None = None
         self.checkpointer: Checkpointer | None = None
 
@@ -69,7 +71,7 @@ class Checkpoints(Callback):
             Rng().load_state_dict(self._generators)
             self._generators = None
             iter(trainer.fit_loop._data_fetcher)  # noqa: SLF001 - as the loop does for every epoch but the first
-        self._step(trainer)
+        self._step(trainer, self._at_the_end_of_an_epoch(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Inside an epoch, what making the iterators anew has drawn does not count."""
@@ -82,21 +84,35 @@ class Checkpoints(Callback):
         """A step, unless gradients are still gathered for one, or the epoch ends with it."""
         del pl_module, outputs, batch, batch_idx
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._step(trainer)
+            self._step(trainer, _logged_now(trainer))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """It came after the step that was told last, or before that of the end of an epoch is told."""
+        del pl_module
+        if self.checkpointer is None or trainer.sanity_checking:
+            return
+        step, numbers = int(trainer.global_step), _logged_now(trainer)
+        self._validated |= dict.fromkeys(numbers, step)
+        if numbers and step == self._seen:
+            self.checkpointer.record_metrics(step, numbers)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step of all."""
         del pl_module
-        self._step(trainer)
+        self._step(trainer, self._at_the_end_of_an_epoch(trainer))
 
-    def _step(self, trainer: Any) -> None:
+    def _step(self, trainer: Any, numbers: Mapping[str, float]) -> None:
         step = int(trainer.global_step)
         if self.checkpointer is None or step <= self._seen:
             return
         self._seen = step
-        numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.checkpointer.step(step, metrics=numbers).should_stop:
             trainer.should_stop = True
+
+    def _at_the_end_of_an_epoch(self, trainer: Any) -> dict[str, float]:
+        """All that is known, without what validations of earlier steps have left: Lightning keeps it until the end."""
+        step, known = int(trainer.global_step), trainer.callback_metrics.items()
+        return {name: float(value) for name, value in known if self._validated.get(name, step) == step}
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The step it came in is not complete."""
@@ -122,6 +138,11 @@ class Checkpoints(Callback):
         if callbacks := [callback for callback in trainer.callbacks if callback is not self]:
             found["callbacks"] = PerRank(_Callbacks(callbacks))
         return found | self._more
+
+
+def _logged_now(trainer: Any) -> dict[str, float]:
+    """What the loop that runs has logged, the training's or the validation's, and no other one."""
+    return {name: float(value) for name, value in trainer._logger_connector.metrics["callback"].items()}  # noqa: SLF001
 
 
 def _is_between_epochs(loop: Any) -> bool:

@@ -102,6 +102,14 @@ class Checkpointed:
         self._outcome = self._open().step(self._trainer.state.global_step)
         return self._outcome
 
+    def after_evaluation(self) -> None:
+        """Its step may be saved already, by a command, or may be the last, which the end saves."""
+        state = self._trainer.state
+        if self._checkpointer is None or self._outcome is None or self._outcome.step != state.global_step:
+            return
+        if numbers := _numbers(state.log_history, state.global_step):
+            self._checkpointer.record_metrics(state.global_step, numbers)
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
         self._open()  # what is wrong with the root is said before the first step
@@ -275,7 +283,7 @@ class _Progress:
 
 
 class _AfterEachStep(TrainerCallback):
-    """So that a stop is agreed on, and its step saved."""
+    """So that a stop is agreed on and its step saved, and an evaluation is recorded with it."""
 
     def __init__(self, owner: Checkpointed) -> None:
         self._owner = owner
@@ -284,3 +292,7 @@ class _AfterEachStep(TrainerCallback):
         del args, state, kwargs
         if self._owner.after_step().should_stop:
             control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        del args, state, control, kwargs
+        self._owner.after_evaluation()

@@ -49,9 +49,9 @@ class Base:
         rest = self._buffers.total(saved)
         return base, None if rest is None else found.plus(rest)
 
-    def said(self, name: str, sums: Sums | None) -> Said:
+    def said(self, name: str, sums: Sums | None, here: str = "") -> Said:
         """What a rank tells the others about it."""
-        return Said(name, sums and sums.counted, None if sums is None or self._part is not None else sums.whole)
+        return Said(name, sums and sums.counted, None if sums is None or self._part is not None else sums.whole, here)
 
 
 def source(parameter: torch.Tensor) -> torch.Tensor:

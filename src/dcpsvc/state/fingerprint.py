@@ -56,11 +56,13 @@ class Said(NamedTuple):
         name: What the checkpoint calls the module; of one that is being saved, what the base is called.
         counted: See :class:`Sums`; None: not all of it is in memory.
         whole: Likewise; None: it is no other rank's.
+        here: Of one that is being loaded, what the base is called in memory.
     """
 
     name: str
     counted: int | None
     whole: int | None
+    here: str = ""
 
 
 def sums(tensors: Iterable[tuple[str, torch.Tensor]], rank: int, holder: int | None) -> Sums | None:
@@ -123,7 +125,8 @@ def check(step: int, saved: Mapping[str, str], by_rank: Sequence[Mapping[str, Se
             continue
         odd = [rank for rank, one in enumerate(wholes) if one != wholes[0]]
         if odd or there != f"{total:016x}":
-            here = f"on ranks {tuple(odd)} another than on rank 0" if odd else f"{total:016x}"
+            mine = f"{said[0].here or 'unnamed'} {total:016x}"
+            here = f"on ranks {tuple(odd)} another than on rank 0" if odd else mine
             drift.add(f"{component}.{BASE}", "base", theirs, here)
     drift.check()
 

@@ -209,7 +209,7 @@ class ModuleComponent:
         if not theirs or saved.terms.skips(key) or self._base is None:
             return
         mine, sums = self._base.described(saved.rank, self._frozen(), {self._without_name(key) for key in saved_too})
-        saved.bases[self.name] = self._base.said(saved.saved_name(self.name), sums)
+        saved.bases[self.name] = self._base.said(saved.saved_name(self.name), sums, mine["name"])
         if theirs.get("structure") != mine["structure"]:
             texts = [f"{base.get('name') or 'unnamed'} (structure {base.get('structure')})" for base in (theirs, mine)]
             saved.drift.add(key, "base", *texts)
