@@ -58,15 +58,13 @@ class Annotator:
         self._closed = False
 
     def record(self, step: int, metrics: Mapping[str, float]) -> Future[None]:
-        """See :func:`dcpsvc.sidefiles.record`; done at once for the last step, if no save of it was begun.
+        """See :func:`dcpsvc.sidefiles.record`; of the last step, while no save of it was begun: see ``LastStep.add``.
 
         Raises:
             ConfigError: Something is no number.
         """
         checked = sidefiles.numbers_of(metrics)
-        if self._last.add(step, checked):
-            noted: Future[None] = Future()
-            noted.set_result(None)
+        if (noted := self._last.add(step, checked)) is not None:
             return noted
         return self._ask(step, functools.partial(self._record, metrics=checked))
 
@@ -100,11 +98,12 @@ class Annotator:
             return promise
         self._open.add(promise)
         promise.add_done_callback(self._open.discard)
-        coming = next((save for save in self._under_way() if save.key.step == step), None)
+        begun = [*(save.pending for save in self._under_way()), self._last.begun(step)]
+        coming = next((pending for pending in begun if pending is not None and pending.step == step), None)
         if coming is None:
             self._put(step, work, promise)
         else:
-            coming.pending.committed.add_done_callback(lambda _: self._put(step, work, promise))
+            coming.committed.add_done_callback(lambda _: self._put(step, work, promise))
         return promise
 
     def _put(self, step: int, work: Callable[..., Any], promise: Future[None]) -> None:

@@ -95,7 +95,7 @@ def assemble(
     uploader = Uploader(life, functools.partial(let_go, job, run), functools.partial(flush, observer))
     saver = Saver(job, run, state, life, events, options=options, versions=versions)
     predicted = _with_room(life, saver, uploader)
-    last = LastStep(state, job.rank)
+    last = LastStep(state, job.rank, remote.url)
     saves = Saves(Admission(job, options, uploader), saver, uploader, last, catalog=catalog, events=events)
     steering = Steering(job, options, functools.partial(saves.is_overdue, options.every))
     announcer = Announcer(job, run, options, events, catalog)

@@ -197,7 +197,7 @@ class Checkpointer:
         Returns at once; a save under way gets them when it is committed, the last step when the end saves it.
 
         Returns:
-            Done when they are durable (of an unsaved last step, at once); CheckpointGoneError: no such checkpoint.
+            Done when they are durable; a CheckpointGoneError: no such checkpoint, and no save of the last step.
 
         Raises:
             ConfigError: Something is no number.

@@ -70,7 +70,7 @@ class Ending:
 
     def leave(self) -> None:
         """Say goodbye so that nobody's store disappears under a peer; then stop every thread."""
-        self.last.close()
+        self.last.end()
         self.uploader.abandon()
         left_s, longest_s = self.steering.left_s(), self.options.sync_timeout_s
         patience_s = longest_s if left_s is None else min(longest_s, left_s + 2.0)

@@ -110,6 +110,7 @@ class Saves:
         if left_out:
             return self._leave_out(save.pending, left_out)
         self.last, self.last_began = save.pending, time.monotonic()
+        metrics = {**self._last_step.take(save.pending), **metrics}
         timings = save.pending.timings
         try:
             try:
