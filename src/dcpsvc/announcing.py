@@ -98,7 +98,7 @@ class Announcer:
         parts = [
             f"{statistics.committed} committed, {statistics.failed} failed, {statistics.skipped} skipped",
             f"blocked {statistics.blocked_s:.2f} s ({share:.2f} % of {elapsed_s:.0f} s)",
-            *(f"failed: {cause[:_CAUSE_LENGTH]}" for cause in statistics.failures),
+            *(f"failed: {' '.join(cause.split())[:_CAUSE_LENGTH]}" for cause in statistics.failures),
             *self._best(),
             self._how_to_go_on(statistics.newest),
         ]
@@ -111,7 +111,8 @@ class Announcer:
 
     def _best(self) -> list[str]:
         """What each rule by a metric puts first, from what is known already: nothing is read."""
-        commits = self._catalog.with_late_metrics()
+        there = {*self._catalog.attempts.values()}  # a retention that broke off may have left what is deleted
+        commits = [commit for commit in self._catalog.with_late_metrics() if commit.key in there]
         rules = [rule for rule in self._options.keep.parts() if isinstance(rule, Best)]
         steps = {commit.key: commit.step for commit in commits}
         return [f"step {steps[key]} is {why}" for rule in rules for key, why in rule.reasons(commits).items()]

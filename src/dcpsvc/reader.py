@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from dcpsvc.storage.scatter import Sink
 
 _FEW_RUNS = 64
+_SAID_BY = 64
+"""Shards whose documents are kept: of thousands they would take too much memory."""
 
 Deliver = Callable[[dict[int, Needs]], None]
 Hold = Callable[[], "contextlib.AbstractContextManager[None]"]
@@ -86,7 +88,10 @@ class CheckpointReader(StorageReader):
         new = [rank for rank in asked if rank not in self._said]
         read = each(lambda rank: self.shards[rank].documents(), new, at_once(self._stores[-1]))
         self._said |= zip(new, read, strict=True)
-        return {name: document for rank in asked for name, document in self._said[rank].items()}
+        found = {name: document for rank in asked for name, document in self._said[rank].items()}
+        for rank in list(self._said)[:-_SAID_BY]:
+            del self._said[rank]
+        return found
 
     def saved_for(self, rank: int) -> Saved:
         """The checkpoint as one rank's components see it."""

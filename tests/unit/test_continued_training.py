@@ -109,12 +109,17 @@ def test_other_generators_than_the_saved_ones_are_refused_before_anything_is_tou
     assert not torch.equal(before, now)
 
 
-def test_a_generator_the_checkpoint_does_not_have_stays_as_it_is_if_that_is_let_pass(tmp_path: Path) -> None:
+def test_a_generator_the_checkpoint_does_not_have_stays_as_it_is_if_that_is_let_pass_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, generators(a=random.Random(3)))
     other = random.Random(4)
     state = other.getstate()
     resume(tmp_path, generators(b=other), strict=False)
     assert other.getstate() == state
+    (told,) = [text for text in caplog.messages if "the state and the checkpoint differ" in text]
+    assert "not loaded: rng.own.b" in told
+    assert "not used: rng.own.a" in told
 
 
 def test_generators_of_ones_own_are_reseeded_differently_for_each_rank_and_each_of_them() -> None:

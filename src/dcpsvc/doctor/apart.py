@@ -29,7 +29,7 @@ def examine(plan: Plan) -> tuple[Examination, bool]:
         parts = [*map(str, err.failures), *([f"{who} did not come within {err.waited_s:.0f} s"] if err.missing else ())]
         return _without(plan, "; ".join(parts)), _rank() == min(err.present, default=0)
     except dist.DistError as err:  # of the launcher's own store, before anything of ours
-        return _without(plan, str(err).splitlines()[0]), True
+        return _without(plan, (str(err).splitlines() or [type(err).__name__])[0]), True
     return found, rank == 0
 
 

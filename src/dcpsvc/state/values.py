@@ -193,7 +193,7 @@ class ValueComponent:
         for name in sorted(theirs.keys() | mine.keys()):
             there, here = theirs.get(name, "-"), mine.get(name, "-")
             kind = "missing" if there == "-" else "unexpected" if here == "-" else "kind"
-            if there != here and (kind == "kind" or saved.terms.strict):
+            if there != here:
                 saved.drift.add(f"{self._name}.own.{name}", kind, there, here)
 
     def _current(self) -> Any:

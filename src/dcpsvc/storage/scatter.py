@@ -162,8 +162,10 @@ class Needs:
 
     @property
     def in_place(self) -> bool:
-        """Every byte goes to one place in memory that is there already."""
-        return len(self._layers) <= 1 and all(isinstance(sink, Segment) for sink in self.sinks())
+        """Every byte goes to one place in memory that is there already, but for a few between them."""
+        sinks = self.sinks()
+        between = self.nbytes() - sum(sink.end - sink.begin for sink in sinks)
+        return len(self._layers) <= 1 and between <= PIECE_NBYTES and all(isinstance(sink, Segment) for sink in sinks)
 
     def pieces(self, within: Sequence[Range] | None = None, nbytes: int = PIECE_NBYTES) -> Iterator[Piece]:
         """Everything, in pieces in the order of the file.

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING
 from dcpsvc.format import digest, shardfile
 from dcpsvc.format.digest import BLOCK_NBYTES
 from dcpsvc.format.manifest import ShardRecord
+from dcpsvc.storage.oserror import from_os_error
 from dcpsvc.storage.posixfile import write_all
 
 if TYPE_CHECKING:
@@ -36,18 +37,25 @@ def new_shard(
         attempt: Whose shard it is.
         rank: Whose.
         data: Gives the bytes of a piece.
+
+    Raises:
+        StoreError: The file cannot be written; names it.
     """
     about = {"step": str(attempt.step), "attempt": attempt.attempt, "rank": str(rank)}
     with tempfile.NamedTemporaryFile(prefix="dcpsvc-") as file:
         body = _Body(file)
-        body.write(shardfile.header(placement, len(documents), about))
-        for piece, begin in zip(placement.pieces, placement.begins, strict=True):
-            if body.nbytes < begin:
-                body.write(placement.padding[1])
-            for each in data(piece):
-                body.write(each)
-        body.write(documents)
-        yield body.finish(rank, attempt.shard(rank)), Path(file.name)
+        try:
+            body.write(shardfile.header(placement, len(documents), about))
+            for piece, begin in zip(placement.pieces, placement.begins, strict=True):
+                if body.nbytes < begin:
+                    body.write(placement.padding[1])
+                for each in data(piece):
+                    body.write(each)
+            body.write(documents)
+            record = body.finish(rank, attempt.shard(rank))
+        except OSError as err:
+            raise from_os_error("write", file.name, err) from err
+        yield record, Path(file.name)
 
 
 class _Body:
