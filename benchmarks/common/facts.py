@@ -12,7 +12,7 @@ from pathlib import Path
 def facts(directory, settings):
     """Everything a reader needs to judge a result, or to repeat it."""
     return {
-        "command": shlex.join(["python", "-m", *_module(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", *_module(), *_told(sys.argv[1:])]),
         "commit": _commit(),
         "cpu": _field("/proc/cpuinfo", "model name"),
         "cores": os.cpu_count(),
@@ -24,6 +24,12 @@ def facts(directory, settings):
         "load_before": round(os.getloadavg()[0], 2),
         **settings,
     }
+
+
+def _told(arguments):
+    """What matters to a reader: not where something was written."""
+    places = {at + ahead for at, each in enumerate(arguments) if each in {"--out", "--dir"} for ahead in (0, 1)}
+    return [each for at, each in enumerate(arguments) if at not in places]
 
 
 def _module():

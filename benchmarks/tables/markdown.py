@@ -35,6 +35,5 @@ def measured(goal):
 def run(name):
     """Which run, of which commit, and how busy the machine had been before."""
     facts = result(name)["facts"]
-    command = facts["command"].partition(" --out")[0]
-    load = facts["load_before"]
-    return f"`{command}` at {facts['commit']}, load before it {load}: [{name}.json](../benchmarks/results/{name}.json)."
+    where = f"[{name}.json](../benchmarks/results/{name}.json)"
+    return f"`{facts['command']}` at {facts['commit']}, load before it {facts['load_before']}: {where}."

@@ -9,6 +9,9 @@ _LISTED = {
 }
 
 
+_WHERE = {"directory": "a directory, 8 ranks", "Ceph": "Ceph, 1 rank"}
+
+
 def sections():
     """Of the page."""
     yield "## Training beside a save, many saves, many tensors"
@@ -104,13 +107,18 @@ def adapters():
 
 def listings():
     """Seconds."""
-    found = [row for name in ("listing", "listing-ceph") for row in result(name)["rows"]]
+    found = [row for name in ("listing", "listing-ceph") for row in result(name)["rows"] if _once(name, row)]
     rows = [
-        [_LISTED[row["what"]], row["where"], f"{row['commits']:,}", f"{row['s']:.2f} s"]
+        [_LISTED[row["what"]], _WHERE[row["where"]], f"{row['commits']:,}", f"{row['s']:.2f} s"]
         for row in found
         if row["what"] in _LISTED
     ]
     return table(["what", "where", "commits", "time"], rows)
+
+
+def _once(name, row):
+    """The second run has directories, too."""
+    return name == "listing" or row["where"] == "Ceph"
 
 
 def exports():
