@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpsvc.cli import _remedy as remedy_of
+from dcpsvc.commandline.failures import remedy as remedy_of
 from dcpsvc.control import Control, Request, conversation, place, server
 from dcpsvc.errors import RankFailure, SaveFailedError, WaitTimeoutError
 from dcpsvc.tools import live
