@@ -65,9 +65,7 @@ class LastStep:
         """
         if self.step is not None and step <= self.step:
             raise ConfigError(f"step({step}) after step {self.step}: steps must grow")
-        self._give_up_late()
-        with self._lock:
-            self.step, self.metrics = step, {}
+        self._go_on_to(step)
 
     def note(self, metrics: Mapping[str, float] | None) -> None:
         """The step that was told was not saved. Training thread; copies small values only; never raises."""
@@ -113,8 +111,8 @@ class LastStep:
 
     def begin_at(self, step: int) -> None:
         """Training continues after this step, which is a checkpoint."""
-        self._give_up_late()
-        self.step = self.saved = step
+        self._go_on_to(step)
+        self.saved = step
 
     def save_begun(self, step: int) -> None:
         """The step is being saved."""
@@ -141,14 +139,16 @@ class LastStep:
 
     def end(self) -> None:
         """Nothing is saved any more."""
-        self._give_up_late()
+        self._go_on_to(self.step)
         self.close()
 
-    def _give_up_late(self) -> None:
+    def _go_on_to(self, step: int | None) -> None:
+        """In one move, so that nothing late of the step before is taken for this one's."""
         with self._lock:
-            late, self._late = self._late, []
+            late, gone = self._late, self.step or 0
+            self._late, self.step, self.metrics = [], step, {}
         for promise in late:
-            promise.set_exception(CheckpointGoneError(self._root, self.step or 0, "no save of it was begun"))
+            promise.set_exception(CheckpointGoneError(self._root, gone, "no save of it was begun"))
 
     def _watch_optimizers(self) -> None:
         """Values of the state may be replaced; the optimizers watched must be those of now."""
